@@ -1,0 +1,143 @@
+"""Plain texts for stages 1 and 2: a .txt, a .jsonl (either may be gzipped), or WikiText-103."""
+
+import gzip
+import hashlib
+import json
+import os
+import sys
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from tqdm import tqdm
+
+from data import UserError
+
+# WikiText-103 (Merity et al. 2016), the raw zip; the first address wants a User-Agent.
+WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
+WIKITEXT_MIRROR = ("mattdangerw/wikitext-103-raw", "wikitext-103-raw-v1.zip")  # a hub data set
+WIKITEXT_BYTES = 191_984_949
+WIKITEXT_SHA256 = "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"
+WIKITEXT_MEMBER = "wikitext-103-raw/wiki.train.raw"
+WIKITEXT_MEMBER_CAP = 700_000_000  # bytes; the member has about 540 million
+
+
+def read_texts(source: str) -> list[str]:
+    """The texts of `source`, stripped, empty ones left out.
+
+    `source` is `wikitext103`, a .txt(.gz) with one text a line, or a .jsonl(.gz) with a field
+    `text`. Raises UserError with file and line number for whatever cannot be read.
+    """
+    if source == "wikitext103":
+        lines = wikitext_lines(wikitext_zip())
+    else:
+        path = Path(source)
+        kind = path.name.removesuffix(".gz").rpartition(".")[2]
+        if not path.is_file():
+            raise UserError(f"{source}: no such file; --text takes a .txt, a .jsonl (both may be "
+                            f".gz) or wikitext103")  # fmt: skip
+        if kind not in ("txt", "jsonl"):
+            raise UserError(f"{source}: unknown kind of file; rename it to .txt or .jsonl")
+        lines = read_lines(path)
+        if kind == "jsonl":
+            lines = (json_text(path, i, line) for i, line in enumerate(lines, 1) if line.strip())
+    texts = [text for text in map(str.strip, lines) if text]
+    if not texts:
+        raise UserError(f"{source}: no text in it; give a file with at least one text")
+    return texts
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, gunzipped if its first two bytes are gzip's."""
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                yield line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason}); convert it, for "
+                        f"example: iconv -f latin1 -t utf-8")  # fmt: skip
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}, after line {number}: cannot be read ({error})")
+
+
+def json_text(path: Path, number: int, line: str) -> str:
+    """The field `text` of one line of a .jsonl file."""
+    try:
+        text = json.loads(line)["text"]
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line")
+    except (KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f'{path}, line {number}: no field "text" that is a string; add it')
+    return text
+
+
+def wikitext_zip() -> Path:
+    """The path of the checked zip of WikiText-103, downloaded on first use."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2comp"
+    path = cache / WIKITEXT_MIRROR[1]
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = cache / f".{path.name}.{os.getpid()}"
+        try:
+            download(WIKITEXT_URL, partial)
+        except OSError as first:
+            partial.unlink(missing_ok=True)
+            print(f"{WIKITEXT_URL}: {first}; trying the mirror", file=sys.stderr)
+            partial = download_mirror(first)
+        check_wikitext(partial)
+        os.replace(partial, path)
+    return path
+
+
+def download(url: str, target: Path):
+    """Stream `url` to `target`, at most WIKITEXT_BYTES of it; OSError if the connection fails."""
+    request = urllib.request.Request(url, headers={"User-Agent": "llm2comp"})
+    with urllib.request.urlopen(request, timeout=30) as answer, open(target, "wb") as file:
+        with tqdm(total=WIKITEXT_BYTES, unit="B", unit_scale=True, desc="wikitext103") as bar:
+            while (block := answer.read(1 << 20)) and bar.n <= WIKITEXT_BYTES:
+                file.write(block)
+                bar.update(len(block))
+        if bar.n < WIKITEXT_BYTES:
+            raise OSError(f"the connection ended after {bar.n:,} of {WIKITEXT_BYTES:,} bytes")
+
+
+def download_mirror(first_error: OSError) -> Path:
+    """The zip from the hub's mirror, as a file of its own."""
+    repo, name = WIKITEXT_MIRROR
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2comp" / "mirror"
+    try:
+        return Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
+    except Exception as error:  # whatever the network, the hub or its client has to say
+        raise UserError(
+            f"wikitext103 cannot be downloaded: {WIKITEXT_URL} ({first_error}); hub data set {repo} "
+            f"({type(error).__name__}). Fetch the zip elsewhere, unpack it and pass "
+            f"--text wiki.train.txt --min-characters 1000 --max-text-tokens 512"
+        )
+
+
+def check_wikitext(path: Path):
+    """Raise UserError, and remove the file, if it is not the published zip bit for bit."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WIKITEXT_SHA256:
+        size = path.stat().st_size
+        path.unlink()
+        raise UserError(f"{path}: {size:,} bytes with sha256 {digest[:12]}..., expected "
+                        f"{WIKITEXT_BYTES:,} and {WIKITEXT_SHA256[:12]}...; removed, run again")  # fmt: skip
+
+
+def wikitext_lines(path: Path) -> Iterator[str]:
+    """The lines of the training part, read from the zip without unpacking it."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.getinfo(WIKITEXT_MEMBER).file_size > WIKITEXT_MEMBER_CAP:
+            raise UserError(f"{path}: {WIKITEXT_MEMBER} unpacks to more than expected; remove it")
+        with archive.open(WIKITEXT_MEMBER) as file:
+            for line in file:
+                yield line.decode("utf-8")

@@ -1,0 +1,64 @@
+"""A checkpoint's tokenizer.json, without the library defaults that silently change token ids.
+
+The begin-of-sequence ids are those that the checkpoint's own post-processor puts before a text
+(Llama-2 `<s>`, Llama-3 `<|begin_of_text|>`). They are found once and then prepended here, so that
+no library version can drop or double them; anything appended after a text (EOS) is left out.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from data import UserError
+
+CHUNK = 4096  # texts tokenised per call: bounds the memory of the library's Encoding objects
+
+
+class Tokenizer:
+    """Texts -> int32 arrays of token ids that begin with BOS."""
+
+    def __init__(self, folder: Path, vocab_size: int, bos_token_id: int | None = None):
+        """Read folder/tokenizer.json; `vocab_size` rows exist in the model's table.
+
+        Raises UserError if the file is missing or damaged, if it has ids the model lacks, or if
+        neither its post-processor nor `bos_token_id` (config.json) says what BOS is.
+        """
+        self.file = Path(folder) / "tokenizer.json"
+        if not self.file.is_file():
+            raise UserError(f"{self.file}: missing; save the fast tokenizer beside the weights")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(self.file))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{self.file}: not a tokenizer.json ({error}); fetch it again")
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= vocab_size:
+            raise UserError(f"{self.file}: token id {largest} is beyond the model's vocabulary of "
+                            f"{vocab_size}; is it another model's tokenizer?")  # fmt: skip
+        self.bos = self._find_bos(bos_token_id)
+
+    def _find_bos(self, bos_token_id: int | None) -> list[int]:
+        plain = self.backend.encode("a", add_special_tokens=False).ids
+        full = self.backend.encode("a").ids
+        for start in range(len(full) - len(plain), 0, -1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start]
+        if bos_token_id is None:
+            raise UserError(f"{self.file}: its post-processor adds no BOS and config.json names no "
+                            f"bos_token_id; set bos_token_id in config.json")  # fmt: skip
+        return [bos_token_id]
+
+    def encode(self, texts: list[str], max_tokens: int | None = None) -> list[np.ndarray]:
+        """One int32 array a text: BOS, then at most max_tokens - len(BOS) tokens of the text."""
+        arrays = []
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
+            for encoding in self.backend.encode_batch_fast(chunk, add_special_tokens=False):
+                arrays.append(np.array((self.bos + encoding.ids)[:max_tokens], dtype=np.int32))
+        return arrays
+
+    def decode(self, ids) -> str:
+        """The text of a sequence of token ids, special tokens left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -1,0 +1,708 @@
+"""The Llama family by hand, and the text encoder made of it (LLM2Comp, arXiv 2511.17129).
+
+Letters: N texts, T tokens of all of them in one row, K memory tokens, D hidden size, H query heads,
+         G key-value heads, V vocabulary.
+
+There is no padding and no mask: a batch is one row of T tokens plus the list of its N lengths.
+Only `attend` looks at the lengths. The same frozen weights serve as language model g_phi
+(`causal=True, adapters=False`) and, with adapters, as encoder f_theta (`causal=False,
+adapters=True`): mask and adapters are arguments of the forward call.
+
+    python model.py merge ENCODER OUT      write an encoder as a plain Hugging Face folder
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import lora
+from data import UserError
+from data.tokenizer import Tokenizer
+from lora import LoraConfig, LoraLinear
+
+DEMO_LLAMA = Path(__file__).parent / "data" / "demo" / "llama"  # what the name `demo` stands for
+
+# ---------------------------------------------------------------------------------------------
+# Configuration: Hugging Face's config.json, through a whitelist of keys
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture, under the names of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`; UserError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; is {path.parent} a complete model folder?")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); fetch it again")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
+    return value
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """LlamaConfig from a config.json; UserError names what is missing or not supported."""
+    raw = read_json(path)
+
+    def refuse(key, known):
+        raise UserError(f"{path}: {key}={raw.get(key)!r} is not supported, only {known}")
+
+    if raw.get("model_type") != "llama":
+        refuse("model_type", "'llama'")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "'silu'")
+    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        if raw.get(key):
+            refuse(key, "a model without it")
+
+    def number(key, default=None):
+        value = raw.get(key) if raw.get(key) is not None else default
+        if value is None:
+            raise UserError(f"{path}: the key {key} is missing; copy it from the model's page")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{path}: {key}={value!r} must be a whole number above zero")
+        return value
+
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    bos = raw.get("bos_token_id")
+    config = LlamaConfig(
+        vocab_size=number("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", hidden // heads),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        bos_token_id=bos if isinstance(bos, int) else None,
+        rope=read_rope(raw, path),
+    )
+    if heads % config.num_key_value_heads or config.head_dim % 2:
+        raise UserError(f"{path}: num_attention_heads={heads} must be a multiple of "
+                        f"num_key_value_heads={config.num_key_value_heads}, and head_dim="
+                        f"{config.head_dim} even")  # fmt: skip
+    return config
+
+
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def read_rope(raw: dict, path: Path) -> dict:
+    """The rotary settings, from the new spelling (rope_parameters) or the old (rope_scaling)."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_KEYS:
+        raise UserError(f"{path}: rope_type={kind!r} is not supported, only {', '.join(ROPE_KEYS)}")
+    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+    rope = {"rope_type": kind, "rope_theta": theta}
+    for key in ROPE_KEYS[kind]:
+        rope[key] = given.get(key, raw.get("max_position_embeddings") if "max" in key else None)
+    for key, value in rope.items():
+        if key != "rope_type" and (not isinstance(value, int | float) or value <= 0):
+            raise UserError(f"{path}: rope setting {key}={value!r} must be a number above zero")
+    return rope
+
+
+# ---------------------------------------------------------------------------------------------
+# The network. Parameter names are the upstream ones, so that loading needs no mapping.
+# ---------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the root mean square in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def inverse_frequencies(rope: dict, head_dim: int) -> Tensor:
+    """Radians per position of each of the head_dim / 2 pairs, fp32; `llama3` as in Llama 3.1.
+
+    llama3 divides slow pairs (few turns within the original context) by `factor`, keeps fast ones,
+    and blends in between.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    inv_freq = 1.0 / rope["rope_theta"] ** exponents
+    if rope["rope_type"] == "linear":
+        return inv_freq / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * inv_freq + (1 - keep) * inv_freq / rope["factor"]
+    return inv_freq
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021): pair (i, i + head_dim / 2) of x (T, heads, head_dim)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout=0.0):
+    """Softmax attention within each sequence of a packed row; causal or bidirectional by a boolean.
+
+    q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). Neighbours of equal length
+    share one call of the fused kernel.
+    """
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+    outputs = []
+    for (length, count), *run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
+        batch = [t.unflatten(0, (count, length)).transpose(1, 2) for t in run]
+        out = F.scaled_dot_product_attention(*batch, dropout_p=dropout, is_causal=causal)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = LoraLinear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = LoraLinear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = LoraLinear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = LoraLinear(c.num_attention_heads * c.head_dim, c.hidden_size)
+
+    def forward(self, x, cos, sin, lengths, causal, adapters, dropout):
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x, adapters).unflatten(-1, (-1, self.head_dim)) for p in projections)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.o_proj(attend(q, k, v, lengths, causal, dropout).flatten(1), adapters)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.gate_proj = LoraLinear(c.hidden_size, c.intermediate_size)
+        self.up_proj = LoraLinear(c.hidden_size, c.intermediate_size)
+        self.down_proj = LoraLinear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x, adapters):
+        gate = F.silu(self.gate_proj(x, adapters))
+        return self.down_proj(gate * self.up_proj(x, adapters), adapters)
+
+
+class Block(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, lengths, causal, adapters, dropout):
+        x = x + self.self_attn(
+            self.input_layernorm(x), cos, sin, lengths, causal, adapters, dropout
+        )
+        return x + self.mlp(self.post_attention_layernorm(x), adapters)
+
+
+class Llama(nn.Module):
+    """A Llama over packed rows: input embeddings in, hidden states out."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        blocks = (Block(config) for _ in range(config.num_hidden_layers))
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(blocks),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })  # fmt: skip
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The language-model head (V, D)."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (T,) -> rows of g_phi's own table (T, D)."""
+        return self.model.embed_tokens(ids)
+
+    def forward(
+        self, x: Tensor, lengths: list[int], causal: bool, adapters=False, dropout=0.0
+    ) -> Tensor:
+        """x (T, D) input embeddings -> (T, D) hidden states after the final RMSNorm.
+
+        `lengths` sum to T and positions count from 0 in each sequence; `dropout` is that of the
+        attention weights and takes part in training mode only.
+        """
+        cos, sin = self.rotary_table(lengths, x)
+        dropout = dropout if self.training else 0.0
+        for block in self.model.layers:
+            x = block(x, cos, sin, lengths, causal, adapters, dropout)
+        return self.model.norm(x)
+
+    def rotary_table(self, lengths: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, 1, head_dim), computed in fp32 and cast to the activations' dtype."""
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        angles = torch.outer(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1).to(like.device)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading: from a folder or the hub, strict, tensor by tensor
+# ---------------------------------------------------------------------------------------------
+
+
+def find_model(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: `demo`, a folder, or a hub repository (downloaded once).
+
+    Only *.safetensors and *.json are fetched. UserError says what to do if the repository is
+    gated, missing or out of reach.
+    """
+    if str(name) == "demo":
+        return DEMO_LLAMA
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise UserError(f"{name}: no such folder, nor a repository's owner/name")
+    wanted = {"allow_patterns": ["*.safetensors", "*.json"]}
+    skipped = {"ignore_patterns": ["consolidated*", "original/*"]}  # second copies of the weights
+    try:
+        return Path(snapshot_download(str(name), revision=revision, **wanted, **skipped))
+    except GatedRepoError:
+        problem = "is gated", "Ask for access on its page, create a token, run `hf auth login`."
+    except RepositoryNotFoundError:
+        problem = "is not on the hub", "Check the name; for a private one run `hf auth login`."
+    except RevisionNotFoundError:
+        problem = f"has no revision {revision}", "Give a branch, tag or commit with --revision."
+    except Exception as error:  # whatever the network, the disk or the client has to say
+        reason = f"cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        problem = reason, "Check the network and HF_ENDPOINT, or whether HF_HUB_OFFLINE is set."
+    raise UserError(f"The repository {name} {problem[0]}.\n{problem[1]}\n"
+                    f"Or pass a local folder with config.json, *.safetensors, tokenizer.json.")  # fmt: skip
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those of its index, else model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        names = ["model.safetensors"]
+    else:
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{index}: no weight_map in it; fetch it again")
+        names = sorted(set(map(str, names.values())))
+    for name in names:
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise UserError(f"{index}: names the file {name!r}; only plain *.safetensors names "
+                            f"beside it are read")  # fmt: skip
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing; fetch the whole model again")
+    return [folder / name for name in names]
+
+
+def load_llama(
+    name: str | Path, revision: str | None = None, dtype=torch.float32, device="cpu"
+) -> Llama:
+    """A frozen Llama from a folder or the hub, each tensor cast and moved as it is read.
+
+    Raises UserError for a file that is damaged and for a tensor that is missing, extra or of
+    another shape than config.json says.
+    """
+    folder = find_model(name, revision)
+    with torch.device("meta"):
+        llama = Llama(read_config(folder / "config.json"))
+    slots, seen = dict(llama.named_parameters()), {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    if key.endswith("rotary_emb.inv_freq"):  # stored by old Llama-2 shards
+                        continue
+                    if key == "lm_head.weight" and llama.config.tie_word_embeddings:
+                        continue
+                    shape = tuple(file.get_slice(key).get_shape())
+                    if key not in slots or key in seen:
+                        raise UserError(f"{path}: has the tensor {key}, which config.json has no "
+                                        f"place for; is it the config of another model?")  # fmt: skip
+                    if shape != tuple(slots[key].shape):
+                        raise UserError(f"{path}: {key} has the shape {shape}, config.json says "
+                                        f"{tuple(slots[key].shape)}")  # fmt: skip
+                    seen[key] = file.get_tensor(key).to(device=device, dtype=dtype)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged or cut off ({error}); fetch it again")
+    if missing := sorted(slots.keys() - seen.keys()):
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    llama.load_state_dict(seen, strict=True, assign=True)
+    return llama.requires_grad_(False).eval()
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the weights, by which an adapter knows the base that it was trained on."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# The encoder f_theta
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How texts become embeddings; stored with the encoder, so that no flag contradicts training.
+
+    pooling: `memory` (mean of the K memory tokens), `last`, `mean` or `weighted-mean` (token i
+    weighs i; SGPT, arXiv 2202.08904) over all tokens, BOS included. max_tokens counts BOS and K.
+    """
+
+    num_memory_tokens: int = 8
+    pooling: str = "memory"
+    attention: str = "bidirectional"
+    max_tokens: int = 512
+    template: str = "{text}"
+
+    def __post_init__(self):
+        if self.pooling not in ("memory", "last", "mean", "weighted-mean"):
+            raise UserError(f"pooling={self.pooling!r}: memory, last, mean or weighted-mean")
+        if self.attention not in ("bidirectional", "causal"):
+            raise UserError(f"attention={self.attention!r}: bidirectional or causal")
+        if (self.num_memory_tokens < 1) == (self.pooling == "memory"):
+            raise UserError(f"num_memory_tokens={self.num_memory_tokens} with pooling="
+                            f"{self.pooling}: at least 1 for memory, 0 otherwise")  # fmt: skip
+        if self.max_tokens < self.num_memory_tokens + 2:
+            raise UserError(f"max_tokens={self.max_tokens} leaves no room for a text beside BOS "
+                            f"and {self.num_memory_tokens} memory tokens")  # fmt: skip
+
+
+PLAIN = EncoderConfig(num_memory_tokens=0, pooling="mean", attention="causal")
+
+
+def pack(*parts: tuple[Tensor, list[int]]) -> tuple[Tensor, list[int]]:
+    """Lay N sequences in one row, each made of one segment of every part in turn.
+
+    A part is (rows, lengths): all its N segments, one after another, and their N lengths.
+    """
+    segments = [rows.split(lengths) for rows, lengths in parts]
+    row = torch.cat([segment for sequence in zip(*segments) for segment in sequence])
+    return row, [sum(n) for n in zip(*(lengths for _, lengths in parts))]
+
+
+class Encoder(nn.Module):
+    """f_theta: a Llama with adapters, its own embedding table, K memory tokens, and a pooling.
+
+    Without memory tokens and adapters it is the plain Llama under one of the classic poolings.
+    """
+
+    def __init__(self, llama: Llama, tokenizer: Tokenizer, config: EncoderConfig):
+        super().__init__()
+        self.llama, self.tokenizer, self.config = llama, tokenizer, config
+        self.table = llama.model.embed_tokens.weight  # (V, D), g_phi's until it is trained
+        self.memory_tokens = nn.Parameter(self.table.new_zeros(0, self.table.shape[1]))
+        self.adapters = False  # whether the adapters on the Llama take part
+        self.lora_config = LoraConfig()
+        self.base: dict = {}  # where the Llama came from: name, revision, sha256
+        self.history: list[dict] = []  # the stages that made the adapters, oldest first
+
+    def add_memory(self, init: str, train_table: bool, generator: torch.Generator | None = None):
+        """Make the K memory rows, and with `train_table` an own copy of the table, in fp32.
+
+        init `normal`: mean and standard deviation of the table per dimension; `mean`: the mean
+        plus 1e-3 of that deviation (nearly equal rows, as a mean-resize of the table gives).
+        """
+        table = self.table.detach()
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        mean, spread = table.mean(0), table.std(0) * (1e-3 if init == "mean" else 1.0)
+        noise = torch.randn(self.config.num_memory_tokens, table.shape[1], generator=generator)
+        self.memory_tokens = nn.Parameter(mean + spread * noise.to(table))
+        if train_table:
+            self.table = nn.Parameter(table.clone())
+
+    def forward(self, ids: Tensor, lengths: list[int], dropout: float = 0.0):
+        """ids (T,) of N texts with BOS -> hidden states of texts and memory tokens, and lengths.
+
+        Eq. 1 of the paper: f_theta reads n_1..n_a m_1..m_K. Returns (T + N K, D) and N lengths.
+        """
+        dtype, n, k = self.llama.head.dtype, len(lengths), len(self.memory_tokens)
+        tokens = F.embedding(ids, self.table).to(dtype)
+        memory = self.memory_tokens.to(dtype).repeat(n, 1)
+        x, lengths = pack((tokens, lengths), (memory, [k] * n))
+        causal = self.config.attention == "causal"
+        return self.llama(x, lengths, causal, self.adapters, dropout), lengths
+
+    def memory(self, ids: Tensor, lengths: list[int], dropout: float = 0.0) -> Tensor:
+        """ids (T,) of N texts -> memory (N, K, D): the last K hidden states of each (Eq. 3)."""
+        hidden, lengths = self(ids, lengths, dropout)
+        k = self.config.num_memory_tokens
+        return torch.stack([sequence[-k:] for sequence in hidden.split(lengths)])
+
+    def embed(self, ids: Tensor, lengths: list[int], dropout: float = 0.0) -> Tensor:
+        """ids (T,) of N texts -> embeddings (N, D); z = mean of the memory tokens (Eq. 6)."""
+        if self.config.pooling == "memory":
+            return self.memory(ids, lengths, dropout).mean(dim=1)
+        hidden, lengths = self(ids, lengths, dropout)
+        sequences = hidden.split(lengths)
+        if self.config.pooling == "last":
+            return torch.stack([h[-1] for h in sequences])
+        if self.config.pooling == "mean":
+            return torch.stack([h.mean(dim=0) for h in sequences])
+        weights = [torch.arange(1, len(h) + 1).to(h) for h in sequences]
+        return torch.stack([w @ h / w.sum() for w, h in zip(weights, sequences)])
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str], batch_tokens: int = 4096, progress=False) -> np.ndarray:
+        """Texts -> (n, D) float32, in their order; long texts are cut, memory tokens never.
+
+        Batches hold texts of similar length, at most `batch_tokens` tokens each (at least a text).
+        """
+        k, was_training = self.config.num_memory_tokens, self.training
+        filled = [self.config.template.replace("{text}", text) for text in texts]
+        ids = self.tokenizer.encode(filled, self.config.max_tokens - k)
+        out = np.empty((len(texts), self.table.shape[1]), dtype=np.float32)
+        self.eval()
+        with tqdm(total=len(texts), unit="text", disable=not progress, leave=False) as bar:
+            for batch in token_batches([len(i) + k for i in ids], batch_tokens):
+                row = torch.from_numpy(np.concatenate([ids[i] for i in batch]))
+                z = self.embed(row.to(self.llama.head.device), [len(ids[i]) for i in batch])
+                out[batch] = z.float().cpu().numpy()
+                bar.update(len(batch))
+        self.train(was_training)
+        return out
+
+
+def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of texts, longest first, in batches whose lengths sum to at most `budget`."""
+    batches, room = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoder folders: encoder.json, embeddings.safetensors, one PEFT adapter a stage
+# ---------------------------------------------------------------------------------------------
+
+
+def plain_encoder(
+    name: str | Path, config=PLAIN, revision=None, dtype=torch.float32, device="cpu"
+) -> Encoder:
+    """A Llama as it is, with one of the classic poolings: the training-free methods."""
+    folder = find_model(name, revision)
+    llama = load_llama(folder, None, dtype, device)
+    tokenizer = Tokenizer(folder, llama.config.vocab_size, llama.config.bos_token_id)
+    encoder = Encoder(llama, tokenizer, config)
+    local = str(name) != "demo" and Path(name).is_dir()
+    encoder.base = {"name": str(Path(name).resolve()) if local else str(name),
+                    "revision": revision, "sha256": fingerprint(folder)}  # fmt: skip
+    return encoder
+
+
+@contextmanager
+def write_folder(target: Path):
+    """Yield a folder beside `target` to fill; then sync it to disk and rename it into place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f".{target.name}.writing"
+    old = target.parent / f".{target.name}.old"
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if target.exists():
+        os.rename(target, old)
+    os.rename(aside, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_encoder(encoder: Encoder, folder: Path, earlier: Path | None = None):
+    """Write an encoder folder; the adapter on the Llama belongs to the last stage of the history.
+
+    `earlier` is the encoder folder that the stage started from; its adapters are copied.
+    """
+    with write_folder(Path(folder)) as aside:
+        for stage in encoder.history[:-1]:
+            shutil.copytree(Path(earlier) / stage["stage"], aside / stage["stage"])
+        last = aside / encoder.history[-1]["stage"]
+        lora.save_adapter(encoder.llama, encoder.lora_config, last, encoder.base["name"])
+        tensors = {"memory_tokens": encoder.memory_tokens}
+        if encoder.table is not encoder.llama.model.embed_tokens.weight:
+            tensors["embed_tokens"] = encoder.table
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
+        save_file(tensors, aside / "embeddings.safetensors", metadata={"format": "pt"})
+        about = {"format": 1, "base": encoder.base, **asdict(encoder.config),
+                 "history": encoder.history}  # fmt: skip
+        (aside / "encoder.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def is_encoder(folder: str | Path) -> bool:
+    """Whether `folder` is an encoder folder (rather than a Llama)."""
+    return (Path(folder) / "encoder.json").is_file()
+
+
+def load_encoder(
+    name: str | Path, base: str | None = None, dtype=torch.float32, device="cpu", revision=None
+) -> Encoder:
+    """An encoder from its folder (local or on the hub), all adapters but the last merged.
+
+    `base` replaces the place recorded for the base model (it must be the same model: its sha256 is
+    checked). Raises UserError for anything missing, damaged or not fitting.
+    """
+    folder = find_model(name, revision)
+    about = read_json(folder / "encoder.json")
+    try:
+        config = EncoderConfig(**{key: about[key] for key in EncoderConfig.__dataclass_fields__})
+        recorded, stages = about["base"], [stage["stage"] for stage in about["history"]]
+        source = base or recorded["name"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'encoder.json'}: {error!r} is missing or odd; save it anew")
+    try:
+        encoder = plain_encoder(source, config, None if base else recorded["revision"], dtype, device)
+    except UserError as error:
+        raise UserError(f"{folder}: its base model cannot be loaded; name its place with --base.\n"
+                        f"{error}")  # fmt: skip
+    if encoder.base["sha256"] != recorded["sha256"]:
+        raise UserError(f"{folder}: was trained on another base than {source} (sha256 "
+                        f"{recorded['sha256'][:12]}..., found {encoder.base['sha256'][:12]}...)")  # fmt: skip
+    encoder.history = about["history"]
+    for stage in stages:
+        lora.merge_lora(encoder.llama)
+        if not re.fullmatch(r"\w+", stage):
+            raise UserError(f"{folder / 'encoder.json'}: {stage!r} is no name of a stage")
+        encoder.lora_config = lora.load_adapter(encoder.llama, folder / stage)
+        encoder.adapters = True
+    load_embeddings(encoder, folder / "embeddings.safetensors")
+    return encoder.requires_grad_(False).eval()
+
+
+def load_embeddings(encoder: Encoder, path: Path):
+    """Put the memory tokens, and the trained table if there is one, from a file on the encoder."""
+    k, (v, d) = encoder.config.num_memory_tokens, encoder.table.shape
+    shapes = {"memory_tokens": (k, d), "embed_tokens": (v, d)}
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); save the encoder anew")
+    for key, tensor in tensors.items():
+        if shapes.get(key) != tuple(tensor.shape):
+            raise UserError(f"{path}: {key} {tuple(tensor.shape)}, expected {shapes.get(key)}")
+    if "memory_tokens" not in tensors:
+        raise UserError(f"{path}: memory_tokens is missing; save the encoder anew")
+    device = encoder.table.device
+    encoder.memory_tokens = nn.Parameter(tensors["memory_tokens"].to(device))
+    if "embed_tokens" in tensors:
+        encoder.table = nn.Parameter(tensors["embed_tokens"].to(device))
+
+
+@torch.no_grad()
+def merge(encoder: Encoder, folder: str | Path):
+    """Write the encoder as a plain Hugging Face LlamaModel: adapters merged, V + K rows, K tokens.
+
+    The K memory tokens become special tokens of the tokenizer with the ids V..V+K-1. A reader has
+    to append them, attend bidirectionally and average their K last hidden states (see README).
+    """
+    lora.merge_lora(encoder.llama)
+    base = find_model(encoder.base["name"], encoder.base["revision"])
+    v, k = encoder.llama.config.vocab_size, encoder.config.num_memory_tokens
+    dtype = encoder.llama.head.dtype
+    tensors = {name.removeprefix("model."): tensor for name, tensor in
+               encoder.llama.state_dict().items() if name != "lm_head.weight"}  # fmt: skip
+    tensors["embed_tokens.weight"] = torch.cat((encoder.table, encoder.memory_tokens)).to(dtype)
+    config = {**read_json(base / "config.json"), "architectures": ["LlamaModel"]}
+    config |= {"vocab_size": v + k, "torch_dtype": str(dtype).removeprefix("torch.")}
+    tokenizer = encoder.tokenizer.backend
+    for i in range(tokenizer.get_vocab_size(), v):  # ids the model has and the tokenizer lacks
+        tokenizer.add_special_tokens([f"<unused_{i}>"])
+    tokenizer.add_special_tokens([f"<memory_{i}>" for i in range(1, k + 1)])
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": tokenizer.id_to_token(encoder.tokenizer.bos[0])}  # fmt: skip
+    with write_folder(Path(folder)) as aside:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (aside / "tokenizer_config.json").write_text(json.dumps(fast, indent=2) + "\n")
+        tokenizer.save(str(aside / "tokenizer.json"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: `merge ENCODER OUT`; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("verb", choices=["merge"])
+    parser.add_argument("encoder", help="an encoder folder")
+    parser.add_argument("out", help="the folder to write; must not exist")
+    parser.add_argument("--base", help="where the base model lies now")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args(argv)
+    try:
+        if Path(args.out).exists():
+            raise UserError(f"{args.out}: exists already; name a new folder")
+        merge(load_encoder(args.encoder, args.base, getattr(torch, args.dtype)), args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,492 @@
+"""Stage 1 of LLM2Comp: compress a text into K memory tokens from which the frozen Llama goes on.
+
+    torchrun pretrain_ctkd.py                                 the embedded demo, minutes on 2 cores
+    torchrun --nproc-per-node 8 pretrain_ctkd.py --preset paper --out runs/llama2
+    torchrun pretrain_ctkd.py --model FOLDER_OR_REPOSITORY --text texts.jsonl --out runs/mine
+    python pretrain_ctkd.py --help                            every setting
+
+The encoder f_theta (the Llama + LoRA + its own embedding table, bidirectional) reads a context and
+K memory tokens; the frozen causal Llama g_phi reads only the K memory states and has to go on as it
+would after the whole context. Objectives (section 3 of the paper):
+
+    ctkd   KL(teacher || student) over the continuation            Eq. 5, the paper's LLM2Comp_KL
+    nll    cross entropy of the continuation's tokens              Eq. 4, LLM2Comp_NLL
+    rc     cross entropy of the context itself                     reconstruction, LLM2Comp_RC
+
+Letters as in model.py; a continuation has S tokens. Every random choice is a pure function of
+(seed, position of the sample in the run), so neither the number of ranks nor an interruption
+changes it.
+"""
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+from data import UserError
+from data.corpora import read_texts
+from data.tokenizer import Tokenizer
+from lora import LoraConfig, add_lora
+from model import DEMO_LLAMA, Encoder, EncoderConfig, Llama, pack, plain_encoder, save_encoder
+from training import (
+    Metrics, Ranks, generator, global_batch, learning_rate, load_checkpoint, open_run,
+    parse_config, pick_dtype, reduce_gradients, save_checkpoint, setting, start_ranks,
+    stop_on_signals,
+)  # fmt: skip
+
+MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
+
+
+@dataclass
+class Config:
+    """Stage 1. Defaults are the paper's (its official code where the paper is silent)."""
+
+    model: str = setting("meta-llama/Llama-2-7b-chat-hf", "folder, hub repository, or demo")
+    revision: str = setting("", "branch, tag or commit of a hub model")
+    text: str = setting("wikitext103", "a .txt, a .jsonl (also .gz), wikitext103, or demo")
+    out: str = setting("runs/ctkd", "folder of the run; must be new or empty")
+    objective: str = setting("ctkd", "Eq. 5, Eq. 4, or reconstruction", ("ctkd", "nll", "rc"))
+    nll_weight: float = setting(0.0, "weight of the cross entropy beside ctkd")
+    memory_tokens: int = setting(8, "K")
+    memory_init: str = setting("normal", "initial memory rows", ("normal", "mean"))
+    attention: str = setting("bidirectional", "of the encoder", ("bidirectional", "causal"))
+    train_embeddings: str = setting("all", "the whole table or K rows", ("all", "memory"))
+    num_texts: int = setting(32000, "texts used, the first ones; 0 = all")
+    min_characters: int = setting(0, "drop shorter texts; wikitext103: 1000 unless given")
+    max_text_tokens: int = setting(0, "drop texts of so many tokens; wikitext103: 512 unless given")
+    max_tokens: int = setting(512, "cut texts to this, BOS and K counted")
+    batch_size: int = setting(4, "texts a step, over all ranks")
+    micro_batch: int = setting(0, "texts a forward pass; 0 = a rank's whole share")
+    steps: int = setting(0, "optimiser steps; 0 = once through the texts")
+    lr: float = setting(1e-4, "highest learning rate")
+    min_lr: float = setting(1e-5, "where the rate starts and ends")
+    warmup: float = setting(0.1, "share of the steps in which the rate rises")
+    weight_decay: float = setting(1e-5, "of AdamW")
+    clip: float = setting(2.0, "largest norm of the gradient; 0 = off")
+    lora_r: int = setting(16, "rank of the adapters")
+    lora_alpha: float = setting(32, "the adapters are scaled by alpha / r")
+    lora_dropout: float = setting(0.05, "before the adapters")
+    chunk_rows: int = setting(256, "rows of logits formed at a time")
+    dtype: str = setting("auto", "of frozen weights and activations",
+                         ("auto", "bfloat16", "float32", "float64"))  # fmt: skip
+    device: str = setting("auto", "auto, cpu, cuda")
+    threads: int = setting(0, "CPU threads a process; 0 = the cores shared among processes")
+    seed: int = setting(0, "of order, splits, initialisation and dropout")
+    save_every: int = setting(500, "steps between checkpoints")
+    timeout: float = setting(30.0, "minutes that a rank waits for the others")
+    resume: bool = setting(False, "go on from the newest checkpoint in --out")
+
+
+PRESETS = {
+    "paper": {},
+    "demo": {
+        "model": "demo", "text": "demo", "out": "runs/ctkd-demo", "num_texts": 0, "steps": 400,
+        "batch_size": 8, "lr": 1e-3, "max_tokens": 256, "save_every": 100,
+    },
+}  # fmt: skip
+DEMO_PASSAGES = DEMO_LLAMA.parent / "passages.jsonl.gz"
+
+# ---------------------------------------------------------------------------------------------
+# Objectives
+# ---------------------------------------------------------------------------------------------
+
+
+class ThroughHead(torch.autograd.Function):
+    """Sum of row_loss(hidden @ head^T) over chunks of rows; the (rows, V) logits are never kept.
+
+    The head is frozen, so a chunk's gradient with respect to its hidden states can be formed while
+    its logits are at hand: nothing of size V outlives the chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, row_loss, chunk_rows: int) -> Tensor:
+        total, gradients = 0.0, []
+        for start in range(0, len(hidden), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            with torch.enable_grad():
+                chunk = hidden[rows].detach().requires_grad_()
+                loss = row_loss(F.linear(chunk, head), rows)
+            gradients += torch.autograd.grad(loss, chunk)
+            total += loss.detach()
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return ctx.saved_tensors[0] * gradient, None, None, None
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax over V in at least fp32: finite where a probability underflows."""
+    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def ctkd_loss(
+    student: Tensor, teacher: Tensor, weights: Tensor, head: Tensor, chunk_rows: int = 256
+) -> Tensor:
+    """Eq. 5: sum over rows of weight * KL(teacher || student), the sum over V exact.
+
+    student, teacher (R, D) hidden states, weights (R,); gradient flows to `student` only.
+    """
+
+    def kl(student_logits: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad():
+            target = log_probabilities(F.linear(teacher[rows], head))
+        student_log = log_probabilities(student_logits)
+        divergence = F.kl_div(student_log, target, reduction="none", log_target=True).sum(-1)
+        return divergence @ weights[rows].to(divergence.dtype)
+
+    return ThroughHead.apply(student, head, kl, chunk_rows)
+
+
+def nll_loss(student: Tensor, targets: Tensor, head: Tensor, chunk_rows: int = 256) -> Tensor:
+    """Eq. 4: sum over rows of -log p(target); student (R, D) hidden states, targets (R,) ids."""
+
+    def cross_entropy(logits: Tensor, rows: slice) -> Tensor:
+        return F.nll_loss(log_probabilities(logits), targets[rows], reduction="sum")
+
+    return ThroughHead.apply(student, head, cross_entropy, chunk_rows)
+
+
+def flat_ids(arrays: list[np.ndarray], device) -> Tensor:
+    """Arrays of token ids -> one row (T,) int64 on the device."""
+    return torch.from_numpy(np.concatenate(arrays)).to(device, torch.int64)
+
+
+def student_states(
+    llama: Llama, bos: list[int], memory: Tensor, continuations: list[np.ndarray]
+) -> list[Tensor]:
+    """g_phi reads BOS m~_1..m~_K n_{a+1}..n_{a+S} (Eq. 4): per text its last S + 1 states.
+
+    memory (N, K, D). The first of the S + 1 states (that of m~_K) predicts n_{a+1}, the last one
+    what follows the text.
+    """
+    n, k, _ = memory.shape
+    sizes = [len(c) for c in continuations]
+    begin = llama.embed(torch.tensor(bos * n, device=memory.device))
+    text = llama.embed(flat_ids(continuations, memory.device))
+    x, lengths = pack((begin, [len(bos)] * n), (memory.flatten(0, 1), [k] * n), (text, sizes))
+    hidden = llama(x, lengths, causal=True)
+    return [h[len(bos) + k - 1 :] for h in hidden.split(lengths)]
+
+
+@torch.no_grad()
+def teacher_states(llama: Llama, texts: list[np.ndarray], splits: list[int]) -> list[Tensor]:
+    """g_phi reads the whole text: per text the S + 1 states that predict the same positions."""
+    lengths = [len(ids) for ids in texts]
+    hidden = llama(llama.embed(flat_ids(texts, llama.head.device)), lengths, causal=True)
+    return [h[a - 1 :] for h, a in zip(hidden.split(lengths), splits)]
+
+
+def stage1_loss(
+    encoder: Encoder, texts: list[np.ndarray], splits: list[int], counts: dict, config: Config
+) -> Tensor:
+    """This micro-batch's share of the global batch's loss, for the chosen objective.
+
+    texts: token ids with BOS; splits: a + 1, the tokens of each context with BOS; counts: `texts`
+    and `tokens` of the global batch, by which sums are divided. ctkd: mean over a text's S + 1
+    rows, then over texts. nll, rc: mean over all target tokens.
+    """
+    llama, bos = encoder.llama, encoder.tokenizer.bos
+    device = llama.head.device
+    contexts = [ids[:a] for ids, a in zip(texts, splits)]
+    continuations = [ids[a:] for ids, a in zip(texts, splits)]
+    if config.objective == "rc":
+        contexts, continuations = texts, [ids[len(bos) :] for ids in texts]
+    memory = encoder.memory(flat_ids(contexts, device), [len(ids) for ids in contexts])
+    student = student_states(llama, bos, memory, continuations)
+    loss = 0.0
+    if config.objective == "ctkd":
+        teacher = torch.cat(teacher_states(llama, texts, splits))
+        weights = torch.cat([torch.full((len(h),), 1 / len(h), device=device, dtype=torch.float64)
+                             for h in student]) / counts["texts"]  # fmt: skip
+        loss = ctkd_loss(torch.cat(student), teacher, weights, llama.head, config.chunk_rows)
+    nll_weight = config.nll_weight if config.objective == "ctkd" else 1.0
+    if nll_weight:
+        rows, targets = torch.cat([h[:-1] for h in student]), flat_ids(continuations, device)
+        nll = nll_loss(rows, targets, llama.head, config.chunk_rows)
+        loss = loss + nll_weight * nll / counts["tokens"]
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------
+
+
+def prepare_texts(config: Config, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The run's texts as token ids with BOS, after the filters; UserError if too few are left."""
+    paper = config.text == "wikitext103"  # the paper's filter is the default of this source
+    min_characters = config.min_characters or (1000 if paper else 0)
+    max_text_tokens = config.max_text_tokens or (512 if paper else 0)
+    texts = read_texts(str(DEMO_PASSAGES) if config.text == "demo" else config.text)
+    long = [text for text in texts if len(text) >= min_characters]
+    kept, dropped = [], {f"under {min_characters} characters": len(texts) - len(long)}
+    shorter = longer = 0
+    wanted = config.num_texts or len(long)
+    for start in range(0, len(long), 4096):
+        for ids in tokenizer.encode(long[start : start + 4096]):
+            shorter += len(ids) < 2 * MIN_SIDE
+            longer += bool(max_text_tokens) and len(ids) >= max_text_tokens
+            if len(ids) >= 2 * MIN_SIDE and not (max_text_tokens and len(ids) >= max_text_tokens):
+                kept.append(ids[: config.max_tokens - config.memory_tokens])
+        if len(kept) >= wanted:
+            break
+    dropped |= {f"under {2 * MIN_SIDE} tokens": shorter, f"{max_text_tokens} tokens or more": longer}
+    counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none dropped"
+    if not kept:
+        raise UserError(f"{config.text}: no text left of {len(texts)} after the filters ({counts}); "
+                        f"change --min-characters or --max-text-tokens")  # fmt: skip
+    kept = kept[:wanted]
+    if len(kept) < config.batch_size:
+        raise UserError(f"--batch-size {config.batch_size} is larger than the {len(kept)} texts of "
+                        f"{config.text} ({counts}); lower it")  # fmt: skip
+    return kept
+
+
+def split_point(config: Config, position: int, length: int) -> int:
+    """Where the text at `position` in the run is cut: uniform in [10, length - 10], BOS counted."""
+    return int(generator(config.seed, 1, position).integers(MIN_SIDE, length - MIN_SIDE + 1))
+
+
+def micro_batches(config: Config, step: int, ranks: Ranks) -> list[range]:
+    """This rank's part of the step's batch, as ranges of places within the batch."""
+    share = ranks.share(config.batch_size)
+    size = config.micro_batch or max(1, len(share))
+    return [share[i : i + size] for i in range(0, len(share), size)]
+
+
+def batch_gradient(
+    encoder: Encoder, corpus: list[np.ndarray], config: Config, step: int, ranks: Ranks
+) -> tuple[Tensor, dict]:
+    """Forward and backward over this rank's micro-batches of a step; gradients are not yet summed.
+
+    Returns the losses (batch_size,) float64, each micro-batch's at the place of its first text and
+    zero elsewhere, and the counts of the global batch.
+    """
+    batch = [corpus[i] for i in global_batch(config.seed, step, config.batch_size, len(corpus))]
+    first = step * config.batch_size
+    splits = [split_point(config, first + j, len(ids)) for j, ids in enumerate(batch)]
+    targets = sum(len(ids) - (len(encoder.tokenizer.bos) if config.objective == "rc" else a)
+                  for ids, a in zip(batch, splits))  # fmt: skip
+    counts = {"texts": len(batch), "tokens": targets, "real_tokens": sum(map(len, batch))}
+    losses = torch.zeros(len(batch), dtype=torch.float64)
+    for places in micro_batches(config, step, ranks):
+        torch.manual_seed(int(generator(config.seed, 2, first + places[0]).integers(2**62)))
+        part = [batch[j] for j in places], [splits[j] for j in places]
+        loss = stage1_loss(encoder, *part, counts, config)
+        loss.backward()
+        losses[places[0]] = loss.detach()
+    return losses, counts
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+def new_encoder(config: Config, ranks: Ranks) -> Encoder:
+    """The Llama with fresh adapters, memory tokens and (--train-embeddings all) its own table."""
+    shape = EncoderConfig(num_memory_tokens=config.memory_tokens, attention=config.attention,
+                          max_tokens=config.max_tokens)  # fmt: skip
+    dtype = pick_dtype(config.dtype, ranks.device)
+    encoder = plain_encoder(config.model, shape, config.revision or None, dtype, ranks.device)
+    random = torch.Generator().manual_seed(config.seed)
+    encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout)
+    add_lora(encoder.llama, encoder.lora_config, random)
+    encoder.add_memory(config.memory_init, config.train_embeddings == "all", random)
+    encoder.adapters = True
+    encoder.history = [{"stage": "ctkd", **asdict(config)}]
+    return encoder.train()
+
+
+def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ranks: Ranks):
+    """Versions, device, threads, parameter counts, data: what a run depends on."""
+    def count(tensors):
+        return f"{sum(p.numel() for p in tensors) / 1e6:.2f} M"
+
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    frozen = [p for p in encoder.llama.parameters() if not p.requires_grad]
+    tokens = sum(map(len, corpus))
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {ranks.size} process(es)"
+          f" on {ranks.device}, {torch.get_num_threads()} thread(s) each, "
+          f"{str(encoder.llama.head.dtype).removeprefix('torch.')}")  # fmt: skip
+    print(f"model  {config.model}: {count(frozen)} frozen, {count(trained)} trained; "
+          f"K = {config.memory_tokens}, {config.attention}, objective {config.objective}")
+    print(f"text   {config.text}: {len(corpus):,} texts, {tokens / len(corpus):.0f} tokens each; "
+          f"{steps:,} steps of {config.batch_size} -> {config.out}")
+
+
+def train(config: Config, ranks: Ranks) -> int:
+    """Run stage 1; returns the number of the signal that ended it early, or 0."""
+    resume_from = None
+    if ranks.rank == 0:
+        resume_from = open_run(config, free=("resume", "save_every", "timeout"))
+    ranks.barrier()
+    if ranks.rank > 0 and config.resume:
+        resume_from = open_run(config, free=("resume", "save_every", "timeout"))
+    with ranks.first():
+        encoder = new_encoder(config, ranks)
+        corpus = prepare_texts(config, encoder.tokenizer)
+    steps = config.steps or len(corpus) // config.batch_size
+    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    start = load_checkpoint(resume_from, trained, optimizer) if resume_from else 0
+    out, clip = Path(config.out), config.clip or float("inf")
+    if ranks.rank == 0:
+        print_header(config, encoder, corpus, steps, ranks)
+        metrics = Metrics(out / "metrics.jsonl", start)
+    bar = tqdm(total=steps, initial=start, disable=ranks.rank > 0, dynamic_ncols=True)
+
+    with stop_on_signals() as signals, bar:
+        for step in range(start, steps):
+            clock = time.perf_counter()
+            rate = learning_rate(step, steps, int(config.warmup * steps), config.min_lr, config.lr)
+            optimizer.param_groups[0]["lr"] = rate
+            # forward, backward, reduce, clip, step
+            losses, counts = batch_gradient(encoder, corpus, config, step, ranks)
+            reduce_gradients(parameters, ranks)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+            # one message tells every rank the losses and whether any rank was asked to stop
+            message = torch.cat((losses, torch.tensor([float(max(signals, default=0))])))
+            message = ranks.sum(message.to(ranks.device)).cpu()
+            losses, stop = message[:-1], int(message[-1])
+            if not (losses.isfinite().all() and norm.isfinite()):
+                raise UserError(describe_non_finite(config, step, losses, norm, corpus))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            # everything below is diagnostics and saving
+            done = step + 1
+            if ranks.rank == 0:
+                seconds, loss = time.perf_counter() - clock, losses.sum().item()
+                speed = counts["real_tokens"] / seconds
+                metrics.write(step=step, loss=loss, learning_rate=rate, grad_norm=norm.item(),
+                              real_tokens=counts["real_tokens"], tokens_per_second=speed)  # fmt: skip
+                bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {speed:,.0f} tokens/s")
+                bar.update()
+                if done == steps or stop or done % config.save_every == 0:
+                    save_checkpoint(out, done, trained, optimizer)
+            if stop:
+                return stop % 64  # two ranks may have got the same signal at once
+        if ranks.rank == 0:
+            save_encoder(encoder, out / "encoder")
+        ranks.barrier()
+    return 0
+
+
+def describe_non_finite(config, step, losses, norm, corpus) -> str:
+    """The message for a loss or gradient that is not finite: the step and the texts to look at."""
+    samples = global_batch(config.seed, step, config.batch_size, len(corpus))
+    bad = [samples[j] for j in range(len(samples)) if not losses[j].isfinite()] or samples
+    return (f"step {step}: the loss ({losses.sum().item():.4g}) or the gradient's norm "
+            f"({norm.item():.4g}) is not finite; nothing was updated. Texts (from 0, after the "
+            f"filters of {config.text}): {', '.join(map(str, bad))}. Lower --lr or use --dtype "
+            f"float32; checkpoints are in {config.out}/checkpoints")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# After training
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def go_on(llama: Llama, x: Tensor, count: int) -> list[int]:
+    """Greedy continuation by `count` tokens of one sequence of input embeddings x (T, D)."""
+    ids = []
+    for _ in range(count):
+        hidden = llama(x, [len(x)], causal=True)
+        ids.append(int(F.linear(hidden[-1], llama.head).argmax()))
+        x = torch.cat((x, llama.embed(torch.tensor(ids[-1:], device=x.device))))
+    return ids
+
+
+@torch.inference_mode()
+def show_continuations(encoder: Encoder, texts: list[np.ndarray], tokens: int = 24):
+    """Print how g_phi goes on from half a text, and from the K memory tokens of that half alone."""
+    llama, tokenizer = encoder.llama, encoder.tokenizer
+    for ids in texts:
+        half = torch.from_numpy(ids[: max(MIN_SIDE, len(ids) // 2)]).to(llama.head.device)
+        memory = encoder.memory(half, [len(half)])[0]
+        bos = llama.embed(torch.tensor(tokenizer.bos, device=half.device))
+        full = tokenizer.decode(go_on(llama, llama.embed(half), tokens))
+        short = tokenizer.decode(go_on(llama, torch.cat((bos, memory)), tokens))
+        print(f"\ncontext ({len(half)} tokens)  ...{tokenizer.decode(half[-40:])!r}")
+        print(f"  from the text     {full!r}\n  from {len(memory)} memories   {short!r}")
+
+
+def report(config: Config, ranks: Ranks):
+    """Score the saved encoder beside the untrained base, show two continuations, say what next."""
+    device, folder = str(ranks.device), f"{config.out}/encoder"
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    options = {"dtype": dtype, "device": device, "revision": config.revision or None}
+    print(f"\nembedded STS set ({evaluate.TASKS['demo-sts']['samples']} pairs), Spearman x 100")
+    for method in evaluate.UNTRAINED:
+        plain = evaluate.open_model(config.model, method, **options)
+        print(f"  untrained, {method:<14}{100 * demo_sts(plain):6.2f}")
+    encoder = evaluate.open_model(folder, **{**options, "revision": None})
+    print(f"  {config.objective}, {encoder.config.num_memory_tokens} memory tokens"
+          f"{'':<5}{100 * demo_sts(encoder):6.2f}")  # fmt: skip
+    show_continuations(encoder, prepare_texts(config, encoder.tokenizer)[:2])
+    print(f"\nthe encoder is in {folder}; next:\n"
+          f"  python evaluate.py --task sts17 --model {folder}")  # fmt: skip
+
+
+def demo_sts(encoder: Encoder) -> float:
+    """Spearman on the embedded STS set."""
+    return evaluate.evaluate_task("demo-sts", encoder.encode)["main_score"]
+
+
+def check(config: Config):
+    """Raise UserError for values that no run can have."""
+    least = {"memory_tokens": 1, "batch_size": 1, "chunk_rows": 1, "lora_r": 1, "save_every": 1,
+             "micro_batch": 0, "steps": 0, "num_texts": 0, "min_characters": 0, "threads": 0,
+             "max_text_tokens": 0, "lr": 0, "min_lr": 0, "weight_decay": 0, "clip": 0,
+             "nll_weight": 0, "seed": 0, "warmup": 0, "lora_dropout": 0, "timeout": 0}  # fmt: skip
+    for name, low in least.items():
+        if not getattr(config, name) >= low:  # also true for nan
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {getattr(config, name)}: must be at least {low}")
+    for name in ("warmup", "lora_dropout"):
+        if getattr(config, name) >= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be below 1")
+    if config.max_tokens < config.memory_tokens + 2 * MIN_SIDE:
+        raise UserError(f"--max-tokens {config.max_tokens}: must be at least --memory-tokens + "
+                        f"{2 * MIN_SIDE} = {config.memory_tokens + 2 * MIN_SIDE}")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 after a UserError, 128 + a signal's number."""
+    pick = lambda given: "paper" if "model" in given else "demo"  # noqa: E731
+    config = parse_config(Config, PRESETS, pick, argv, __doc__)
+    rank = "0"
+    try:
+        check(config)
+        ranks = start_ranks(config.device, config.threads, config.timeout)
+        rank = str(ranks.rank)
+        stopped = train(config, ranks)
+        if stopped and ranks.rank == 0:
+            print(f"\nstopped by signal {stopped}, saved; go on with the same command and --resume")
+        if ranks.size > 1:
+            dist.destroy_process_group()
+        if ranks.rank == 0 and not stopped:
+            report(config, ranks)
+        return 128 + stopped if stopped else 0
+    except UserError as error:
+        print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,573 @@
+"""model.py against transformers: the network, its loading, and what bad files lead to."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import edit_json, write_llama
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig as HFLlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import model
+from data import UserError
+from model import attend, find_model, fingerprint, inverse_frequencies, load_llama, read_config
+
+LENGTHS = [7, 1, 40, 7, 7, 19]
+
+
+def random_ids(lengths=LENGTHS, vocab=320, seed=1):
+    return torch.randint(vocab, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def our_logits(llama, ids, lengths):
+    return llama(llama.embed(ids), lengths, causal=True) @ llama.head.T
+
+
+@torch.no_grad()
+def their_logits(reference, ids, lengths):
+    """Each sequence alone."""
+    return torch.cat([reference(part[None]).logits[0] for part in ids.split(lengths)])
+
+
+def assert_equals_transformers(folder, reference, lengths=LENGTHS):
+    ids = random_ids(lengths, read_config(folder / "config.json").vocab_size)
+    ours = our_logits(load_llama(folder), ids, lengths)
+    theirs = their_logits(reference(folder), ids, lengths)
+    assert theirs.std() > 0.3
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+# ---------------------------------------------------------------------------------------------
+# Logits
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    pytest.param({"num_key_value_heads": 4}, id="multi-head"),
+    pytest.param({"num_key_value_heads": 2}, id="grouped-query"),
+    pytest.param({"num_key_value_heads": 1}, id="multi-query"),
+    pytest.param({"head_dim": 12}, id="explicit head_dim"),
+    pytest.param({"tie_word_embeddings": True}, id="tied"),
+    pytest.param({"tie_word_embeddings": True, "shard": "30KB"}, id="tied and sharded"),
+    pytest.param({"shard": "30KB"}, id="sharded"),
+    pytest.param({"rms_norm_eps": 0.5}, id="epsilon of config.json"),
+    pytest.param({"num_hidden_layers": 5, "hidden_size": 24, "vocab_size": 77}, id="other sizes"),
+])  # fmt: skip
+def test_a_packed_batch_has_the_logits_of_transformers(settings, tmp_path, reference):
+    folder = write_llama(tmp_path, **settings)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == ("shard" in settings)
+    assert_equals_transformers(folder, reference)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+ROPES = {
+    "default, no key at all": {},
+    "default, old theta": {"rope_theta": 500.0},
+    "default, rope_scaling null": {"rope_theta": 500.0, "rope_scaling": None},
+    "default, new": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "linear, old type": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear, old": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "linear, new": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 3.0}},
+    "llama3, old": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "llama3, old, both keys": {
+        "rope_theta": 5e3, "rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}
+    },
+    "llama3, old, whole factor": {
+        "rope_theta": 500000, "rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 32}
+    },
+    "llama3, new": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e3, **LLAMA3}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_every_spelling_of_the_rope_settings_is_read_as_by_transformers(rope, tiny_copy, reference):
+    before = our_logits(load_llama(tiny_copy), random_ids([150]), [150])
+    edit_json(tiny_copy / "config.json", drop=["rope_parameters"], **rope)
+    assert_equals_transformers(tiny_copy, reference, [150, 3])
+    after = our_logits(load_llama(tiny_copy), random_ids([150]), [150])
+    assert ((before - after).abs().max() > 1e-2) == bool(rope)
+
+
+def test_a_llama_2_checkpoint_with_inv_freq_tensors_and_a_short_config_loads(tmp_path, reference):
+    folder = write_llama(tmp_path, num_key_value_heads=4)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02,
+        "intermediate_size": 48, "max_position_embeddings": 256, "model_type": "llama",
+        "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 4,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": 320,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for i in range(2):
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_equals_transformers(folder, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_loading_casts_every_tensor_and_freezes_it(dtype, tiny):
+    llama, stored = load_llama(tiny, dtype=dtype), load_file(tiny / "model.safetensors")
+    assert {name for name, _ in llama.named_parameters()} == set(stored)
+    for name, weight in llama.named_parameters():
+        assert weight.dtype == dtype and not weight.requires_grad
+        assert torch.equal(weight, stored[name].to(dtype))
+    assert not llama.training
+
+
+def test_a_tied_head_is_the_embedding_table_and_a_stored_copy_of_it_is_left_out(tmp_path):
+    folder = write_llama(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors")
+    llama = load_llama(folder)
+    assert llama.head is llama.model.embed_tokens.weight
+    assert torch.equal(llama.head, tensors["model.embed_tokens.weight"])
+
+
+def test_the_fingerprint_follows_the_weights_and_not_the_config(tiny, tiny_copy):
+    weights = (tiny / "model.safetensors").read_bytes()
+    expected = hashlib.sha256(hashlib.sha256(weights).digest()).hexdigest()
+    edit_json(tiny_copy / "config.json", rms_norm_eps=0.1)
+    assert fingerprint(tiny) == fingerprint(tiny_copy) == expected
+    tensors = load_file(tiny_copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, tiny_copy / "model.safetensors")
+    assert fingerprint(tiny_copy) != expected
+
+
+# ---------------------------------------------------------------------------------------------
+# Rotary frequencies
+# ---------------------------------------------------------------------------------------------
+
+LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+# By the definition: the wavelength is 2 pi / f with f = 500000^(-pair / 64); shorter than
+# 8192 / 4 stays f, longer than 8192 / 1 becomes f / 8, between them a linear blend in 1 / wavelength.
+GOLDEN = [
+    (0, 1.0), (1, 8.14617234e-01), (16, 3.76060309e-02), (28, 3.21144599e-03),
+    (29, 2.16657076e-03), (31, 8.56751413e-04), (34, 1.78507813e-04),
+    (35, 9.55621235e-05), (48, 6.64786987e-06), (63, 3.06892599e-07),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair, expected", GOLDEN)
+def test_llama_3_1_frequencies_are_the_ones_computed_by_hand(pair, expected):
+    inv_freq = inverse_frequencies(LLAMA31, 128)
+    assert inv_freq.shape == (64,) and inv_freq.dtype == torch.float32
+    assert inv_freq[pair].item() == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rope", [
+    LLAMA31,
+    {**LLAMA31, "factor": 32.0},
+    {**LLAMA31, "low_freq_factor": 2.0, "high_freq_factor": 3.0, "rope_theta": 1e4},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+])  # fmt: skip
+def test_scaled_frequencies_equal_those_of_transformers(rope, head_dim):
+    config = HFLlamaConfig(head_dim=head_dim, rope_parameters=dict(rope))
+    theirs, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device=torch.device("cpu"))
+    torch.testing.assert_close(inverse_frequencies(rope, head_dim), theirs, rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------
+
+
+def slow_attention(q, k, v, lengths, causal):
+    """One query of one head of one sequence at a time."""
+    group, rows, start = q.shape[1] // k.shape[1], [], 0
+    for length in lengths:
+        for i in range(start, start + length):
+            end = i + 1 if causal else start + length
+            heads = []
+            for h in range(q.shape[1]):
+                scores = k[start:end, h // group] @ q[i, h] / math.sqrt(q.shape[2])
+                weights = scores.exp() / scores.exp().sum()
+                heads.append(weights @ v[start:end, h // group])
+            rows.append(torch.stack(heads))
+        start += length
+    return torch.stack(rows)
+
+
+def random_qkv(lengths, heads, groups, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(sum(lengths), n, 6, generator=generator, dtype=torch.float64).to(dtype)
+            for n in (heads, groups, groups)]  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("lengths", [[1], [6], [3, 3, 5, 1, 5, 5], [2, 9, 2, 7], [4, 4, 4]], ids=str)
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (3, 1)])
+def test_attention_and_its_gradients_equal_an_explicit_loop(lengths, heads, groups, causal):
+    inputs = [t.requires_grad_() for t in random_qkv(lengths, heads, groups)]
+    ours, slow = attend(*inputs, lengths, causal), slow_attention(*inputs, lengths, causal)
+    torch.testing.assert_close(ours, slow, rtol=0, atol=1e-12)
+    weights = torch.randn_like(slow)
+    gradients = (torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, slow))
+    for our_gradient, slow_gradient in zip(*gradients):
+        torch.testing.assert_close(our_gradient, slow_gradient, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_float32_attention_equals_the_float64_loop(causal):
+    lengths = [30, 2, 2, 17]
+    ours = attend(*random_qkv(lengths, 4, 2, torch.float32), lengths, causal)
+    slow = slow_attention(*random_qkv(lengths, 4, 2), lengths, causal)
+    assert ours.dtype == torch.float32
+    assert (ours - slow).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_a_later_token_changes_earlier_outputs_only_without_the_causal_mask(causal, tiny):
+    llama, lengths = load_llama(tiny), [70, 5]
+    x = llama.embed(random_ids(lengths))
+    changed = x.clone()
+    changed[40] += 1
+    with torch.no_grad():
+        before, after = (llama(rows, lengths, causal) for rows in (x, changed))
+    assert torch.equal(before[:40], after[:40]) == causal
+    assert not torch.equal(before[40:70], after[40:70])
+    assert torch.equal(before[70:], after[70:])
+
+
+def test_attention_dropout_takes_part_in_training_mode_only(tiny):
+    llama, lengths = load_llama(tiny), [20, 20, 9]
+    x = llama.embed(random_ids(lengths))
+    with torch.no_grad():
+        plain = llama(x, lengths, False)
+        assert torch.equal(llama(x, lengths, False, dropout=0.5), plain)
+        llama.train()
+        assert torch.equal(llama(x, lengths, False), plain)
+        assert (llama(x, lengths, False, dropout=0.5) - plain).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that are damaged, foreign or not supported
+# ---------------------------------------------------------------------------------------------
+
+
+def refused(load, *fragments):
+    """`load` raises a UserError whose message has every fragment."""
+    with pytest.raises(UserError) as info:
+        load()
+    for fragment in fragments:
+        assert fragment in str(info.value)
+
+
+def with_tensors(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def with_index(name):
+    def damage(folder):
+        shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
+        index = {"weight_map": {"model.norm.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+def cut(folder, size=-1000):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+BAD_WEIGHTS = {
+    "no file": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors", "missing"]),
+    "cut off": (cut, ["model.safetensors", "damaged"]),
+    "empty": (lambda f: cut(f, 0), ["model.safetensors", "damaged"]),
+    "header cut off": (lambda f: cut(f, 60), ["model.safetensors", "damaged"]),
+    "not safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs.github.com"),
+        ["model.safetensors", "damaged"],
+    ),
+    "a tensor missing": (with_tensors(lambda t: t.pop(NORM)), ["missing", NORM]),
+    "an untied head missing": (with_tensors(lambda t: t.pop(HEAD)), ["missing", HEAD]),
+    "a tensor too many": (
+        with_tensors(lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)})),
+        ["model.safetensors", "model.layers.2.mlp.up_proj.weight"],
+    ),
+    "a bias": (
+        with_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})),
+        ["model.safetensors", "model.layers.0.self_attn.q_proj.bias"],
+    ),
+    "another shape": (
+        with_tensors(lambda t: t.update({NORM: torch.ones(31)})),
+        ["model.safetensors", NORM, "(31,)", "(32,)"],
+    ),
+    "index is no JSON": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{"),
+        ["model.safetensors.index.json", "JSON"],
+    ),
+    "index without weight_map": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    **{
+        f"index names {name}": (with_index(name), ["model.safetensors.index.json", repr(name)])
+        for name in ("../outside.safetensors", "/etc/hostname", "/tmp/x.safetensors", "",
+                     "sub/x.safetensors", "pytorch_model.bin", "..safetensors", "x.safetensors\n",
+                     "a\\..\\b.safetensors")
+    },
+    "index names a file that is not there": (
+        with_index("model-00002.safetensors"), ["model-00002.safetensors", "missing"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, fragments", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_bad_weights_are_refused_by_name(damage, fragments, tiny_copy):
+    damage(tiny_copy)
+    refused(lambda: load_llama(tiny_copy), str(tiny_copy), *fragments)
+
+
+def test_a_tensor_that_stands_in_two_shards_is_refused(tmp_path):
+    folder = write_llama(tmp_path, shard="30KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    tensors = load_file(shards[0])
+    save_file({**tensors, **load_file(shards[1])}, shards[1])
+    refused(lambda: load_llama(folder), shards[1].name, min(tensors))
+
+
+BAD_CONFIGS = {
+    "model_type": "mistral", "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True,
+    "quantization_config": {"quant_method": "gptq"}, "vocab_size": "320", "hidden_size": None,
+    "num_hidden_layers": 0, "num_attention_heads": -4, "intermediate_size": 48.5,
+    "num_key_value_heads": 3, "head_dim": 7, "rms_norm_eps": "small",
+    "rope_parameters": "linear",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", BAD_CONFIGS.items(), ids=BAD_CONFIGS)
+def test_a_value_in_the_config_that_is_not_supported_is_refused_by_name(key, value, tiny_copy):
+    edit_json(tiny_copy / "config.json", **{key: value})
+    seen = [] if value is None else [str(value)]
+    refused(lambda: load_llama(tiny_copy), str(tiny_copy / "config.json"), key, *seen)
+
+
+@pytest.mark.parametrize("key", ["model_type", "vocab_size", "hidden_size", "intermediate_size",
+                                 "num_hidden_layers", "num_attention_heads"])  # fmt: skip
+def test_a_key_missing_from_the_config_is_named(key, tiny_copy):
+    edit_json(tiny_copy / "config.json", drop=[key])
+    refused(lambda: load_llama(tiny_copy), str(tiny_copy / "config.json"), key)
+
+
+BAD_ROPES = [
+    ({"rope_type": "yarn", "factor": 4.0}, ["rope_type", "yarn"]),
+    ({"type": "dynamic", "factor": 2.0}, ["rope_type", "dynamic"]),
+    ({"rope_type": ["linear"]}, ["rope_type", "linear"]),
+    ({"rope_type": "linear"}, ["factor", "None"]),
+    ({"rope_type": "linear", "factor": 0}, ["factor=0"]),
+    ({"rope_type": "llama3", **LLAMA3, "low_freq_factor": "one"}, ["low_freq_factor='one'"]),
+    ({"rope_type": "default", "rope_theta": -1.0}, ["rope_theta=-1.0"]),
+]
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("rope, fragments", BAD_ROPES, ids=lambda v: str(v)[:40])
+def test_rope_settings_that_are_not_supported_are_named(rope, fragments, key, tiny_copy):
+    edit_json(tiny_copy / "config.json", drop=["rope_parameters"], **{key: rope})
+    refused(lambda: load_llama(tiny_copy), str(tiny_copy / "config.json"), *fragments)
+
+
+@pytest.mark.parametrize("content, fragment", [
+    (b"{", "not readable as JSON"), (b"", "not readable as JSON"), (b"\xff\xfe\x00", "JSON"),
+    (b"[]", "list"), (b"null", "NoneType"), (None, "missing"),
+], ids=["cut off", "empty", "binary", "a list", "null", "no file"])  # fmt: skip
+def test_a_config_that_is_no_json_object_is_refused(content, fragment, tiny_copy):
+    path = tiny_copy / "config.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    refused(lambda: load_llama(tiny_copy), str(path), fragment)
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "a/b/c", "/no/such/folder", "o/n ame"])
+def test_a_name_that_is_neither_folder_nor_repository_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: find_model(name), name, "no such folder")
+
+
+def test_demo_is_the_name_of_the_embedded_model():
+    assert find_model("demo") == Path(model.__file__).parent / "data" / "demo" / "llama"
+    assert find_model("demo").is_dir()
+
+
+# ---------------------------------------------------------------------------------------------
+# The hub, played by a server on the loopback; huggingface_hub reads HF_ENDPOINT when imported,
+# hence the subprocesses
+# ---------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PROBE = """
+import json, sys
+from data import UserError
+from model import load_llama
+from safetensors.torch import save_file
+results = {}
+for name, revision, out in json.loads(sys.argv[1]):
+    try:
+        save_file(load_llama(name, revision).state_dict(), out)
+        results[f"{name}@{revision}"] = "loaded"
+    except UserError as error:
+        results[f"{name}@{revision}"] = f"UserError: {error}"
+print(json.dumps(results))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's API that a download needs; `files` and `requests` are on the server."""
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path, files = self.path.partition("?")[0], self.server.files
+        self.server.requests.append(f"{self.command} {path}")
+        listed = path.startswith(("/api/models/o/tiny/", "/api/models/o/gated-files/"))
+        if path.startswith(("/api/models/o/gated/", "/o/gated/", "/o/gated-files/")):
+            self.answer(401, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+        elif listed and path.endswith(("/revision/main", f"/revision/{COMMIT}")):
+            siblings = [{"rfilename": name} for name in files]
+            about = {"id": "o/tiny", "modelId": "o/tiny", "sha": COMMIT, "siblings": siblings}
+            self.answer(200, json.dumps(about).encode())
+        elif listed and path.endswith(f"/tree/{COMMIT}"):
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": hash_of(data)}
+                    for name, data in files.items()]  # fmt: skip
+            self.answer(200, json.dumps(tree).encode())
+        elif listed:
+            self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
+        elif path.startswith(f"/o/tiny/resolve/{COMMIT}/"):
+            data = files[path.removeprefix(f"/o/tiny/resolve/{COMMIT}/")]
+            self.answer(200, data, ETag=f'"{hash_of(data)}"', X_Repo_Commit=COMMIT)
+        elif path.startswith("/api/models/o/down/"):
+            self.answer(500, b"out of order")
+        else:
+            self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+
+    do_HEAD = do_GET
+
+
+def hash_of(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+def probe(home: Path, endpoint: str, *cases, **environment) -> dict:
+    """Load the cases (name, revision, file to write) in a fresh process."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environment}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(cases)], env=env, text=True, timeout=100,
+        capture_output=True, cwd=Path(model.__file__).parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def hub(tiny, tmp_path_factory):
+    """What happened to each case, the requests the server saw, and the loaded tensors."""
+    home = tmp_path_factory.mktemp("hub")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.requests = []
+    server.files = {path.name: path.read_bytes() for path in tiny.iterdir()} | {
+        name: b"not for us"
+        for name in ("pytorch_model.bin", "modeling_llama.py", "tokenizer.model", "README.md",
+                     "consolidated.safetensors", "original/params.json", "notes.safetensors.bin")
+    }  # fmt: skip
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cases = [(f"o/{name}", revision, str(home / f"{name}.safetensors")) for name, revision in (
+        ("tiny", None), ("tiny", "nowhere"), ("gated", None), ("gated-files", None),
+        ("missing", None), ("down", None))]  # fmt: skip
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        results = probe(home / "home", endpoint, *cases)
+    finally:
+        server.shutdown()
+        server.server_close()
+    again = ("o/tiny", "main", str(home / "again.safetensors"))
+    results |= probe(home / "home", endpoint, again, HF_HUB_OFFLINE="1")
+    return results, server.requests, home
+
+
+@pytest.mark.parametrize("case, fragments", [
+    ("o/gated@None", ["o/gated ", "gated", "Ask for access", "hf auth login"]),
+    ("o/gated-files@None", ["o/gated-files ", "is gated", "Ask for access", "hf auth login"]),
+    ("o/missing@None", ["o/missing ", "not on the hub", "Check the name"]),
+    ("o/tiny@nowhere", ["o/tiny ", "no revision nowhere", "--revision"]),
+    ("o/down@None", ["o/down ", "cannot be fetched", "HF_ENDPOINT"]),
+])  # fmt: skip
+def test_what_the_hub_refuses_is_told_with_what_to_do(case, fragments, hub):
+    message = hub[0][case]
+    assert message.startswith("UserError: The repository")
+    for fragment in [*fragments, "Or pass a local folder"]:
+        assert fragment in message
+
+
+def test_a_repository_is_loaded_from_the_hub_tensor_by_tensor(hub, tiny):
+    results, _, home = hub
+    assert results["o/tiny@None"] == "loaded"
+    stored, loaded = (load_file(path) for path in
+                      (tiny / "model.safetensors", home / "tiny.safetensors"))  # fmt: skip
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+
+
+def test_a_repository_that_was_fetched_once_is_loaded_offline(hub):
+    results, _, home = hub
+    assert results["o/tiny@main"] == "loaded"
+    assert (home / "again.safetensors").read_bytes() == (home / "tiny.safetensors").read_bytes()
+
+
+def test_only_safetensors_and_json_files_are_requested_from_the_hub(hub, tiny):
+    prefix = f"GET /o/tiny/resolve/{COMMIT}/"
+    got = {request.removeprefix(prefix) for request in hub[1] if request.startswith(prefix)}
+    assert got == {path.name for path in tiny.iterdir()}
+    asked = [request for request in hub[1] if "/resolve/" in request]
+    assert all(request.endswith((".json", "/model.safetensors")) for request in asked)
+    assert not any("original" in request for request in asked)
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no server", "offline"])
+def test_an_unreachable_hub_is_one_clear_error(environment, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+        results = probe(tmp_path, endpoint, ("o/tiny", None, "unused"), **environment)
+    for fragment in ["The repository o/tiny cannot be fetched", "network", "HF_HUB_OFFLINE",
+                     "local folder"]:  # fmt: skip
+        assert fragment in results["o/tiny@None"]

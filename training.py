@@ -1,0 +1,285 @@
+"""What a training loop needs around it: configuration, ranks, schedule, checkpoints, signals.
+
+The loops themselves, with forward, backward, reduce, clip and step, stand in the stage files.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import UserError
+from model import read_json, write_folder
+
+# ---------------------------------------------------------------------------------------------
+# Configuration: one dataclass a stage, one field a line; the command line is made from it
+# ---------------------------------------------------------------------------------------------
+
+
+def setting(default, help: str, choices: tuple | None = None):
+    """A configuration field with its sentence of help."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse_config(config_class, presets: dict, pick_preset, argv: list[str] | None, doc: str):
+    """A configuration from its defaults, a preset, and the flags given (the stronger last).
+
+    `pick_preset(given)` names the preset when no --preset is given.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=list(presets), help="a set of defaults, see README.md")
+    for f in fields(config_class):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        text = f.metadata["help"].replace("%", "%%")
+        text += "" if f.default is MISSING or f.type is bool else f" (default {f.default!r})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=text, **kind)  # fmt: skip
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset") or pick_preset(given)
+    return config_class(**{**presets[preset], **given})
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks and devices
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ranks:
+    """This process among all: its index, their number, its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add the tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        """Wait for all ranks."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    @contextmanager
+    def first(self):
+        """Rank 0 runs the block before the others do, for example to fill a cache."""
+        if self.rank > 0:
+            self.barrier()
+        yield
+        if self.rank == 0:
+            self.barrier()
+
+    def share(self, n: int) -> range:
+        """The contiguous part of range(n) that is this rank's; shares differ by at most one."""
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+
+def start_ranks(device: str, threads: int, timeout_minutes: float) -> Ranks:
+    """Join the process group that torchrun describes; without torchrun this is the only process.
+
+    gloo on the CPU, nccl on CUDA. threads = 0 shares the cores among the processes of the machine.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, local_size = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", 0),
+                                                                ("LOCAL_WORLD_SIZE", 1)))  # fmt: skip
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine or this torch has no CUDA; use cpu")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or max(1, cores // local_size))
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if size > 1:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return Ranks(rank, size, torch.device(device))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where matrix products in bf16 are fast (CUDA, AVX512-BF16, AMX), else fp32."""
+    if name != "auto":
+        return getattr(torch, name)
+    cpu = torch.cpu.get_capabilities()
+    fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def reduce_gradients(parameters: list[Tensor], ranks: Ranks):
+    """Sum the gradients over all ranks: small tensors in one flat message, large ones alone.
+
+    Losses are divided by global counts before backward, so the sum is the gradient of the batch.
+    """
+    if ranks.size == 1:
+        return
+    small = [p.grad for p in parameters if p.numel() < 1_000_000]
+    flat = ranks.sum(torch.cat([g.flatten() for g in small]))
+    for gradient, piece in zip(small, flat.split([g.numel() for g in small])):
+        gradient.copy_(piece.view_as(gradient))
+    for p in parameters:
+        if p.numel() >= 1_000_000:
+            ranks.sum(p.grad)
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedule and randomness: pure functions of seed and step
+# ---------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, warmup: int, low: float, high: float) -> float:
+    """DeepSpeed's WarmupDecayLR: lr = low + (high - low) g, step counted from 0.
+
+    g rises as ln(step + 1) / ln(warmup) for `warmup` steps, then falls linearly to 0 at `steps`.
+    """
+    warmup = max(2, warmup)
+    if step < warmup:
+        g = math.log(step + 1) / math.log(warmup)
+    else:
+        g = max(0.0, (steps - step) / max(1, steps - warmup))
+    return low + (high - low) * g
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A generator that depends on its key alone: (seed, purpose, position)."""
+    return np.random.default_rng(list(key))
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of n samples in an epoch; it does not depend on the number of ranks."""
+    return generator(seed, 0, epoch).permutation(n)
+
+
+def global_batch(seed: int, step: int, batch: int, n: int) -> list[int]:
+    """The samples of a step; the last incomplete batch of an epoch is dropped."""
+    steps_per_epoch = n // batch
+    epoch, index = divmod(step, steps_per_epoch)
+    return epoch_order(seed, epoch, n)[index * batch : (index + 1) * batch].tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# The run's folder: config.json, metrics.jsonl, checkpoints/step-*/, encoder/
+# ---------------------------------------------------------------------------------------------
+
+
+def open_run(config, free: tuple[str, ...]) -> Path | None:
+    """Make or reopen the folder config.out; returns the newest checkpoint when resuming.
+
+    Raises UserError if the folder has something in it and --resume is not given, if it cannot be
+    written, or if a resumed configuration differs in fields other than `free`.
+    """
+    out = Path(config.out)
+    saved, now = out / "config.json", json.loads(json.dumps(asdict(config)))
+    if config.resume:
+        if not saved.is_file():
+            raise UserError(f"{saved}: missing, nothing to resume; leave --resume out")
+        before = read_json(saved)
+        changed = [f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in now
+                   if key not in free and before.get(key) != now[key]]  # fmt: skip
+        if changed:
+            raise UserError(f"{saved}: --resume with a changed configuration ({'; '.join(changed)})"
+                            f"; give the first run's values, or another --out")  # fmt: skip
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; continue that run with "
+                        f"--resume, or name another folder with --out")  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+        if not config.resume:
+            saved.write_text(json.dumps(now, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out")
+    checkpoints = sorted((out / "checkpoints").glob("step-*"))
+    return checkpoints[-1] if config.resume and checkpoints else None
+
+
+def save_checkpoint(out: Path, step: int, trained: dict[str, Tensor], optimizer):
+    """Write checkpoints/step-<step>: weights, optimiser moments, the step; keep the last two."""
+    with write_folder(out / "checkpoints" / f"step-{step:07d}") as folder:
+        save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()},
+                  folder / "weights.safetensors")  # fmt: skip
+        moments = {f"{name}/{key}": value.cpu().contiguous() for name, p in trained.items()
+                   for key, value in optimizer.state[p].items()}  # fmt: skip
+        save_file(moments, folder / "optimizer.safetensors")
+        (folder / "state.json").write_text(json.dumps({"step": step}) + "\n")
+    for old in sorted((out / "checkpoints").glob("step-*"))[:-2]:
+        shutil.rmtree(old)
+
+
+@torch.no_grad()
+def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer) -> int:
+    """Put a checkpoint's weights and moments in place; returns the number of steps done."""
+    try:
+        weights = load_file(folder / "weights.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+        step = read_json(folder / "state.json")["step"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{folder}: damaged checkpoint ({error}); remove this folder and resume "
+                        f"from the one before")  # fmt: skip
+    if weights.keys() != trained.keys():
+        raise UserError(f"{folder}: holds other tensors than this run trains; remove the folder")
+    for name, p in trained.items():
+        p.copy_(weights[name])
+        state = {key.rpartition("/")[2]: value for key, value in moments.items()
+                 if key.rpartition("/")[0] == name}  # fmt: skip
+        if state:
+            optimizer.state[p] = {key: value.to(p.device) if key != "step" else value
+                                  for key, value in state.items()}  # fmt: skip
+    return step
+
+
+class Metrics:
+    """metrics.jsonl: one line a step, every step once, also after a resume."""
+
+    def __init__(self, path: Path, first_step: int):
+        self.path = path
+        kept = []
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] < first_step:
+                        kept.append(line + "\n")
+                except ValueError:  # the line that a crash cut off
+                    break
+        aside = path.with_suffix(".writing")
+        aside.write_text("".join(kept))
+        os.replace(aside, path)
+
+    def write(self, **values):
+        """Append one step."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+@contextmanager
+def stop_on_signals():
+    """Yield a list that receives the number of the first SIGINT or SIGTERM instead of dying."""
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
