@@ -360,9 +360,9 @@ def train(config: Config, ranks: Ranks) -> int:
             reduce_gradients(parameters, ranks)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
             # one message tells every rank the losses and whether any rank was asked to stop
-            message = torch.cat((losses, torch.tensor([float(max(signals, default=0))])))
-            message = ranks.sum(message.to(ranks.device)).cpu()
-            losses, stop = message[:-1], int(message[-1])
+            asked = torch.tensor([signals[0], 1.0] if signals else [0.0, 0.0])
+            message = ranks.sum(torch.cat((losses, asked)).to(ranks.device)).cpu()
+            losses, stop = message[:-2], int(message[-2] / message[-1].clamp(min=1))
             if not (losses.isfinite().all() and norm.isfinite()):
                 raise UserError(describe_non_finite(config, step, losses, norm, corpus))
             optimizer.step()
@@ -379,7 +379,7 @@ def train(config: Config, ranks: Ranks) -> int:
                 if done == steps or stop or done % config.save_every == 0:
                     save_checkpoint(out, done, trained, optimizer)
             if stop:
-                return stop % 64  # two ranks may have got the same signal at once
+                return stop
         if ranks.rank == 0:
             save_encoder(encoder, out / "encoder")
         ranks.barrier()
@@ -466,10 +466,18 @@ def check(config: Config):
                         f"{2 * MIN_SIDE} = {config.memory_tokens + 2 * MIN_SIDE}")  # fmt: skip
 
 
+def parse_arguments(argv: list[str] | None) -> Config:
+    """The command line; the preset is `demo` unless a model is named."""
+
+    def pick(given: dict) -> str:
+        return "paper" if "model" in given else "demo"
+
+    return parse_config(Config, PRESETS, pick, argv, __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 after a UserError, 128 + a signal's number."""
-    pick = lambda given: "paper" if "model" in given else "demo"  # noqa: E731
-    config = parse_config(Config, PRESETS, pick, argv, __doc__)
+    """Run stage 1; returns the exit code: 0, 2 after a UserError, 128 + a signal's number."""
+    config = parse_arguments(argv)
     rank = "0"
     try:
         check(config)

@@ -12,7 +12,7 @@ import tokenizers
 
 from data import UserError
 
-CHUNK = 4096  # texts tokenised per call: bounds the memory of the library's Encoding objects
+CHUNK = 512  # texts tokenised per call: bounds the memory of the library's Encoding objects
 
 
 class Tokenizer:

@@ -187,6 +187,15 @@ def test_scaled_frequencies_equal_those_of_transformers(rope, head_dim):
     torch.testing.assert_close(inverse_frequencies(rope, head_dim), theirs, rtol=1e-6, atol=0)
 
 
+def test_positions_count_from_zero_in_each_sequence(tiny):
+    table = load_llama(tiny).rotary_table([4, 2, 4], torch.empty(10, 32))
+    for rows, trigonometric in zip(table, (math.cos, math.sin)):
+        assert rows.shape == (10, 1, 8)
+        assert torch.equal(rows[:4], rows[6:]) and torch.equal(rows[:2], rows[4:6])
+        by_hand = [trigonometric(3 / 10000 ** (2 * i / 8)) for i in (0, 1, 2, 3, 0, 1, 2, 3)]
+        assert rows[3, 0].tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------
 # Attention
 # ---------------------------------------------------------------------------------------------

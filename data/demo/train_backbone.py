@@ -31,32 +31,17 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from model import Llama, LlamaConfig, find_model, load_llama  # noqa: E402
 from model import read_config, read_json, write_folder  # noqa: E402
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-SHAPE = list(CONFIG)[2:9]  # the keys that have a flag
+SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+          "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+          "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 WARMUP = 20  # steps: AdamW's first ones know little of the gradient's size
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for matrices (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    """Orthogonalised momentum for matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
 
     The step is U V' for a momentum U S V', so that all directions of a matrix learn equally fast.
     """
@@ -182,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     shape = parser.add_argument_group("shape of a new Llama; --from has its own")
-    for key in SHAPE:
-        shape.add_argument("--" + key.replace("_", "-"), type=int, default=CONFIG[key])
+    for key, value in SHAPE.items():
+        shape.add_argument("--" + key.replace("_", "-"), type=int, default=value)
     args = parser.parse_args(argv)
     try:
         run(args)
@@ -219,8 +204,7 @@ def run(args: argparse.Namespace):
               f"{sum(p.numel() for p in llama.parameters()):,} parameters")  # fmt: skip
 
         train(llama, batches(ids, args.batch, args.context, generator), args)
-        tensors = {name: p.detach().bfloat16().contiguous() for name, p in
-                   llama.named_parameters()}  # fmt: skip
+        tensors = {name: p.detach().bfloat16() for name, p in llama.named_parameters()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = read_json(start / "config.json") | {"torch_dtype": "bfloat16"}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

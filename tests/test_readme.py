@@ -1,0 +1,57 @@
+"""The README's commands parse, name files that exist, and its table names functions that exist."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "data" / "demo" / "README.md"]
+
+
+def commands():
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                scripts = [i for i, w in enumerate(words) if w.endswith(".py")]
+                if words and words[0] in ("python", "torchrun") and scripts:
+                    yield pytest.param(words[scripts[0]], words[scripts[0] + 1 :], id=line)
+
+
+@pytest.mark.parametrize("script, arguments", commands())
+def test_commands_parse(script, arguments, capsys):
+    assert (ROOT / script).is_file()
+    module = {"pretrain_ctkd.py": "pretrain_ctkd", "evaluate.py": "evaluate"}.get(script)
+    if module == "pretrain_ctkd" and "--help" not in arguments:
+        stage1 = importlib.import_module(module)
+        config = stage1.parse_arguments(arguments)
+        stage1.check(config)
+    elif module == "evaluate":
+        assert importlib.import_module(module).parse_arguments(arguments).task
+    else:  # the other scripts say in --help which flags they know
+        import subprocess
+        import sys
+
+        text = subprocess.run([sys.executable, str(ROOT / script), "--help"], check=True,
+                              capture_output=True, text=True).stdout  # fmt: skip
+        stage1_help = "--num-texts --steps --text --lr --out --seed --threads"
+        flags = [a for a in arguments if a.startswith("--")]
+        assert all(flag in text or script.startswith("bench/") and flag in stage1_help
+                   for flag in flags)  # fmt: skip
+
+
+def test_paper_table_names_things_that_exist():
+    table = ROOT.joinpath("README.md").read_text().split("## From the paper")[1].split("\n## ")[0]
+    names = re.findall(r"`((?:model|pretrain_ctkd|evaluate)\.[A-Z_a-z.]+)`", table)
+    assert len(names) >= 5
+    for name in names:
+        value = importlib.import_module(name.partition(".")[0])
+        for part in name.split(".")[1:]:
+            value = getattr(value, part)
+
+
+def test_no_placeholder_is_left():
+    assert not [page for page in PAGES if "@@" in page.read_text()]
