@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -72,12 +73,12 @@ def task_file(task: str, data_dir: str | Path | None = None) -> tuple[Path, str]
     if data_dir is not None or repository == "demo":
         embedded = repository == "demo"
         folder = (ROOT / "data/demo" / task if embedded
-                  else Path(data_dir) / repository.rpartition("/")[2])  # fmt: skip
+                  else Path(data_dir) / repository.rpartition("/")[2])
         for name in names:
             if (folder / name).is_file():
                 return folder / name, revision if embedded else "local"
-        raise UserError(f"{folder}: holds none of {', '.join(names)} (task {task}); --data-dir takes "
-                        f"a folder with the hub's layout")  # fmt: skip
+        raise UserError(f"{folder}: holds none of {', '.join(names)} (task {task}); --data-dir "
+                        f"takes a folder with the hub's layout")
     reason = ""
     for name in names:
         try:
@@ -86,7 +87,7 @@ def task_file(task: str, data_dir: str | Path | None = None) -> tuple[Path, str]
         except Exception as error:  # whatever the network, the hub or its client has to say
             reason = reason or f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     raise UserError(f"task {task}: {repository} at {revision[:8]} cannot be fetched ({reason}); "
-                    f"pass a local copy with --data-dir FOLDER")  # fmt: skip
+                    f"pass a local copy with --data-dir FOLDER")
 
 
 def read_rows(path: Path, fields: dict[str, type]) -> list[dict]:
@@ -119,7 +120,7 @@ def evaluate_sts(path: Path, encode: Encode) -> dict:
     cosines = paired_cosine(*sides)
     gold = np.array([row["score"] for row in rows])
     return {"main_score": spearman(cosines, gold), "cosine_spearman": spearman(cosines, gold),
-            "samples": len(rows), "cosines": cosines, "gold": gold}  # fmt: skip
+            "samples": len(rows), "cosines": cosines, "gold": gold}
 
 
 KINDS = {"sts": evaluate_sts}
@@ -165,11 +166,11 @@ def open_model(name: str, method: str | None = None, **options) -> Encoder:
         encoder = load_encoder(name, **options)
         if method not in (None, encoder.config.pooling):
             raise UserError(f"--method {method}: {name} was trained with {encoder.config.pooling}; "
-                            f"leave --method out, or name its base with --model")  # fmt: skip
+                            f"leave --method out, or name its base with --model")
         return encoder
     if method == "memory":
         raise UserError(f"--method memory: {name} is a plain Llama without memory tokens; train an "
-                        f"encoder with pretrain_ctkd.py, or take {', '.join(UNTRAINED)}")  # fmt: skip
+                        f"encoder with pretrain_ctkd.py, or take {', '.join(UNTRAINED)}")
     options.pop("base", None)
     return plain_encoder(name, replace(PLAIN, pooling=method or "weighted-mean"), **options)
 
@@ -184,7 +185,7 @@ def settings_of(encoder: Encoder, name: str) -> dict:
         "history": encoder.history, "dtype": str(encoder.llama.head.dtype),
         "device": str(encoder.llama.head.device), "threads": torch.get_num_threads(),
         "versions": {p: version(p) for p in ("torch", "tokenizers", "numpy", "safetensors")},
-    }  # fmt: skip
+    }
 
 
 def write_result(scores: dict, settings: dict, folder: Path) -> Path:
@@ -206,18 +207,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", nargs="+", choices=list(TASKS), required=True, metavar="TASK",
-                        help="one or more of " + ", ".join(TASKS))  # fmt: skip
+                        help="one or more of " + ", ".join(TASKS))
     parser.add_argument("--model", help="an encoder, a run, a Llama's folder or hub repository, or "
-                        "demo; default: the newest encoder under runs/, else demo")  # fmt: skip
+                        "demo; default: the newest encoder under runs/, else demo")
     parser.add_argument("--method", choices=["memory", *UNTRAINED],
                         help="default: what the encoder was trained with; for a plain Llama "
-                        "weighted-mean")  # fmt: skip
+                        "weighted-mean")
     parser.add_argument("--data-dir", help="folder with the tasks' repositories, hub layout")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--base", help="where an encoder's base model lies now")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
-                        help="default: bfloat16 on cuda, float32 elsewhere")  # fmt: skip
+                        help="default: bfloat16 on cuda, float32 elsewhere")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per forward pass")
     parser.add_argument("--results", default="results", help="folder for the JSON files")
     return parser.parse_args(argv)
@@ -231,16 +232,15 @@ def run(args: argparse.Namespace):
         chosen = "  (the embedded tiny Llama)"
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     encoder = open_model(name, args.method, base=args.base, revision=args.revision,
-                         dtype=getattr(torch, dtype), device=args.device)  # fmt: skip
+                         dtype=getattr(torch, dtype), device=args.device)
+    encode = partial(encoder.encode, batch_tokens=args.batch_tokens, progress=True)
     settings = settings_of(encoder, name)
     print(f"model   {name}{chosen}")
     print(f"method  {settings['method']}, {settings['attention']}, {dtype}\n")
     print(f"{'task':<14}{'samples':>8}{'Spearman x 100':>16}{'seconds':>9}")
     for task in args.task:
         start = time.perf_counter()
-        scores = evaluate_task(
-            task, lambda texts: encoder.encode(texts, args.batch_tokens, progress=True), args.data_dir
-        )
+        scores = evaluate_task(task, encode, args.data_dir)
         scores["seconds"] = round(time.perf_counter() - start, 2)
         score = 100 * scores["main_score"]
         print(f"{task:<14}{scores['samples']:>8}{score:>16.2f}{scores['seconds']:>9.1f}")

@@ -10,7 +10,7 @@ and a checkpointed forward that is recomputed during backward repeats the same c
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -107,7 +107,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str):
         "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
         "target_modules": list(config.targets), "bias": "none", "fan_in_fan_out": False,
         "init_lora_weights": True, "inference_mode": True,
-    }  # fmt: skip
+    }
     (folder / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
 
 
@@ -121,12 +121,15 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         peft = json.loads(config_file.read_text())
         targets = peft["target_modules"]
         config = LoraConfig(
-            int(peft["r"]), peft["lora_alpha"], peft.get("lora_dropout", 0.0),
+            int(peft["r"]), float(peft["lora_alpha"]), float(peft.get("lora_dropout", 0.0)),
             (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        )  # fmt: skip
+        )
+        if config.r < 1:
+            raise ValueError(f"r is {config.r}")
         tensors = load_file(weights_file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a readable LoRA adapter ({error!r}); write it anew")
+        raise UserError(f"{folder}: no readable LoRA adapter in adapter_config.json and "
+                        f"adapter_model.safetensors ({error!r}); write it anew")
     unsupported = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
     for key in unsupported:
         if peft.get(key):
@@ -134,19 +137,14 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     add_lora(model, config)
     slots = {name: getattr(model.get_submodule(module), f"lora_{which}")
              for module in lora_layers(model) for which in "AB"
-             for name in [f"{PEFT_PREFIX}{module}.lora_{which}.weight"]}  # fmt: skip
+             for name in [f"{PEFT_PREFIX}{module}.lora_{which}.weight"]}
     odd = sorted(slots.keys() ^ tensors.keys()) or sorted(
         name for name in slots if slots[name].shape != tensors[name].shape
     )
     if odd:
         raise UserError(f"{weights_file}: {odd[0]} is missing, extra or of another shape; is the "
-                        f"adapter of another base model?")  # fmt: skip
+                        f"adapter of another base model?")
     with torch.no_grad():
         for name, slot in slots.items():
             slot.copy_(tensors[name])
     return config
-
-
-def lora_settings(config: LoraConfig) -> dict:
-    """The configuration as plain JSON values."""
-    return {**asdict(config), "targets": list(config.targets)}

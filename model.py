@@ -31,6 +31,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -87,7 +88,7 @@ def read_config(path: Path) -> LlamaConfig:
         refuse("model_type", "'llama'")
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "'silu'")
-    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+    for key in ("attention_bias", "mlp_bias", "quantization_config", "partial_rotary_factor"):
         if raw.get(key):
             refuse(key, "a model without it")
 
@@ -100,7 +101,9 @@ def read_config(path: Path) -> LlamaConfig:
         return value
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
-    bos = raw.get("bos_token_id")
+    bos, eps = raw.get("bos_token_id"), raw.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, float | int) or eps < 0:
+        raise UserError(f"{path}: rms_norm_eps={eps!r} must be a number, zero or above")
     config = LlamaConfig(
         vocab_size=number("vocab_size"),
         hidden_size=hidden,
@@ -109,7 +112,7 @@ def read_config(path: Path) -> LlamaConfig:
         num_attention_heads=heads,
         num_key_value_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", hidden // heads),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(eps),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         bos_token_id=bos if isinstance(bos, int) else None,
         rope=read_rope(raw, path),
@@ -117,7 +120,7 @@ def read_config(path: Path) -> LlamaConfig:
     if heads % config.num_key_value_heads or config.head_dim % 2:
         raise UserError(f"{path}: num_attention_heads={heads} must be a multiple of "
                         f"num_key_value_heads={config.num_key_value_heads}, and head_dim="
-                        f"{config.head_dim} even")  # fmt: skip
+                        f"{config.head_dim} even")
     return config
 
 
@@ -131,8 +134,10 @@ ROPE_KEYS = {
 def read_rope(raw: dict, path: Path) -> dict:
     """The rotary settings, from the new spelling (rope_parameters) or the old (rope_scaling)."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: rope_parameters (or rope_scaling) is {given!r}, not an object")
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise UserError(f"{path}: rope_type={kind!r} is not supported, only {', '.join(ROPE_KEYS)}")
     theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
     rope = {"rope_type": kind, "rope_theta": theta}
@@ -260,7 +265,7 @@ class Llama(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(blocks),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-        })  # fmt: skip
+        })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -308,9 +313,9 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     """
     if str(name) == "demo":
         return DEMO_LLAMA
-    if Path(name).is_dir():
+    if str(name) and Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise UserError(f"{name}: no such folder, nor a repository's owner/name")
     wanted = {"allow_patterns": ["*.safetensors", "*.json"]}
     skipped = {"ignore_patterns": ["consolidated*", "original/*"]}  # second copies of the weights
@@ -323,10 +328,11 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     except RevisionNotFoundError:
         problem = f"has no revision {revision}", "Give a branch, tag or commit with --revision."
     except Exception as error:  # whatever the network, the disk or the client has to say
-        reason = f"cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        line = str(error).partition("\n")[0][:120]
+        reason = f"cannot be fetched ({type(error).__name__}: {line})"
         problem = reason, "Check the network and HF_ENDPOINT, or whether HF_HUB_OFFLINE is set."
     raise UserError(f"The repository {name} {problem[0]}.\n{problem[1]}\n"
-                    f"Or pass a local folder with config.json, *.safetensors, tokenizer.json.")  # fmt: skip
+                    f"Or pass a local folder with config.json, *.safetensors, tokenizer.json.")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -342,7 +348,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UserError(f"{index}: names the file {name!r}; only plain *.safetensors names "
-                            f"beside it are read")  # fmt: skip
+                            f"beside it are read")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing; fetch the whole model again")
     return [folder / name for name in names]
@@ -371,10 +377,10 @@ def load_llama(
                     shape = tuple(file.get_slice(key).get_shape())
                     if key not in slots or key in seen:
                         raise UserError(f"{path}: has the tensor {key}, which config.json has no "
-                                        f"place for; is it the config of another model?")  # fmt: skip
+                                        f"place for; is it the config of another model?")
                     if shape != tuple(slots[key].shape):
                         raise UserError(f"{path}: {key} has the shape {shape}, config.json says "
-                                        f"{tuple(slots[key].shape)}")  # fmt: skip
+                                        f"{tuple(slots[key].shape)}")
                     seen[key] = file.get_tensor(key).to(device=device, dtype=dtype)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or cut off ({error}); fetch it again")
@@ -417,12 +423,15 @@ class EncoderConfig:
             raise UserError(f"pooling={self.pooling!r}: memory, last, mean or weighted-mean")
         if self.attention not in ("bidirectional", "causal"):
             raise UserError(f"attention={self.attention!r}: bidirectional or causal")
-        if (self.num_memory_tokens < 1) == (self.pooling == "memory"):
-            raise UserError(f"num_memory_tokens={self.num_memory_tokens} with pooling="
-                            f"{self.pooling}: at least 1 for memory, 0 otherwise")  # fmt: skip
+        k, least = self.num_memory_tokens, int(self.pooling == "memory")
+        if k < least or (k and not least):
+            raise UserError(f"num_memory_tokens={k} with pooling={self.pooling}: at least 1 for "
+                            f"memory, 0 otherwise")
+        if "{text}" not in self.template:
+            raise UserError(f"template={self.template!r}: must contain {{text}}")
         if self.max_tokens < self.num_memory_tokens + 2:
             raise UserError(f"max_tokens={self.max_tokens} leaves no room for a text beside BOS "
-                            f"and {self.num_memory_tokens} memory tokens")  # fmt: skip
+                            f"and {self.num_memory_tokens} memory tokens")
 
 
 PLAIN = EncoderConfig(num_memory_tokens=0, pooling="mean", attention="causal")
@@ -547,7 +556,7 @@ def plain_encoder(
     encoder = Encoder(llama, tokenizer, config)
     local = str(name) != "demo" and Path(name).is_dir()
     encoder.base = {"name": str(Path(name).resolve()) if local else str(name),
-                    "revision": revision, "sha256": fingerprint(folder)}  # fmt: skip
+                    "revision": revision, "sha256": fingerprint(folder)}
     return encoder
 
 
@@ -591,7 +600,7 @@ def save_encoder(encoder: Encoder, folder: Path, earlier: Path | None = None):
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
         save_file(tensors, aside / "embeddings.safetensors", metadata={"format": "pt"})
         about = {"format": 1, "base": encoder.base, **asdict(encoder.config),
-                 "history": encoder.history}  # fmt: skip
+                 "history": encoder.history}
         (aside / "encoder.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
@@ -612,22 +621,24 @@ def load_encoder(
     about = read_json(folder / "encoder.json")
     try:
         config = EncoderConfig(**{key: about[key] for key in EncoderConfig.__dataclass_fields__})
-        recorded, stages = about["base"], [stage["stage"] for stage in about["history"]]
+        recorded = {key: about["base"][key] for key in ("name", "revision", "sha256")}
+        stages = [str(stage["stage"]) for stage in about["history"]]
         source = base or recorded["name"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'encoder.json'}: {error!r} is missing or odd; save it anew")
     try:
-        encoder = plain_encoder(source, config, None if base else recorded["revision"], dtype, device)
+        revision = None if base else recorded["revision"]
+        encoder = plain_encoder(source, config, revision, dtype, device)
     except UserError as error:
         raise UserError(f"{folder}: its base model cannot be loaded; name its place with --base.\n"
-                        f"{error}")  # fmt: skip
+                        f"{error}")
     if encoder.base["sha256"] != recorded["sha256"]:
         raise UserError(f"{folder}: was trained on another base than {source} (sha256 "
-                        f"{recorded['sha256'][:12]}..., found {encoder.base['sha256'][:12]}...)")  # fmt: skip
+                        f"{recorded['sha256'][:12]}..., found {encoder.base['sha256'][:12]}...)")
     encoder.history = about["history"]
     for stage in stages:
         lora.merge_lora(encoder.llama)
-        if not re.fullmatch(r"\w+", stage):
+        if not re.fullmatch(r"[a-z]\w*", stage):
             raise UserError(f"{folder / 'encoder.json'}: {stage!r} is no name of a stage")
         encoder.lora_config = lora.load_adapter(encoder.llama, folder / stage)
         encoder.adapters = True
@@ -666,16 +677,25 @@ def merge(encoder: Encoder, folder: str | Path):
     v, k = encoder.llama.config.vocab_size, encoder.config.num_memory_tokens
     dtype = encoder.llama.head.dtype
     tensors = {name.removeprefix("model."): tensor for name, tensor in
-               encoder.llama.state_dict().items() if name != "lm_head.weight"}  # fmt: skip
+               encoder.llama.state_dict().items() if name != "lm_head.weight"}
     tensors["embed_tokens.weight"] = torch.cat((encoder.table, encoder.memory_tokens)).to(dtype)
     config = {**read_json(base / "config.json"), "architectures": ["LlamaModel"]}
+    config.pop("dtype", None)  # the newer name of torch_dtype, which would win over it
     config |= {"vocab_size": v + k, "torch_dtype": str(dtype).removeprefix("torch.")}
-    tokenizer = encoder.tokenizer.backend
-    for i in range(tokenizer.get_vocab_size(), v):  # ids the model has and the tokenizer lacks
-        tokenizer.add_special_tokens([f"<unused_{i}>"])
-    tokenizer.add_special_tokens([f"<memory_{i}>" for i in range(1, k + 1)])
-    fast = {"tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.id_to_token(encoder.tokenizer.bos[0])}  # fmt: skip
+    tokenizer, bos = encoder.tokenizer.backend, encoder.tokenizer.bos
+    # every id of the table gets a token, in order: those that the tokenizer lacks, then the memory
+    new = [f"<unused_{i}>" for i in range(tokenizer.get_vocab_size(), v)]
+    new += [f"<memory_{i}>" for i in range(1, k + 1)]
+    taken = [token for token in new if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens(new)
+    if taken or tokenizer.get_vocab_size() != v + k or tokenizer.id_to_token(v + k - 1) != new[-1]:
+        raise UserError(f"{encoder.tokenizer.file}: its ids have gaps, or it has a token named "
+                        f"{', '.join(taken) or new[-1]} already; rename that token")
+    names = [tokenizer.id_to_token(i) for i in bos]
+    tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], special_tokens=list(zip(names, bos))
+    )
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[0]}
     with write_folder(Path(folder)) as aside:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})

@@ -18,12 +18,10 @@ Letters as in model.py; a continuation has S tokens. Every random choice is a pu
 changes it.
 """
 
-import json
 import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +41,7 @@ from training import (
     Metrics, Ranks, generator, global_batch, learning_rate, load_checkpoint, open_run,
     parse_config, pick_dtype, reduce_gradients, save_checkpoint, setting, start_ranks,
     stop_on_signals,
-)  # fmt: skip
+)
 
 MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
 
@@ -79,7 +77,7 @@ class Config:
     lora_dropout: float = setting(0.05, "before the adapters")
     chunk_rows: int = setting(256, "rows of logits formed at a time")
     dtype: str = setting("auto", "of frozen weights and activations",
-                         ("auto", "bfloat16", "float32", "float64"))  # fmt: skip
+                         ("auto", "bfloat16", "float32", "float64"))
     device: str = setting("auto", "auto, cpu, cuda")
     threads: int = setting(0, "CPU threads a process; 0 = the cores shared among processes")
     seed: int = setting(0, "of order, splits, initialisation and dropout")
@@ -94,7 +92,7 @@ PRESETS = {
         "model": "demo", "text": "demo", "out": "runs/ctkd-demo", "num_texts": 0, "steps": 400,
         "batch_size": 8, "lr": 1e-3, "max_tokens": 256, "save_every": 100,
     },
-}  # fmt: skip
+}
 DEMO_PASSAGES = DEMO_LLAMA.parent / "passages.jsonl.gz"
 
 # ---------------------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ def stage1_loss(
     if config.objective == "ctkd":
         teacher = torch.cat(teacher_states(llama, texts, splits))
         weights = torch.cat([torch.full((len(h),), 1 / len(h), device=device, dtype=torch.float64)
-                             for h in student]) / counts["texts"]  # fmt: skip
+                             for h in student]) / counts["texts"]
         loss = ctkd_loss(torch.cat(student), teacher, weights, llama.head, config.chunk_rows)
     nll_weight = config.nll_weight if config.objective == "ctkd" else 1.0
     if nll_weight:
@@ -243,15 +241,16 @@ def prepare_texts(config: Config, tokenizer: Tokenizer) -> list[np.ndarray]:
                 kept.append(ids[: config.max_tokens - config.memory_tokens])
         if len(kept) >= wanted:
             break
-    dropped |= {f"under {2 * MIN_SIDE} tokens": shorter, f"{max_text_tokens} tokens or more": longer}
+    dropped[f"under {2 * MIN_SIDE} tokens"] = shorter
+    dropped[f"{max_text_tokens} tokens or more"] = longer
     counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none dropped"
     if not kept:
-        raise UserError(f"{config.text}: no text left of {len(texts)} after the filters ({counts}); "
-                        f"change --min-characters or --max-text-tokens")  # fmt: skip
+        raise UserError(f"{config.text}: no text left of {len(texts)} after the filters "
+                        f"({counts}); change --min-characters or --max-text-tokens")
     kept = kept[:wanted]
     if len(kept) < config.batch_size:
         raise UserError(f"--batch-size {config.batch_size} is larger than the {len(kept)} texts of "
-                        f"{config.text} ({counts}); lower it")  # fmt: skip
+                        f"{config.text} ({counts}); lower it")
     return kept
 
 
@@ -279,7 +278,7 @@ def batch_gradient(
     first = step * config.batch_size
     splits = [split_point(config, first + j, len(ids)) for j, ids in enumerate(batch)]
     targets = sum(len(ids) - (len(encoder.tokenizer.bos) if config.objective == "rc" else a)
-                  for ids, a in zip(batch, splits))  # fmt: skip
+                  for ids, a in zip(batch, splits))
     counts = {"texts": len(batch), "tokens": targets, "real_tokens": sum(map(len, batch))}
     losses = torch.zeros(len(batch), dtype=torch.float64)
     for places in micro_batches(config, step, ranks):
@@ -299,7 +298,7 @@ def batch_gradient(
 def new_encoder(config: Config, ranks: Ranks) -> Encoder:
     """The Llama with fresh adapters, memory tokens and (--train-embeddings all) its own table."""
     shape = EncoderConfig(num_memory_tokens=config.memory_tokens, attention=config.attention,
-                          max_tokens=config.max_tokens)  # fmt: skip
+                          max_tokens=config.max_tokens)
     dtype = pick_dtype(config.dtype, ranks.device)
     encoder = plain_encoder(config.model, shape, config.revision or None, dtype, ranks.device)
     random = torch.Generator().manual_seed(config.seed)
@@ -321,7 +320,7 @@ def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ran
     tokens = sum(map(len, corpus))
     print(f"python {platform.python_version()}, torch {torch.__version__}, {ranks.size} process(es)"
           f" on {ranks.device}, {torch.get_num_threads()} thread(s) each, "
-          f"{str(encoder.llama.head.dtype).removeprefix('torch.')}")  # fmt: skip
+          f"{str(encoder.llama.head.dtype).removeprefix('torch.')}")
     print(f"model  {config.model}: {count(frozen)} frozen, {count(trained)} trained; "
           f"K = {config.memory_tokens}, {config.attention}, objective {config.objective}")
     print(f"text   {config.text}: {len(corpus):,} texts, {tokens / len(corpus):.0f} tokens each; "
@@ -373,7 +372,7 @@ def train(config: Config, ranks: Ranks) -> int:
                 seconds, loss = time.perf_counter() - clock, losses.sum().item()
                 speed = counts["real_tokens"] / seconds
                 metrics.write(step=step, loss=loss, learning_rate=rate, grad_norm=norm.item(),
-                              real_tokens=counts["real_tokens"], tokens_per_second=speed)  # fmt: skip
+                              real_tokens=counts["real_tokens"], tokens_per_second=speed)
                 bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {speed:,.0f} tokens/s")
                 bar.update()
                 if done == steps or stop or done % config.save_every == 0:
@@ -393,7 +392,7 @@ def describe_non_finite(config, step, losses, norm, corpus) -> str:
     return (f"step {step}: the loss ({losses.sum().item():.4g}) or the gradient's norm "
             f"({norm.item():.4g}) is not finite; nothing was updated. Texts (from 0, after the "
             f"filters of {config.text}): {', '.join(map(str, bad))}. Lower --lr or use --dtype "
-            f"float32; checkpoints are in {config.out}/checkpoints")  # fmt: skip
+            f"float32; checkpoints are in {config.out}/checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,10 +436,10 @@ def report(config: Config, ranks: Ranks):
         print(f"  untrained, {method:<14}{100 * demo_sts(plain):6.2f}")
     encoder = evaluate.open_model(folder, **{**options, "revision": None})
     print(f"  {config.objective}, {encoder.config.num_memory_tokens} memory tokens"
-          f"{'':<5}{100 * demo_sts(encoder):6.2f}")  # fmt: skip
+          f"{'':<5}{100 * demo_sts(encoder):6.2f}")
     show_continuations(encoder, prepare_texts(config, encoder.tokenizer)[:2])
     print(f"\nthe encoder is in {folder}; next:\n"
-          f"  python evaluate.py --task sts17 --model {folder}")  # fmt: skip
+          f"  python evaluate.py --task sts17 --model {folder}")
 
 
 def demo_sts(encoder: Encoder) -> float:
@@ -453,7 +452,7 @@ def check(config: Config):
     least = {"memory_tokens": 1, "batch_size": 1, "chunk_rows": 1, "lora_r": 1, "save_every": 1,
              "micro_batch": 0, "steps": 0, "num_texts": 0, "min_characters": 0, "threads": 0,
              "max_text_tokens": 0, "lr": 0, "min_lr": 0, "weight_decay": 0, "clip": 0,
-             "nll_weight": 0, "seed": 0, "warmup": 0, "lora_dropout": 0, "timeout": 0}  # fmt: skip
+             "nll_weight": 0, "seed": 0, "warmup": 0, "lora_dropout": 0, "timeout": 0}
     for name, low in least.items():
         if not getattr(config, name) >= low:  # also true for nan
             flag = "--" + name.replace("_", "-")
@@ -463,7 +462,7 @@ def check(config: Config):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be below 1")
     if config.max_tokens < config.memory_tokens + 2 * MIN_SIDE:
         raise UserError(f"--max-tokens {config.max_tokens}: must be at least --memory-tokens + "
-                        f"{2 * MIN_SIDE} = {config.memory_tokens + 2 * MIN_SIDE}")  # fmt: skip
+                        f"{2 * MIN_SIDE} = {config.memory_tokens + 2 * MIN_SIDE}")
 
 
 def parse_arguments(argv: list[str] | None) -> Config:

@@ -50,7 +50,7 @@ def parse_config(config_class, presets: dict, pick_preset, argv: list[str] | Non
         text = f.metadata["help"].replace("%", "%%")
         text += "" if f.default is MISSING or f.type is bool else f" (default {f.default!r})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=text, **kind)  # fmt: skip
+                            help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset") or pick_preset(given)
     return config_class(**{**presets[preset], **given})
@@ -99,8 +99,8 @@ def start_ranks(device: str, threads: int, timeout_minutes: float) -> Ranks:
     gloo on the CPU, nccl on CUDA. threads = 0 shares the cores among the processes of the machine.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, local_size = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", 0),
-                                                                ("LOCAL_WORLD_SIZE", 1)))  # fmt: skip
+    local, local_size = (int(os.environ.get(f"LOCAL_{k}", d)) for k, d in
+                         (("RANK", 0), ("WORLD_SIZE", 1)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -194,13 +194,13 @@ def open_run(config, free: tuple[str, ...]) -> Path | None:
             raise UserError(f"{saved}: missing, nothing to resume; leave --resume out")
         before = read_json(saved)
         changed = [f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in now
-                   if key not in free and before.get(key) != now[key]]  # fmt: skip
+                   if key not in free and before.get(key) != now[key]]
         if changed:
             raise UserError(f"{saved}: --resume with a changed configuration ({'; '.join(changed)})"
-                            f"; give the first run's values, or another --out")  # fmt: skip
+                            f"; give the first run's values, or another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; continue that run with "
-                        f"--resume, or name another folder with --out")  # fmt: skip
+                        f"--resume, or name another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
@@ -218,9 +218,9 @@ def save_checkpoint(out: Path, step: int, trained: dict[str, Tensor], optimizer)
     """Write checkpoints/step-<step>: weights, optimiser moments, the step; keep the last two."""
     with write_folder(out / "checkpoints" / f"step-{step:07d}") as folder:
         save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()},
-                  folder / "weights.safetensors")  # fmt: skip
+                  folder / "weights.safetensors")
         moments = {f"{name}/{key}": value.cpu().contiguous() for name, p in trained.items()
-                   for key, value in optimizer.state[p].items()}  # fmt: skip
+                   for key, value in optimizer.state[p].items()}
         save_file(moments, folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": step}) + "\n")
     for old in sorted((out / "checkpoints").glob("step-*"))[:-2]:
@@ -236,16 +236,16 @@ def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer) -> int:
         step = read_json(folder / "state.json")["step"]
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{folder}: damaged checkpoint ({error}); remove this folder and resume "
-                        f"from the one before")  # fmt: skip
+                        f"from the one before")
     if weights.keys() != trained.keys():
         raise UserError(f"{folder}: holds other tensors than this run trains; remove the folder")
     for name, p in trained.items():
         p.copy_(weights[name])
         state = {key.rpartition("/")[2]: value for key, value in moments.items()
-                 if key.rpartition("/")[0] == name}  # fmt: skip
+                 if key.rpartition("/")[0] == name}
         if state:
             optimizer.state[p] = {key: value.to(p.device) if key != "step" else value
-                                  for key, value in state.items()}  # fmt: skip
+                                  for key, value in state.items()}
     return step
 
 

@@ -33,7 +33,7 @@ def scores_of(model: str, method: str | None, tasks: list[str], data_dir: str | 
 
 
 def bootstrap_gain(trained: list[dict], untrained: dict, draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of (mean over seeds of Spearman) - (the untrained Spearman), samples resampled."""
+    """95 % interval of (mean Spearman over seeds) - (untrained Spearman), samples resampled."""
     random, gold, gains = np.random.default_rng(0), untrained["gold"], []
     for _ in range(draws):
         rows = random.integers(0, len(gold), len(gold))
@@ -61,7 +61,7 @@ def table(untrained: dict, trained: dict, tasks: list[str]) -> str:
         low, high = bootstrap_gain(runs, untrained[best][task])
         gain = np.mean([r["main_score"] for r in runs]) - untrained[best][task]["main_score"]
         lines.append(f"\n{task}: ctkd - {best} = {100 * gain:+.1f}, 95 % interval "
-                     f"[{100 * low:+.1f}, {100 * high:+.1f}]")  # fmt: skip
+                     f"[{100 * low:+.1f}, {100 * high:+.1f}]")
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ def read_texts(source: str) -> list[str]:
         kind = path.name.removesuffix(".gz").rpartition(".")[2]
         if not path.is_file():
             raise UserError(f"{source}: no such file; --text takes a .txt, a .jsonl (both may be "
-                            f".gz) or wikitext103")  # fmt: skip
+                            f".gz) or wikitext103")
         if kind not in ("txt", "jsonl"):
             raise UserError(f"{source}: unknown kind of file; rename it to .txt or .jsonl")
         lines = read_lines(path)
@@ -60,7 +60,7 @@ def read_lines(path: Path) -> Iterator[str]:
                 yield line
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason}); convert it, for "
-                        f"example: iconv -f latin1 -t utf-8")  # fmt: skip
+                        f"example: iconv -f latin1 -t utf-8")
     except (OSError, EOFError) as error:
         raise UserError(f"{path}, after line {number}: cannot be read ({error})")
 
@@ -116,8 +116,8 @@ def download_mirror(first_error: OSError) -> Path:
         return Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
     except Exception as error:  # whatever the network, the hub or its client has to say
         raise UserError(
-            f"wikitext103 cannot be downloaded: {WIKITEXT_URL} ({first_error}); hub data set {repo} "
-            f"({type(error).__name__}). Fetch the zip elsewhere, unpack it and pass "
+            f"wikitext103 cannot be downloaded: {WIKITEXT_URL} ({first_error}); hub data set "
+            f"{repo} ({type(error).__name__}). Fetch the zip elsewhere, unpack it and pass "
             f"--text wiki.train.txt --min-characters 1000 --max-text-tokens 512"
         )
 
@@ -130,7 +130,7 @@ def check_wikitext(path: Path):
         size = path.stat().st_size
         path.unlink()
         raise UserError(f"{path}: {size:,} bytes with sha256 {digest[:12]}..., expected "
-                        f"{WIKITEXT_BYTES:,} and {WIKITEXT_SHA256[:12]}...; removed, run again")  # fmt: skip
+                        f"{WIKITEXT_BYTES:,} and {WIKITEXT_SHA256[:12]}...; removed, run again")
 
 
 def wikitext_lines(path: Path) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Tokenizer:
         largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= vocab_size:
             raise UserError(f"{self.file}: token id {largest} is beyond the model's vocabulary of "
-                            f"{vocab_size}; is it another model's tokenizer?")  # fmt: skip
+                            f"{vocab_size}; is it another model's tokenizer?")
         self.bos = self._find_bos(bos_token_id)
 
     def _find_bos(self, bos_token_id: int | None) -> list[int]:
@@ -47,7 +47,7 @@ class Tokenizer:
                 return full[:start]
         if bos_token_id is None:
             raise UserError(f"{self.file}: its post-processor adds no BOS and config.json names no "
-                            f"bos_token_id; set bos_token_id in config.json")  # fmt: skip
+                            f"bos_token_id; set bos_token_id in config.json")
         return [bos_token_id]
 
     def encode(self, texts: list[str], max_tokens: int | None = None) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ TINY = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+}
 
 
 def write_tokenizer(folder: Path, size: int = 320, template: str | None = "<s> $A"):
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path, size: int = 320, template: str | None = "<s> $
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=alphabet, show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator([TEXT], trainer)
     assert tokenizer.get_vocab_size() == size
     if template:

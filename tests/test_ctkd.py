@@ -38,7 +38,7 @@ def corpus():
     """32 rows of random token ids with BOS, of unequal lengths."""
     random = np.random.default_rng(0)
     return [np.concatenate(([1], random.integers(3, 8192, n))).astype(np.int32)
-            for n in random.integers(20, 70, 32)]  # fmt: skip
+            for n in random.integers(20, 70, 32)]
 
 
 def logits_of(llama, x, causal=True):
@@ -103,7 +103,7 @@ def test_objective_equals_the_plain_loop(encoder, corpus, objective, chunk_rows)
 
 def test_nll_weight_adds_the_token_mean_of_the_cross_entropy(encoder, corpus):
     kl, nll, both = (step_gradient(encoder, corpus, replace(CONFIG, memory_tokens=3, **change))[0]
-                     for change in ({}, {"objective": "nll"}, {"nll_weight": 0.25}))  # fmt: skip
+                     for change in ({}, {"objective": "nll"}, {"nll_weight": 0.25}))
     assert both == pytest.approx(kl + 0.25 * nll, rel=1e-12)
 
 
@@ -149,16 +149,16 @@ def test_ranks_do_not_change_the_gradient(encoder, corpus, tmp_path, processes, 
     """One rank x 8 = two ranks x 4 = three ranks with uneven shares, in micro-batches of 2."""
     (tmp_path / "config.json").write_text(json.dumps(vars(replace(CONFIG, memory_tokens=3))))
     save_file({n: p.data for n, p in encoder.named_parameters() if p.requires_grad},
-              tmp_path / "start.safetensors")  # fmt: skip
+              tmp_path / "start.safetensors")
     save_file({"ids": torch.from_numpy(np.concatenate(corpus)),
                "lengths": torch.tensor([len(c) for c in corpus])},
-              tmp_path / "corpus.safetensors")  # fmt: skip
+              tmp_path / "corpus.safetensors")
     (tmp_path / "program.py").write_text(RANK_PROGRAM)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
          str(processes), str(tmp_path / "program.py"), str(ROOT), str(tmp_path), str(micro_batch)],
         check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     for objective in ("ctkd", "nll", "rc"):
         config = replace(CONFIG, memory_tokens=3, objective=objective)
         _, whole = step_gradient(encoder, corpus, config)

@@ -35,9 +35,10 @@ from model import (
 K = 4
 MEMORY = EncoderConfig(num_memory_tokens=K, max_tokens=64)
 TEXTS = [
-    "A model reads a text.", "", "The quick brown fox jumps over the lazy dog", "x", " ", "ümläut 漢字",
-    "the embedding of the text", "the embedding of the text", "A model reads a text.\n", TEXT,
-]  # fmt: skip
+    "A model reads a text.", "", "The quick brown fox jumps over the lazy dog", "x", " ",
+    "ümläut 漢字", "the embedding of the text", "the embedding of the text",
+    "A model reads a text.\n", TEXT,
+]
 
 
 def randomize(llama, seed):
@@ -48,7 +49,7 @@ def randomize(llama, seed):
         layer.lora_B.data = noise.to(layer.lora_B)
 
 
-def build(folder, config=MEMORY, train_table=True, dtype=torch.float32, stage="ctkd"):
+def build(folder, config=MEMORY, train_table=True, dtype=torch.float32):
     """An encoder as it is after a first stage: random adapters, memory rows and table."""
     encoder = plain_encoder(folder, config, dtype=dtype)
     generator = torch.Generator().manual_seed(11)
@@ -57,7 +58,7 @@ def build(folder, config=MEMORY, train_table=True, dtype=torch.float32, stage="c
         encoder.table.data += 0.1 * torch.randn(encoder.table.shape, generator=generator)
     lora.add_lora(encoder.llama, encoder.lora_config, generator)
     randomize(encoder.llama, 12)
-    encoder.adapters, encoder.history = True, [{"stage": stage}]
+    encoder.adapters, encoder.history = True, [{"stage": "ctkd"}]
     return encoder.eval()
 
 
@@ -75,7 +76,7 @@ def packed(encoder, texts):
 def their_hidden(reference, rows, causal):
     """Last hidden states of transformers for one sequence of input embeddings, under a 4-D mask."""
     n = len(rows)
-    mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1) if causal else torch.zeros(n, n)
+    mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1) * causal
     return reference(inputs_embeds=rows[None], attention_mask=mask[None, None]).last_hidden_state[0]
 
 
@@ -91,7 +92,7 @@ def their_hidden(reference, rows, causal):
     EncoderConfig(0, "mean", max_tokens=64),
     EncoderConfig(0, "last", "causal", max_tokens=64),
     EncoderConfig(0, "weighted-mean", "causal", max_tokens=64),
-], ids=lambda c: f"{c.pooling} {c.attention}")  # fmt: skip
+], ids=lambda c: f"{c.pooling} {c.attention}")
 def test_an_embedding_does_not_depend_on_its_batch_or_place(config, batch_tokens, tiny):
     encoder = build(tiny, config)
     alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
@@ -260,7 +261,7 @@ def test_gradients_reach_memory_rows_table_and_adapters_and_nothing_else(tiny):
     ({"num_memory_tokens": 8, "pooling": "mean"}, "num_memory_tokens=8"),
     ({"num_memory_tokens": -1, "pooling": "mean"}, "num_memory_tokens=-1"),
     ({"max_tokens": 9}, "max_tokens=9"),
-])  # fmt: skip
+])
 def test_a_contradictory_encoder_config_is_refused(settings, fragment):
     with pytest.raises(UserError) as info:
         EncoderConfig(**settings)
@@ -297,16 +298,17 @@ def save(tokenizer, folder):
 
 def like_llama_2(folder, template="<s> $A"):
     """SentencePiece in spirit: a metaspace before the text, byte fallback, `<s>` first."""
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a", "ab"]
+    special, fallback = ["<unk>", "<s>", "</s>"], [f"<0x{i:02X}>" for i in range(256)]
+    vocab = [*special, *fallback, "▁", "a", "b", "▁a", "ab"]
     tokenizer = tokenizers.Tokenizer(models.BPE(
         {token: i for i, token in enumerate(vocab)}, [("▁", "a"), ("a", "b")],
-        unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # fmt: skip
+        unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])  # fmt: skip
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
     )
@@ -400,7 +402,7 @@ def test_truncation_and_padding_stored_in_the_file_have_no_effect(tiny, tmp_path
     (None, "missing"), (b"", "not a tokenizer.json"), (b"{", "not a tokenizer.json"),
     (b"[]", "not a tokenizer.json"), (b'{"model": {"type": "X"}}', "not a tokenizer.json"),
     (b"\xff\xfe", "not a tokenizer.json"),
-], ids=["no file", "empty", "cut off", "a list", "unknown model", "binary"])  # fmt: skip
+], ids=["no file", "empty", "cut off", "a list", "unknown model", "binary"])
 def test_a_bad_tokenizer_file_is_refused_by_name(content, fragment, tiny_copy):
     path = tiny_copy / "tokenizer.json"
     path.unlink() if content is None else path.write_bytes(content)
@@ -424,7 +426,7 @@ def test_ids_beyond_the_vocabulary_of_the_model_are_refused(checkpoint):
 
 @pytest.mark.parametrize("config", [
     MEMORY, EncoderConfig(2, attention="causal", template="q: {text}", max_tokens=40)
-], ids=["paper", "other settings"])  # fmt: skip
+], ids=["paper", "other settings"])
 @pytest.mark.parametrize("train_table", [True, False], ids=["table", "memory rows only"])
 def test_a_saved_encoder_is_loaded_exactly(train_table, config, tiny, tmp_path):
     encoder = build(tiny, config, train_table)
@@ -484,7 +486,7 @@ def test_two_stages_are_the_first_merged_and_the_second_live(two_stages, tiny):
     loaded, base = load_encoder(second), load_file(tiny / "model.safetensors")
     assert loaded.history == [{"stage": "ctkd"}, {"stage": "ucl", "steps": 3}]
     a1, a2 = (load_file(folder / stage / "adapter_model.safetensors")
-              for folder, stage in ((first, "ctkd"), (second, "ucl")))  # fmt: skip
+              for folder, stage in ((first, "ctkd"), (second, "ucl")))
     by_hand = load_llama(tiny)
     for name, weight in by_hand.named_parameters():
         module = "base_model.model." + name.removesuffix(".weight")
@@ -496,7 +498,7 @@ def test_two_stages_are_the_first_merged_and_the_second_live(two_stages, tiny):
             weight += 20 / 4 * a2[f"{module}.lora_B.weight"] @ a2[f"{module}.lora_A.weight"]
     assert set(lora.lora_state(loaded.llama)) == set(a2) and len(a2) == 2 * 2 * 3
     assert not torch.equal(by_hand.model.layers[0].self_attn.k_proj.weight,
-                           base["model.layers.0.self_attn.k_proj.weight"])  # fmt: skip
+                           base["model.layers.0.self_attn.k_proj.weight"])
     texts = loaded.encode(TEXTS)
     loaded.llama = by_hand
     assert np.abs(loaded.encode(TEXTS) - texts).max() <= 1e-5
@@ -563,7 +565,7 @@ BAD_ENCODERS = {
     ),
     "an unknown tensor": (spoil_rows(lambda t: t.update(x=torch.ones(1))), ROWS, "x"),
     "a damaged adapter": (spoil("ctkd/adapter_config.json", r="many"), "ctkd", "many"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage, file, fragment", BAD_ENCODERS.values(), ids=BAD_ENCODERS)
@@ -580,9 +582,9 @@ def test_a_bad_encoder_folder_is_refused_by_name(damage, file, fragment, two_sta
 # ---------------------------------------------------------------------------------------------
 
 
-def embed_with_transformers(folder, texts, k=K, **kinds):
-    """What the README tells a reader of a merged folder to do."""
-    reference = AutoModel.from_pretrained(folder, **{"dtype": torch.float32, **kinds}).eval()
+def embed_with_transformers(folder, texts, k=K):
+    """What a reader of a merged folder has to do."""
+    reference = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     memory = "".join(f"<memory_{i}>" for i in range(1, k + 1))
     rows = []
@@ -590,10 +592,10 @@ def embed_with_transformers(folder, texts, k=K, **kinds):
         ids = tokenizer(text + memory, return_tensors="pt").input_ids
         size, n = reference.config.vocab_size, ids.shape[1]
         assert ids[0, -k:].tolist() == list(range(size - k, size)) and ids[0, 0] == 1
-        mask = torch.zeros(1, 1, n, n, dtype=reference.dtype)
+        mask = torch.zeros(1, 1, n, n)
         with torch.no_grad():
             hidden = reference(ids, attention_mask=mask).last_hidden_state[0]
-        rows.append(hidden[-k:].float().mean(0).numpy())
+        rows.append(hidden[-k:].mean(0).numpy())
     return np.stack(rows)
 
 
@@ -603,7 +605,7 @@ SHORT = TEXTS[:-1]
 @pytest.mark.parametrize("tokens", [300, 320], ids=["fewer ids than rows", "equal ids"])
 @pytest.mark.parametrize("settings", [
     {}, {"tie_word_embeddings": True}, {"head_dim": 12, "shard": "30KB"},
-], ids=["untied", "tied", "sharded, head_dim"])  # fmt: skip
+], ids=["untied", "tied", "sharded, head_dim"])
 def test_a_merged_folder_gives_the_same_embeddings_in_transformers(
     tokens, settings, checkpoint, tmp_path
 ):

@@ -59,7 +59,7 @@ def with_peft(reference, folder, config):
     settings = peft.LoraConfig(
         r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout,
         target_modules=list(config.targets), task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     model = peft.get_peft_model(reference(folder), settings).eval()
     generator = torch.Generator().manual_seed(2)
     for name, weight in model.named_parameters():
@@ -312,7 +312,7 @@ DAMAGES = {
     "modules_to_save": (put("modules_to_save", ["lm_head"]), "modules_to_save=['lm_head']"),
     "rank zero": (put("r", 0), "0"),
     "alpha a word": (put("lora_alpha", "many"), "many"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage, fragment", DAMAGES.values(), ids=DAMAGES)

@@ -64,7 +64,7 @@ def assert_equals_transformers(folder, reference, lengths=LENGTHS):
     pytest.param({"shard": "30KB"}, id="sharded"),
     pytest.param({"rms_norm_eps": 0.5}, id="epsilon of config.json"),
     pytest.param({"num_hidden_layers": 5, "hidden_size": 24, "vocab_size": 77}, id="other sizes"),
-])  # fmt: skip
+])
 def test_a_packed_batch_has_the_logits_of_transformers(settings, tmp_path, reference):
     folder = write_llama(tmp_path, **settings)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == ("shard" in settings)
@@ -72,7 +72,7 @@ def test_a_packed_batch_has_the_logits_of_transformers(settings, tmp_path, refer
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+          "original_max_position_embeddings": 64}
 ROPES = {
     "default, no key at all": {},
     "default, old theta": {"rope_theta": 500.0},
@@ -89,7 +89,7 @@ ROPES = {
         "rope_theta": 500000, "rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 32}
     },
     "llama3, new": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e3, **LLAMA3}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
@@ -110,7 +110,7 @@ def test_a_llama_2_checkpoint_with_inv_freq_tensors_and_a_short_config_loads(tmp
         "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 4,
         "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
         "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": 320,
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
     for i in range(2):
@@ -155,16 +155,16 @@ def test_the_fingerprint_follows_the_weights_and_not_the_config(tiny, tiny_copy)
 # ---------------------------------------------------------------------------------------------
 
 LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-# By the definition: the wavelength is 2 pi / f with f = 500000^(-pair / 64); shorter than
-# 8192 / 4 stays f, longer than 8192 / 1 becomes f / 8, between them a linear blend in 1 / wavelength.
+# By the definition: the wavelength is 2 pi / f with f = 500000^(-pair / 64); shorter than 8192 / 4
+# stays f, longer than 8192 / 1 becomes f / 8, between them a blend linear in 1 / wavelength.
 GOLDEN = [
     (0, 1.0), (1, 8.14617234e-01), (16, 3.76060309e-02), (28, 3.21144599e-03),
     (29, 2.16657076e-03), (31, 8.56751413e-04), (34, 1.78507813e-04),
     (35, 9.55621235e-05), (48, 6.64786987e-06), (63, 3.06892599e-07),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("pair, expected", GOLDEN)
@@ -180,7 +180,7 @@ def test_llama_3_1_frequencies_are_the_ones_computed_by_hand(pair, expected):
     {**LLAMA31, "factor": 32.0},
     {**LLAMA31, "low_freq_factor": 2.0, "high_freq_factor": 3.0, "rope_theta": 1e4},
     {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
-])  # fmt: skip
+])
 def test_scaled_frequencies_equal_those_of_transformers(rope, head_dim):
     config = HFLlamaConfig(head_dim=head_dim, rope_parameters=dict(rope))
     theirs, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device=torch.device("cpu"))
@@ -220,11 +220,11 @@ def slow_attention(q, k, v, lengths, causal):
 def random_qkv(lengths, heads, groups, dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(sum(lengths), n, 6, generator=generator, dtype=torch.float64).to(dtype)
-            for n in (heads, groups, groups)]  # fmt: skip
+            for n in (heads, groups, groups)]
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("lengths", [[1], [6], [3, 3, 5, 1, 5, 5], [2, 9, 2, 7], [4, 4, 4]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [6], [3, 3, 5, 1, 5, 5], [2, 9, 2], [4, 4, 4]], ids=str)
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (3, 1)])
 def test_attention_and_its_gradients_equal_an_explicit_loop(lengths, heads, groups, causal):
     inputs = [t.requires_grad_() for t in random_qkv(lengths, heads, groups)]
@@ -346,7 +346,7 @@ BAD_WEIGHTS = {
     "index names a file that is not there": (
         with_index("model-00002.safetensors"), ["model-00002.safetensors", "missing"]
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage, fragments", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
@@ -369,7 +369,7 @@ BAD_CONFIGS = {
     "num_hidden_layers": 0, "num_attention_heads": -4, "intermediate_size": 48.5,
     "num_key_value_heads": 3, "head_dim": 7, "rms_norm_eps": "small",
     "rope_parameters": "linear",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("key, value", BAD_CONFIGS.items(), ids=BAD_CONFIGS)
@@ -380,7 +380,7 @@ def test_a_value_in_the_config_that_is_not_supported_is_refused_by_name(key, val
 
 
 @pytest.mark.parametrize("key", ["model_type", "vocab_size", "hidden_size", "intermediate_size",
-                                 "num_hidden_layers", "num_attention_heads"])  # fmt: skip
+                                 "num_hidden_layers", "num_attention_heads"])
 def test_a_key_missing_from_the_config_is_named(key, tiny_copy):
     edit_json(tiny_copy / "config.json", drop=[key])
     refused(lambda: load_llama(tiny_copy), str(tiny_copy / "config.json"), key)
@@ -407,7 +407,7 @@ def test_rope_settings_that_are_not_supported_are_named(rope, fragments, key, ti
 @pytest.mark.parametrize("content, fragment", [
     (b"{", "not readable as JSON"), (b"", "not readable as JSON"), (b"\xff\xfe\x00", "JSON"),
     (b"[]", "list"), (b"null", "NoneType"), (None, "missing"),
-], ids=["cut off", "empty", "binary", "a list", "null", "no file"])  # fmt: skip
+], ids=["cut off", "empty", "binary", "a list", "null", "no file"])
 def test_a_config_that_is_no_json_object_is_refused(content, fragment, tiny_copy):
     path = tiny_copy / "config.json"
     path.unlink() if content is None else path.write_bytes(content)
@@ -474,7 +474,7 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(200, json.dumps(about).encode())
         elif listed and path.endswith(f"/tree/{COMMIT}"):
             tree = [{"type": "file", "path": name, "size": len(data), "oid": hash_of(data)}
-                    for name, data in files.items()]  # fmt: skip
+                    for name, data in files.items()]
             self.answer(200, json.dumps(tree).encode())
         elif listed:
             self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
@@ -498,11 +498,11 @@ def probe(home: Path, endpoint: str, *cases, **environment) -> dict:
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environment}  # fmt: skip
+            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environment}
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps(cases)], env=env, text=True, timeout=100,
         capture_output=True, cwd=Path(model.__file__).parent,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -517,11 +517,11 @@ def hub(tiny, tmp_path_factory):
         name: b"not for us"
         for name in ("pytorch_model.bin", "modeling_llama.py", "tokenizer.model", "README.md",
                      "consolidated.safetensors", "original/params.json", "notes.safetensors.bin")
-    }  # fmt: skip
+    }
     threading.Thread(target=server.serve_forever, daemon=True).start()
     cases = [(f"o/{name}", revision, str(home / f"{name}.safetensors")) for name, revision in (
         ("tiny", None), ("tiny", "nowhere"), ("gated", None), ("gated-files", None),
-        ("missing", None), ("down", None))]  # fmt: skip
+        ("missing", None), ("down", None))]
     try:
         endpoint = f"http://127.0.0.1:{server.server_port}"
         results = probe(home / "home", endpoint, *cases)
@@ -539,7 +539,7 @@ def hub(tiny, tmp_path_factory):
     ("o/missing@None", ["o/missing ", "not on the hub", "Check the name"]),
     ("o/tiny@nowhere", ["o/tiny ", "no revision nowhere", "--revision"]),
     ("o/down@None", ["o/down ", "cannot be fetched", "HF_ENDPOINT"]),
-])  # fmt: skip
+])
 def test_what_the_hub_refuses_is_told_with_what_to_do(case, fragments, hub):
     message = hub[0][case]
     assert message.startswith("UserError: The repository")
@@ -551,7 +551,7 @@ def test_a_repository_is_loaded_from_the_hub_tensor_by_tensor(hub, tiny):
     results, _, home = hub
     assert results["o/tiny@None"] == "loaded"
     stored, loaded = (load_file(path) for path in
-                      (tiny / "model.safetensors", home / "tiny.safetensors"))  # fmt: skip
+                      (tiny / "model.safetensors", home / "tiny.safetensors"))
     assert stored.keys() == loaded.keys()
     assert all(torch.equal(stored[name], loaded[name]) for name in stored)
 
@@ -578,5 +578,5 @@ def test_an_unreachable_hub_is_one_clear_error(environment, tmp_path):
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
         results = probe(tmp_path, endpoint, ("o/tiny", None, "unused"), **environment)
     for fragment in ["The repository o/tiny cannot be fetched", "network", "HF_HUB_OFFLINE",
-                     "local folder"]:  # fmt: skip
+                     "local folder"]:
         assert fragment in results["o/tiny@None"]

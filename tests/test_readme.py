@@ -36,11 +36,11 @@ def test_commands_parse(script, arguments, capsys):
         import sys
 
         text = subprocess.run([sys.executable, str(ROOT / script), "--help"], check=True,
-                              capture_output=True, text=True).stdout  # fmt: skip
+                              capture_output=True, text=True).stdout
         stage1_help = "--num-texts --steps --text --lr --out --seed --threads"
         flags = [a for a in arguments if a.startswith("--")]
         assert all(flag in text or script.startswith("bench/") and flag in stage1_help
-                   for flag in flags)  # fmt: skip
+                   for flag in flags)
 
 
 def test_paper_table_names_things_that_exist():

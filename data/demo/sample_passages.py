@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root: run from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root: run by path
 
 from data import UserError  # noqa: E402
 from data.corpora import read_texts  # noqa: E402
@@ -76,8 +76,9 @@ def nucleus(logits: Tensor, temperature: float, top_p: float, generator: torch.G
 
     At most 512 ids are looked at: sorting the whole vocabulary would cost as much as the model.
     """
-    top, ids = (logits / temperature).topk(min(512, logits.shape[-1]))
-    p = (top - torch.logsumexp(logits / temperature, -1, keepdim=True)).exp()
+    logits = logits / temperature
+    top, ids = logits.topk(min(512, logits.shape[-1]))
+    p = (top - logits.logsumexp(-1, keepdim=True)).exp()
     p[p.cumsum(-1) - p >= top_p] = 0.0  # the first id is always kept
     return ids.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
 
@@ -118,7 +119,7 @@ def problem(text: str | None, tokenizer: Tokenizer) -> str | None:
         return "not in Latin letters"
     words = text.split()
     sixes = Counter(zip(*(words[i:] for i in range(6))))
-    if max(sixes.values()) > 3:
+    if max(sixes.values()) > 3 or len(set(words)) < 0.42 * len(words):  # Wikipedia: 0.70
         return "repeats itself"
     return None
 
@@ -180,9 +181,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--llama", default="demo", help="`demo` or the folder of another Llama")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "passages.jsonl.gz")
     parser.add_argument("--check", nargs="+", default=[], metavar="FILE",
-                        help="the text that the Llama was trained on: .txt or .jsonl, also .gz")  # fmt: skip
+                        help="text the Llama was trained on: .txt or .jsonl, also .gz")
     parser.add_argument("--count", type=int, default=4000, help="passages to write")
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--temperature", type=float, default=0.85)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--batch", type=int, default=256, help="passages sampled at a time")
     parser.add_argument("--seed", type=int, default=0)
@@ -202,10 +203,11 @@ def write_passages(args: argparse.Namespace):
         raise UserError("--count, --batch, --threads, --temperature and --top-p must be above zero")
     torch.set_num_threads(args.threads)
     llama = load_llama(args.llama)
-    tokenizer = Tokenizer(find_model(args.llama), llama.config.vocab_size, llama.config.bos_token_id)
+    c = llama.config
+    tokenizer = Tokenizer(find_model(args.llama), c.vocab_size, c.bos_token_id)
     training_text = TrainingText(args.check) if args.check else None
     settings = {"temperature": args.temperature, "top_p": args.top_p,
-                "generator": torch.Generator().manual_seed(args.seed)}  # fmt: skip
+                "generator": torch.Generator().manual_seed(args.seed)}
     length = LENGTHS[-1] - len(tokenizer.bos)
 
     kept, tokens, removed = [], 0, Counter()
@@ -224,14 +226,14 @@ def write_passages(args: argparse.Namespace):
             bar.update(len(kept) - bar.n)
             if sum(removed.values()) > 20 * len(kept) + 1000:
                 raise UserError(f"{args.llama}: not one sample in twenty is readable; train it "
-                                f"longer or lower --temperature")  # fmt: skip
+                                f"longer or lower --temperature")
 
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept)
     args.out.write_bytes(gzip.compress(lines.encode("utf-8"), mtime=0))
     for why in [*sorted(removed.keys() - {COPIED}), *([COPIED] if args.check else [])]:
         print(f"removed {removed[why]:5,}: {why}")
     print(f"wrote {len(kept):,} passages, {tokens / len(kept):.1f} tokens each, to {args.out} "
-          f"({args.out.stat().st_size:,} bytes)")  # fmt: skip
+          f"({args.out.stat().st_size:,} bytes)")
 
 
 if __name__ == "__main__":

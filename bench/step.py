@@ -1,0 +1,632 @@
+"""One CTKD training step, timed side by side: this project and two versions on transformers + peft.
+
+    python bench/step.py --shape 134m --threads 1,2                       CPU, bf16
+    python bench/step.py --shape 7b --device cuda --peak-tflops 989       one H200
+
+A step is forward, backward, clip and AdamW on one batch of random token ids, dropout 0; all
+implementations get the same weights (drawn by parameter name), batches, splits and adapters.
+
+    ours       pretrain_ctkd.batch_gradient, then clip and step as in its loop
+    official   (a) the method as the official code writes it: two copies of the base, eager
+               attention, padding and masks, logits of every token (of the encoder's too), masks,
+               slices and losses in Python loops over the texts
+    good       (b) transformers + peft done well: one copy, adapters switched off for teacher and
+               student, SDPA, padding and masks, the head on the needed rows only, one KL
+
+Each implementation lives in a process of its own, so that its peak memory is its own, and waits on
+its stdin while another one is timed; steps take turns (round, thread count, implementation). The
+first turn of each thread count is warm-up and not counted. The losses of the first step must agree
+to 1e-3, the norms of the gradient to 2 % (fp32: 1e-3), or the run ends with an error.
+
+seconds      median over the counted steps at the thread count at which that median is lowest
+tokens/s     real tokens (texts with BOS, no padding, no memory tokens) of all counted steps by
+             their seconds
+peak         CPU: ru_maxrss of the process, and how far it is above the resident memory after the
+             imports; CUDA: torch.cuda.max_memory_allocated
+utilisation  useful FLOPs by seconds, as a share of the rate of one matrix product (the tokens of a
+             batch through an up_proj) measured in turn with the steps at the same thread count.
+             Useful: 4n a token of encoder (context + K) and student (1 + K + S), 2n a token of the
+             teacher, n = weights of all projections; the head counts for the S + 1 needed rows of a
+             text, 4VD for the student and 2VD for the teacher. Padding, attention scores, adapters
+             and the optimiser are not counted.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lora  # noqa: E402
+import pretrain_ctkd as stage1  # noqa: E402
+from data import UserError  # noqa: E402
+from model import Encoder, EncoderConfig, Llama, LlamaConfig  # noqa: E402
+from training import Ranks, global_batch  # noqa: E402
+
+SHAPES = {  # V, D, intermediate, layers, heads, key-value heads, head_dim
+    "tiny": LlamaConfig(512, 64, 128, 2, 4, 4, 16),
+    "134m": LlamaConfig(32000, 768, 2048, 12, 12, 12, 64),
+    "7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
+}
+SHORTEST, LONGEST = 250, 500  # tokens of a text, BOS counted
+BOS = 1
+GIB = 2**30
+
+# ---------------------------------------------------------------------------------------------
+# What all implementations share: data, weights, counts
+# ---------------------------------------------------------------------------------------------
+
+
+def stage1_config(args) -> stage1.Config:
+    """The paper's settings without dropout, with what the command line changes."""
+    config = replace(stage1.Config(), batch_size=args.batch, lora_dropout=0.0, dtype=args.dtype)
+    return replace(config, device=args.device, seed=args.seed, **json.loads(args.ours))
+
+
+def random_corpus(args) -> list[np.ndarray]:
+    """Enough texts of random ids for the warm-up and all steps."""
+    random = np.random.default_rng(args.seed)
+    lengths = random.integers(SHORTEST, LONGEST + 1, args.batch * (args.steps + 1))
+    vocabulary = SHAPES[args.shape].vocab_size
+    return [np.concatenate(([BOS], random.integers(3, vocabulary, n - 1))).astype(np.int32)
+            for n in lengths]  # fmt: skip
+
+
+def batch_of(config: stage1.Config, corpus: list, step: int) -> tuple[list[np.ndarray], list[int]]:
+    """The texts of a step and their splits, as pretrain_ctkd.batch_gradient chooses them."""
+    chosen = global_batch(config.seed, step, config.batch_size, len(corpus))
+    texts, first = [corpus[i] for i in chosen], step * config.batch_size
+    return texts, [stage1.split_point(config, first + j, len(t)) for j, t in enumerate(texts)]
+
+
+def sizes(c: LlamaConfig) -> tuple[int, int]:
+    """Weights of all projections, and of the head."""
+    attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    mlp = 3 * c.hidden_size * c.intermediate_size
+    return c.num_hidden_layers * (attention + mlp), c.vocab_size * c.hidden_size
+
+
+def useful_flops(c: LlamaConfig, texts: list, splits: list[int], k: int) -> int:
+    """FLOPs of a step as the docstring above counts them."""
+    n, head = sizes(c)
+    total = 0
+    for ids, a in zip(texts, splits):
+        s = len(ids) - a
+        total += n * (4 * (a + k) + 4 * (1 + k + s) + 2 * len(ids)) + head * (4 + 2) * (s + 1)
+    return total
+
+
+@torch.no_grad()
+def draw(name: str, tensor: Tensor, std: float):
+    """Fill a tensor from a generator that depends on its name alone."""
+    random = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
+    tensor.normal_(0.0, std, generator=random)
+
+
+def draw_base(model: nn.Module, layers: int):
+    """The frozen weights: norms 1, all else normal with deviation columns^-1/2.
+
+    As in GPT-2, what adds to the residual stream is smaller by (2 layers)^-1/2; it also keeps the
+    rounding of bf16 from growing with depth.
+    """
+    for name, p in model.requires_grad_(False).named_parameters():
+        if p.dim() == 1:
+            nn.init.ones_(p)
+        else:
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            draw(name, p, p.shape[-1] ** -0.5 * ((2 * layers) ** -0.5 if adds else 1.0))
+
+
+def draw_adapters(model: nn.Module):
+    """A as initialised by the paper's scale, B small but not zero."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            draw(name, p, 0.02 if name.endswith("lora_B") else (3 * p.shape[-1]) ** -0.5)
+
+
+# ---------------------------------------------------------------------------------------------
+# The implementations: `parameters` to train, `gradient(step)` -> loss
+# ---------------------------------------------------------------------------------------------
+
+
+class Ours:
+    imports = ()
+
+    def __init__(self, args):
+        self.config, self.corpus = stage1_config(args), random_corpus(args)
+        self.ranks = Ranks(0, 1, torch.device(args.device))
+        with torch.device("meta"):
+            llama = Llama(SHAPES[args.shape]).to(getattr(torch, args.dtype))
+        draw_base(llama.to_empty(device=args.device), llama.config.num_hidden_layers)
+        tokenizer = SimpleNamespace(bos=[BOS])
+        shape = EncoderConfig(self.config.memory_tokens, max_tokens=self.config.max_tokens)
+        self.encoder = Encoder(llama, tokenizer, shape)
+        adapters = lora.LoraConfig(self.config.lora_r, self.config.lora_alpha, 0.0)
+        lora.add_lora(llama, adapters)
+        draw_adapters(llama)
+        self.encoder.add_memory("normal", train_table=True)
+        draw("memory_tokens", self.encoder.memory_tokens, llama.config.hidden_size**-0.5)
+        self.encoder.adapters = True
+        self.encoder.train()
+        self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
+
+    def gradient(self, step: int) -> Tensor:
+        losses, _ = stage1.batch_gradient(
+            self.encoder, self.corpus, self.config, step, self.ranks
+        )
+        return losses.sum()
+
+
+class Baseline:
+    """What both versions on transformers + peft share; `loss(texts, splits)` is theirs."""
+
+    imports = ("peft", "transformers.models.llama.modeling_llama")
+
+    def __init__(self, args):
+        self.config, self.corpus = stage1_config(args), random_corpus(args)
+        self.k, self.v = self.config.memory_tokens, SHAPES[args.shape].vocab_size
+        self.shape, self.device = SHAPES[args.shape], torch.device(args.device)
+        self.dtype = getattr(torch, args.dtype)
+        self.memory_ids = torch.arange(self.v, self.v + self.k, device=self.device)
+        self.build()
+        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
+
+    def llama(self, attention: str) -> nn.Module:
+        """A frozen LlamaForCausalLM with the shared weights."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")  # fmt: skip
+        config = LlamaConfig(**{name: getattr(self.shape, name) for name in names},
+                             tie_word_embeddings=False, use_cache=False)  # fmt: skip
+        with self.device:
+            model = LlamaForCausalLM._from_config(
+                config, dtype=self.dtype, attn_implementation=attention
+            )
+        draw_base(model, self.shape.num_hidden_layers)
+        return model.train()
+
+    def add_adapters(self, model: nn.Module) -> nn.Module:
+        """fp32 adapters through peft, with the shared values.
+
+        peft would cast a layer's whole input up to fp32; with that off, autocast casts the small
+        matrices down instead, which is faster.
+        """
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        targets = list(lora.LoraConfig().targets)
+        model = get_peft_model(model, LoraConfig(
+            r=self.config.lora_r, lora_alpha=self.config.lora_alpha, lora_dropout=0.0,
+            target_modules=targets,
+        ))  # fmt: skip
+        draw_adapters(model)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
+        return model
+
+    def encoder_table(self, table: Tensor) -> nn.Parameter:
+        """The encoder's trainable fp32 table (V + K, D)."""
+        memory = torch.empty(self.k, table.shape[1], device=self.device)
+        draw("memory_tokens", memory, table.shape[1] ** -0.5)
+        return nn.Parameter(torch.cat((table.float(), memory)))
+
+    def gradient(self, step: int) -> Tensor:
+        texts, splits = batch_of(self.config, self.corpus, step)
+        texts = [torch.from_numpy(ids).to(self.device, torch.int64) for ids in texts]
+        mixed = self.dtype is torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            loss = self.loss(texts, splits)
+        loss.backward()
+        return loss.detach()
+
+
+class Official(Baseline):
+    """(a) two copies, eager, padded, whole logits, loops over texts."""
+
+    def build(self):
+        self.decoder = self.llama("eager")
+        model = self.llama("eager")
+        model.resize_token_embeddings(self.v + self.k, mean_resizing=False)
+        self.encoder = self.add_adapters(model)
+        self.table = model.get_input_embeddings()
+        self.table.weight = self.encoder_table(self.decoder.get_input_embeddings().weight)
+        self.modules = nn.ModuleList([self.decoder, self.encoder])
+
+    def memory(self, texts: list[Tensor], splits: list[int]) -> list[Tensor]:
+        """f_theta: per text its K memory states."""
+        n, longest = len(texts), max(splits) + self.k
+        ids = torch.zeros(n, longest, dtype=torch.int64, device=self.device)
+        mask = torch.full((n, 1, longest, longest), torch.finfo(self.dtype).min,
+                          dtype=self.dtype, device=self.device)  # fmt: skip
+        for i, (text, a) in enumerate(zip(texts, splits)):
+            ids[i, :a], ids[i, a : a + self.k] = text[:a], self.memory_ids
+            mask[i, :, :, : a + self.k] = 0
+        x = self.table(ids).to(self.dtype)
+        output = self.encoder(inputs_embeds=x, attention_mask=mask, output_hidden_states=True)
+        return [output.hidden_states[-1][i, a : a + self.k] for i, a in enumerate(splits)]
+
+    def student(self, texts: list[Tensor], splits: list[int], memory: list[Tensor]) -> Tensor:
+        """g_phi after the memory states: logits (N, 1 + K + longest S, V)."""
+        embed, rows = self.decoder.get_input_embeddings(), []
+        for text, a, states in zip(texts, splits, memory):
+            rows.append(torch.cat((embed(text[:1]), states, embed(text[a:]))))
+        longest = max(len(row) for row in rows)
+        mask = torch.zeros(len(rows), longest, dtype=torch.int64, device=self.device)
+        for i, row in enumerate(rows):
+            mask[i, : len(row)] = 1
+            rows[i] = F.pad(row, (0, 0, 0, longest - len(row)))
+        return self.decoder(inputs_embeds=torch.stack(rows), attention_mask=mask).logits
+
+    @torch.no_grad()
+    def teacher(self, texts: list[Tensor]) -> Tensor:
+        """g_phi on the whole texts: logits (N, longest text, V)."""
+        longest = max(map(len, texts))
+        ids = torch.zeros(len(texts), longest, dtype=torch.int64, device=self.device)
+        mask = torch.zeros_like(ids)
+        for i, text in enumerate(texts):
+            ids[i, : len(text)], mask[i, : len(text)] = text, 1
+        return self.decoder(input_ids=ids, attention_mask=mask).logits
+
+    def loss(self, texts: list[Tensor], splits: list[int]) -> Tensor:
+        student = self.student(texts, splits, self.memory(texts, splits))
+        teacher = self.teacher(texts)
+        total = 0.0
+        for i, (text, a) in enumerate(zip(texts, splits)):
+            rows = len(text) - a + 1
+            student_log = F.log_softmax(student[i, self.k : self.k + rows].float(), dim=-1)
+            teacher_log = F.log_softmax(teacher[i, a - 1 : len(text)].float(), dim=-1)
+            kl = F.kl_div(student_log, teacher_log, reduction="none", log_target=True)
+            total = total + kl.sum(-1).mean()
+        return total / len(texts)
+
+
+class Good(Baseline):
+    """(b) one copy, SDPA, padded, the head on needed rows, one KL in fp32."""
+
+    def build(self):
+        model = self.llama("sdpa")
+        self.peft = self.add_adapters(model)
+        self.llama_model, self.head = model.model, model.lm_head.weight
+        self.embed = model.get_input_embeddings()
+        self.table = nn.Embedding(1, 1)
+        self.table.weight = self.encoder_table(self.embed.weight)
+        self.modules = nn.ModuleList([self.peft, self.table])
+
+    def hidden(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.llama_model(inputs_embeds=x, attention_mask=mask).last_hidden_state
+
+    def within(self, lengths: Tensor) -> Tensor:
+        """(N, longest) booleans: the place lies within the text."""
+        return torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
+
+    def loss(self, texts: list[Tensor], splits: list[int]) -> Tensor:
+        pad = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True)  # noqa: E731
+        n, k = len(texts), self.k
+        a, length = (torch.tensor(t, device=self.device) for t in (splits, [*map(len, texts)]))
+
+        encoder_ids = pad([torch.cat((ids[:s], self.memory_ids)) for ids, s in zip(texts, splits)])
+        mask = self.within(a + k)[:, None, None].expand(-1, 1, encoder_ids.shape[1], -1)
+        states = self.hidden(self.table(encoder_ids).to(self.dtype), mask)
+        places = a[:, None] + torch.arange(k, device=self.device)
+        memory = states[torch.arange(n, device=self.device)[:, None], places]
+
+        with self.peft.disable_adapter():
+            text = self.embed(pad([ids[s:] for ids, s in zip(texts, splits)]))
+            bos = self.embed(torch.full((n, 1), BOS, device=self.device))
+            inside = self.within(length - a + k + 1)
+            student = self.hidden(torch.cat((bos, memory, text), dim=1), inside)[:, k:]
+            student = student[inside[:, k:]]  # (rows, D), S + 1 of each text
+            with torch.no_grad():
+                inside = self.within(length)
+                teacher = self.hidden(self.embed(pad(texts)), inside)
+                needed = torch.arange(inside.shape[1], device=self.device) >= a[:, None] - 1
+                teacher_log = F.linear(teacher[inside & needed], self.head).float().log_softmax(-1)
+        student_log = F.linear(student, self.head).float().log_softmax(-1)
+        kl = F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
+        rows = length - a + 1
+        return (kl / rows.repeat_interleave(rows)).sum() / n
+
+
+class MatrixProduct:
+    """Not an implementation: the rate of tokens (T, D) through an up_proj, in FLOP/s."""
+
+    imports = ()
+
+    def __init__(self, args):
+        c, tokens = SHAPES[args.shape], args.batch * (SHORTEST + LONGEST) // 2
+        options = {"dtype": getattr(torch, args.dtype), "device": args.device}
+        self.x = torch.randn(tokens, c.hidden_size, **options)
+        self.weight = torch.randn(c.intermediate_size, c.hidden_size, **options)
+        self.device = args.device
+
+    def measure(self, step: int) -> dict:
+        flops, calls = 2 * self.x.numel() * len(self.weight), 4
+        while True:  # until the calls take long enough for the clock
+            F.linear(self.x, self.weight)
+            clock = now(self.device)
+            for _ in range(calls):
+                F.linear(self.x, self.weight)
+            seconds = now(self.device) - clock
+            if seconds > 0.3:
+                return {"flops_per_second": flops * calls / seconds}
+            calls *= 2
+
+
+IMPLEMENTATIONS = {"ours": Ours, "official": Official, "good": Good}
+
+# ---------------------------------------------------------------------------------------------
+# A worker: one implementation in a process of its own, which answers a line with a line
+# ---------------------------------------------------------------------------------------------
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(device: str) -> int:
+    """The highest memory of this process so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Step:
+    """Gradient, clip and AdamW of one implementation."""
+
+    def __init__(self, implementation, args):
+        self.implementation, self.args = implementation, args
+        config = implementation.config
+        self.parameters, self.clip = implementation.parameters, config.clip
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.lr, weight_decay=config.weight_decay
+        )
+
+    def run(self, step: int) -> tuple[float, float]:
+        loss = self.implementation.gradient(step)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        loss, norm = loss.item(), norm.item()  # as the loop, which looks before it updates
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def measure(self, step: int) -> dict:
+        if self.args.share_device:
+            self.run(step)  # untimed: fills the allocator's cache again
+        clock = now(self.args.device)
+        loss, norm = self.run(step)
+        seconds = now(self.args.device) - clock
+        if self.args.share_device:
+            torch.cuda.empty_cache()
+        peak = peak_bytes(self.args.device)
+        return {"seconds": seconds, "loss": loss, "norm": norm, "peak_bytes": peak}
+
+
+def worker(args):
+    """Build one implementation, then answer each line `step I THREADS` with a line of JSON."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    kind = {**IMPLEMENTATIONS, "product": MatrixProduct}[args.worker]
+    for module in kind.imports:
+        importlib.import_module(module)
+    cuda = args.device.startswith("cuda")
+    ready = {"imported_bytes": 0 if cuda else psutil.Process().memory_info().rss}
+    measured = kind(args)
+    if args.worker in IMPLEMENTATIONS:
+        ready["trained"] = sum(p.numel() for p in measured.parameters)
+        measured = Step(measured, args)
+    ready |= {"built_peak_bytes": peak_bytes(args.device),
+              "device": torch.cuda.get_device_name() if cuda else cpu_name()}  # fmt: skip
+    print(json.dumps(ready), file=answers, flush=True)
+    for line in sys.stdin:
+        _, step, threads = line.split()
+        torch.set_num_threads(int(threads))
+        print(json.dumps(measured.measure(int(step))), file=answers, flush=True)
+
+
+def cpu_name() -> str:
+    """The processor, as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+# ---------------------------------------------------------------------------------------------
+# The parent: turns, check, table
+# ---------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """The parent's end of a worker process."""
+
+    def __init__(self, name: str, args):
+        self.name = name
+        settings = json.dumps({**vars(args), "worker": name})
+        self.process = subprocess.Popen([sys.executable, __file__, "--worker", settings], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self.ready = self.answer()
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise UserError(f"the worker {self.name!r} ended with code {code}; its last words are "
+                            f"above (killed: too little memory, see --implementations)")  # fmt: skip
+        return json.loads(line)
+
+    def ask(self, step: int, threads: int) -> dict:
+        self.process.stdin.write(f"step {step} {threads}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def check_agreement(first: dict[str, dict], dtype: str):
+    """UserError unless the first step's losses and gradient norms are those of the first named."""
+    (reference, expected), *others = first.items()
+    tolerances = {"loss": 1e-3, "norm": 2e-2 if dtype == "bfloat16" else 1e-3}
+    print(f"first step, {reference}: loss {expected['loss']:.7g}, norm {expected['norm']:.7g}")
+    for name, found in others:
+        for key, tolerance in tolerances.items():
+            off = abs(found[key] / expected[key] - 1)
+            print(f"first step, {name}: {key} {found[key]:.7g}, off by {off:.1e}")
+            if not off <= tolerance:  # also true for nan
+                raise UserError(f"{name}: {key} {found[key]} is not that of {reference}, "
+                                f"{expected[key]}: they do not compute the same")  # fmt: skip
+
+
+def take_turns(workers: dict[str, Worker], args) -> dict[str, dict[int, list[dict]]]:
+    """name -> threads -> answers in the order of the steps; the first of each list is warm-up."""
+    answers = {name: {t: [] for t in args.threads} for name in workers}
+    for step in range(args.steps + 1):
+        for i, threads in enumerate(args.threads):
+            for name, process in workers.items():
+                answers[name][threads].append(process.ask(step, threads))
+            if step == i == 0:
+                first = {name: answers[name][threads][0] for name in workers if name != "product"}
+                check_agreement(first, args.dtype)
+        print(f"round {step} of {args.steps} done", file=sys.stderr)
+    return answers
+
+
+def summarise(answers: dict, args, ready: dict, steps: list[dict]) -> dict[str, dict]:
+    """name -> the numbers of its row, at its best thread count; `steps`: tokens and FLOPs."""
+    rates = {threads: median(a["flops_per_second"] for a in turns[1:])
+             for threads, turns in answers["product"].items()}  # fmt: skip
+    summary = {"product": {"flops_per_second": rates}}
+    for name in args.implementations:
+        seconds = {t: [a["seconds"] for a in turns[1:]] for t, turns in answers[name].items()}
+        best = min(seconds, key=lambda t: median(seconds[t]))
+        total, peak = sum(seconds[best]), max(t[-1]["peak_bytes"] for t in answers[name].values())
+        summary[name] = {
+            "threads": best, "seconds": median(seconds[best]),
+            "lowest": min(seconds[best]), "highest": max(seconds[best]),
+            "median_by_threads": {t: median(s) for t, s in seconds.items()},
+            "tokens_per_second": sum(s["real_tokens"] for s in steps[1:]) / total,
+            "peak_gib": peak / GIB, "above_imports_gib": (peak - ready[name]["imported_bytes"]) / GIB,
+            "loss": answers[name][args.threads[0]][0]["loss"],
+            "flops_per_second": (achieved := sum(s["flops"] for s in steps[1:]) / total),
+            "utilisation": achieved / rates[best],
+        }  # fmt: skip
+    return summary
+
+
+def print_table(summary: dict, args):
+    """One Markdown table."""
+    reference = args.implementations[0]
+    last = f" | of {args.peak_tflops:g} TFLOP/s |" if args.peak_tflops else " |"
+    print(f"\n| implementation | threads | s/step, median (min-max) | real tokens/s | time / "
+          f"{reference} | peak GiB (above imports) | first loss | utilisation{last}")  # fmt: skip
+    print("|---|" + "---:|" * (8 if args.peak_tflops else 7))
+    for name in args.implementations:
+        row = summary[name]
+        cells = [name, str(row["threads"]),
+                 f"{row['seconds']:.4g} ({row['lowest']:.4g}-{row['highest']:.4g})",
+                 f"{row['tokens_per_second']:,.0f}",
+                 f"{row['seconds'] / summary[reference]['seconds']:.2f}",
+                 f"{row['peak_gib']:.2f} ({row['above_imports_gib']:.2f})",
+                 f"{row['loss']:.5f}", f"{row['utilisation']:.1%}"]  # fmt: skip
+        if args.peak_tflops:
+            cells.append(f"{row['flops_per_second'] / args.peak_tflops / 1e12:.1%}")
+        print(f"| {' | '.join(cells)} |")
+
+
+def bench(args):
+    """Start the workers, let them take turns, print the table and write the JSON."""
+    config, shape = stage1_config(args), SHAPES[args.shape]
+    n, head = sizes(shape)
+    versions = {p: version(p) for p in ("torch", "transformers", "peft")}
+    workers, load = {}, os.getloadavg()
+    try:
+        for name in [*args.implementations, "product"]:
+            workers[name] = Worker(name, args)
+        ready = {name: process.ready for name, process in workers.items()}
+        device = ready["product"]["device"]
+        trained = ready[args.implementations[0]]["trained"]
+        print(f"{device}, {args.dtype}, threads {args.threads}, load {load[0]:.1f}, {versions}\n"
+              f"{args.shape}: {(n + 2 * head) / 1e6:.2f} M weights (projections {n / 1e6:.2f} M, "
+              f"head and table {head / 1e6:.2f} M each), {trained / 1e6:.2f} M trained; batch "
+              f"{args.batch}, {SHORTEST}-{LONGEST} tokens a text")  # fmt: skip
+        answers = take_turns(workers, args)
+    finally:
+        for process in workers.values():
+            process.close()
+    batches = [batch_of(config, random_corpus(args), step) for step in range(args.steps + 1)]
+    steps = [{"real_tokens": sum(map(len, texts)),
+              "flops": useful_flops(shape, texts, splits, config.memory_tokens)}
+             for texts, splits in batches]  # fmt: skip
+    summary = summarise(answers, args, ready, steps)
+    for threads, rate in summary["product"]["flops_per_second"].items():
+        print(f"matrix product, {args.dtype}, {threads} thread(s): {rate / 1e9:,.1f} GFLOP/s")
+    print_table(summary, args)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"arguments": vars(args), "device": device, "python": platform.python_version(),
+             **versions, "load_before": load, "load_after": os.getloadavg()}  # fmt: skip
+    content = {**about, "summary": summary, "steps": steps, "ready": ready, "answers": answers}
+    out.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nwritten to {out}")
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    if sys.argv[1:2] == ["--worker"]:
+        worker(SimpleNamespace(**json.loads(sys.argv[2])))
+        return 0
+    split = lambda text: text.split(",")  # noqa: E731
+    counts = lambda text: [int(t) for t in text.split(",")]  # noqa: E731
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="134m")
+    parser.add_argument("--batch", type=int, default=4, help="texts a step")
+    parser.add_argument("--steps", type=int, default=5, help="counted steps of each")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--threads", type=counts, default=[1, 2], help="CPU thread counts: 1,2")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--implementations", type=split, default=list(IMPLEMENTATIONS),
+                        help="which, the first is the reference")  # fmt: skip
+    parser.add_argument("--ours", default="{}", metavar="JSON",
+                        help='settings of pretrain_ctkd, for example {"chunk_rows": 1024}')  # fmt: skip
+    parser.add_argument("--share-device", action="store_true", help="CUDA: give cached memory back "
+                        "between turns, with an untimed step before each timed one")  # fmt: skip
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the datasheet")
+    parser.add_argument("--out", default="bench/results/step.json")
+    args = parser.parse_args()
+    try:
+        bench(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
