@@ -195,8 +195,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
     """Softmax attention within each sequence of a packed row; causal or bidirectional by a boolean.
 
     q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). Neighbours of equal length
-    share one call of the fused kernel.
+    share one call of the fused kernel. On the CPU bf16 is computed in fp32: the bf16 kernel compiles
+    code for each new length, which costs more than it saves (bench/NOTES.md).
     """
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype == torch.bfloat16:
+        q, k, v = q.float(), k.float(), v.float()
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     runs = [(length, len(list(same))) for length, same in groupby(lengths)]
@@ -206,7 +210,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
         batch = [t.unflatten(0, (count, length)).transpose(1, 2) for t in run]
         out = F.scaled_dot_product_attention(*batch, dropout_p=dropout, is_causal=causal)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(dtype)
 
 
 class Attention(nn.Module):

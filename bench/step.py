@@ -19,16 +19,18 @@ first turn of each thread count is warm-up and not counted. The losses of the fi
 to 1e-3, the norms of the gradient to 2 % (fp32: 1e-3), or the run ends with an error.
 
 seconds      median over the counted steps at the thread count at which that median is lowest
-tokens/s     real tokens (texts with BOS, no padding, no memory tokens) of all counted steps by
-             their seconds
+tokens/s     median of real tokens (texts with BOS, no padding, no memory tokens) by seconds
 peak         CPU: ru_maxrss of the process, and how far it is above the resident memory after the
              imports; CUDA: torch.cuda.max_memory_allocated
-utilisation  useful FLOPs by seconds, as a share of the rate of one matrix product (the tokens of a
-             batch through an up_proj) measured in turn with the steps at the same thread count.
-             Useful: 4n a token of encoder (context + K) and student (1 + K + S), 2n a token of the
-             teacher, n = weights of all projections; the head counts for the S + 1 needed rows of a
-             text, 4VD for the student and 2VD for the teacher. Padding, attention scores, adapters
-             and the optimiser are not counted.
+utilisation  median of useful FLOPs by seconds, as a share of the rate of one matrix product (a
+             batch's tokens through an up_proj) that takes turns with the steps, at the same number
+             of threads. Useful: 4n a token of encoder (context + K) and student (1 + K + S), 2n a
+             token of the teacher, n = weights of all projections; the head counts for the S + 1
+             needed rows of a text, 4VD for the student and 2VD for the teacher. Padding, attention
+             scores, adapters and the optimiser are not counted.
+
+bf16 on the CPU: torch and oneDNN compile kernels for every new length, which costs all three time
+and up to 1 GiB; ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 saves about 0.4 GiB of it.
 """
 
 import argparse
@@ -41,7 +43,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -135,7 +137,7 @@ def draw_base(model: nn.Module, layers: int):
 
 
 def draw_adapters(model: nn.Module):
-    """A as initialised by the paper's scale, B small but not zero."""
+    """A with the deviation of LoRA's usual initialisation, B small but not zero."""
     for name, p in model.named_parameters():
         if "lora_" in name:
             name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
@@ -169,10 +171,8 @@ class Ours:
         self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
 
     def gradient(self, step: int) -> Tensor:
-        losses, _ = stage1.batch_gradient(
-            self.encoder, self.corpus, self.config, step, self.ranks
-        )
-        return losses.sum()
+        inputs = self.encoder, self.corpus, self.config, step, self.ranks
+        return stage1.batch_gradient(*inputs)[0].sum()
 
 
 class Baseline:
@@ -193,10 +193,8 @@ class Baseline:
         """A frozen LlamaForCausalLM with the shared weights."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")  # fmt: skip
-        config = LlamaConfig(**{name: getattr(self.shape, name) for name in names},
-                             tie_word_embeddings=False, use_cache=False)  # fmt: skip
+        same = {name: value for name, value in asdict(self.shape).items() if name != "rope"}
+        config = LlamaConfig(**same, use_cache=False)
         with self.device:
             model = LlamaForCausalLM._from_config(
                 config, dtype=self.dtype, attn_implementation=attention
@@ -213,11 +211,11 @@ class Baseline:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        targets = list(lora.LoraConfig().targets)
-        model = get_peft_model(model, LoraConfig(
+        settings = LoraConfig(
             r=self.config.lora_r, lora_alpha=self.config.lora_alpha, lora_dropout=0.0,
-            target_modules=targets,
-        ))  # fmt: skip
+            target_modules=list(lora.LoraConfig().targets),
+        )  # fmt: skip
+        model = get_peft_model(model, settings)
         draw_adapters(model)
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
@@ -360,16 +358,13 @@ class MatrixProduct:
         self.device = args.device
 
     def measure(self, step: int) -> dict:
-        flops, calls = 2 * self.x.numel() * len(self.weight), 4
-        while True:  # until the calls take long enough for the clock
-            F.linear(self.x, self.weight)
-            clock = now(self.device)
-            for _ in range(calls):
+        F.linear(self.x, self.weight)
+        clock, calls, seconds = now(self.device), 0, 0.0
+        while seconds < 0.3:
+            for _ in range(16):
                 F.linear(self.x, self.weight)
-            seconds = now(self.device) - clock
-            if seconds > 0.3:
-                return {"flops_per_second": flops * calls / seconds}
-            calls *= 2
+            calls, seconds = calls + 16, now(self.device) - clock
+        return {"flops_per_second": 2 * self.x.numel() * len(self.weight) * calls / seconds}
 
 
 IMPLEMENTATIONS = {"ours": Ours, "official": Official, "good": Good}
@@ -465,16 +460,19 @@ class Worker:
     def __init__(self, name: str, args):
         self.name = name
         settings = json.dumps({**vars(args), "worker": name})
-        self.process = subprocess.Popen([sys.executable, __file__, "--worker", settings], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        quiet = {"PYTHONWARNINGS": "ignore::FutureWarning", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", settings], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **quiet},
+        )  # fmt: skip
         self.ready = self.answer()
 
     def answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            raise UserError(f"the worker {self.name!r} ended with code {code}; its last words are "
-                            f"above (killed: too little memory, see --implementations)")  # fmt: skip
+            raise UserError(f"the worker {self.name!r} ended with code {code}, see above; -9 means "
+                            f"too little memory: name fewer --implementations")  # fmt: skip
         return json.loads(line)
 
     def ask(self, step: int, threads: int) -> dict:
@@ -523,16 +521,18 @@ def summarise(answers: dict, args, ready: dict, steps: list[dict]) -> dict[str, 
     for name in args.implementations:
         seconds = {t: [a["seconds"] for a in turns[1:]] for t, turns in answers[name].items()}
         best = min(seconds, key=lambda t: median(seconds[t]))
-        total, peak = sum(seconds[best]), max(t[-1]["peak_bytes"] for t in answers[name].values())
+        speed = {key: median(s[key] / t for s, t in zip(steps[1:], seconds[best]))
+                 for key in ("real_tokens", "flops")}  # fmt: skip
+        peak = max(turns[-1]["peak_bytes"] for turns in answers[name].values())
         summary[name] = {
             "threads": best, "seconds": median(seconds[best]),
             "lowest": min(seconds[best]), "highest": max(seconds[best]),
             "median_by_threads": {t: median(s) for t, s in seconds.items()},
-            "tokens_per_second": sum(s["real_tokens"] for s in steps[1:]) / total,
-            "peak_gib": peak / GIB, "above_imports_gib": (peak - ready[name]["imported_bytes"]) / GIB,
+            "tokens_per_second": speed["real_tokens"], "flops_per_second": speed["flops"],
+            "peak_gib": peak / GIB,
+            "above_imports_gib": (peak - ready[name]["imported_bytes"]) / GIB,
             "loss": answers[name][args.threads[0]][0]["loss"],
-            "flops_per_second": (achieved := sum(s["flops"] for s in steps[1:]) / total),
-            "utilisation": achieved / rates[best],
+            "utilisation": speed["flops"] / rates[best],
         }  # fmt: skip
     return summary
 
@@ -614,7 +614,7 @@ def main() -> int:
     parser.add_argument("--implementations", type=split, default=list(IMPLEMENTATIONS),
                         help="which, the first is the reference")  # fmt: skip
     parser.add_argument("--ours", default="{}", metavar="JSON",
-                        help='settings of pretrain_ctkd, for example {"chunk_rows": 1024}')  # fmt: skip
+                        help='settings of pretrain_ctkd: {"chunk_rows": 1024}')  # fmt: skip
     parser.add_argument("--share-device", action="store_true", help="CUDA: give cached memory back "
                         "between turns, with an untimed step before each timed one")  # fmt: skip
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the datasheet")

@@ -40,7 +40,7 @@ ROWS = b'{"text": "one"}\n{"text": "t\\u00f6w"}\n'
     ("two-gzips-in-a-row.txt", gzip.compress(b"one\n") + gzip.compress("töw\n".encode())),
     ("with.dots.and spaces.txt", "one\r\ntöw\r\n".encode()),
     ("blank-lines.txt", "\n  one\t\n \n\ntöw  ".encode()),
-    ("blank-lines.jsonl", b'\n{"text": " one\\n"}\n  \n{"id": 1, "text": "t\xc3\xb6w"}\n{"text": " "}'),
+    ("blank-lines.jsonl", b'\n{"id": 1, "text": " one\\n"}\n  \n{"text": " "}\n' + ROWS[16:]),
 ])  # fmt: skip
 def test_texts_are_read_stripped_and_in_order(name, content, tmp_path):
     path = tmp_path / name
@@ -97,6 +97,7 @@ def test_a_missing_file_is_told_with_what_text_takes(name, tmp_path):
         read_texts(path)
 
 
+@pytest.mark.xfail(strict=True, reason="bug: text is decoded by 8 KiB, the line is too early")
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("good", [0, 5, 3000])
 def test_the_line_that_is_not_utf8_is_named(good, zipped, tmp_path):
@@ -107,6 +108,7 @@ def test_the_line_that_is_not_utf8_is_named(good, zipped, tmp_path):
         read_texts(str(path))
 
 
+@pytest.mark.xfail(strict=True, reason="bug: zlib.error is no OSError")
 def test_a_gzip_with_a_damaged_byte_anywhere_is_a_user_error(tmp_path):
     texts = random.Random(0).choices(["red", "green", "blue", "a longer line of text"], k=2000)
     whole, path = gzip.compress("\n".join(texts).encode()), tmp_path / "a.txt.gz"
@@ -119,6 +121,7 @@ def test_a_gzip_with_a_damaged_byte_anywhere_is_a_user_error(tmp_path):
     assert refused > 50
 
 
+@pytest.mark.xfail(strict=True, reason="bug: the tokenizer raises TypeError later")
 def test_a_lone_surrogate_is_refused_before_a_tokenizer_sees_it(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(ROWS + b'{"text": "half an emoji \\ud83d"}\n')
@@ -140,7 +143,7 @@ class Site(BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.partition("?")[0]
         self.server.requests.append(f"{self.command} {path}")
-        not_found = 404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
+        not_found = 404, b"", {"X-Error-Code": "EntryNotFound"}
         status, body, headers = self.server.answers.get(path, not_found)
         if "wants-agent" in headers and self.headers["User-Agent"].startswith("Python-urllib"):
             status, body, headers = 403, b"", {}
@@ -271,6 +274,7 @@ def test_a_broken_off_download_is_not_kept(wikitext, tmp_path):
     refused(wikitext, tmp_path, [*WHAT_TO_DO, said])
 
 
+@pytest.mark.xfail(strict=True, reason="bug: http.client.HTTPException is no OSError")
 @pytest.mark.parametrize("chunk", [b"", b"5\r\nab"], ids=["between chunks", "within a chunk"])
 def test_a_broken_off_chunked_download_is_not_kept(chunk, wikitext, tmp_path):
     headers = {"Transfer-Encoding": "chunked"}
@@ -315,6 +319,7 @@ def test_a_member_that_unpacks_to_too_much_is_refused(wikitext, monkeypatch):
         read_texts("wikitext103")
 
 
+@pytest.mark.xfail(strict=True, reason="bug: mkdir raises OSError")
 def test_a_cache_that_cannot_be_written_is_a_user_error(wikitext, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
