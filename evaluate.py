@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from data import UserError
 from data.corpora import read_lines
-from model import PLAIN, Encoder, find_model, is_encoder, load_encoder, plain_encoder
+from model import PLAIN, Encoder, find_device, find_model, is_encoder, load_encoder, plain_encoder
 
 ROOT = Path(__file__).parent
 TASKS = json.loads((ROOT / "data" / "tasks.json").read_text())
@@ -79,13 +80,16 @@ def task_file(task: str, data_dir: str | Path | None = None) -> tuple[Path, str]
                 return folder / name, revision if embedded else "local"
         raise UserError(f"{folder}: holds none of {', '.join(names)} (task {task}); --data-dir "
                         f"takes a folder with the hub's layout")
-    reason = ""
     for name in names:
         try:
             path = hf_hub_download(repository, name, repo_type="dataset", revision=revision)
             return Path(path), revision
+        except RemoteEntryNotFoundError:
+            reason = f"it has none of {', '.join(names)}"
         except Exception as error:  # whatever the network, the hub or its client has to say
-            reason = reason or f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            line = str(error).partition("\n")[0][:120]
+            reason = f"{type(error).__name__}: {line}"
+            break
     raise UserError(f"task {task}: {repository} at {revision[:8]} cannot be fetched ({reason}); "
                     f"pass a local copy with --data-dir FOLDER")
 
@@ -98,9 +102,16 @@ def read_rows(path: Path, fields: dict[str, type]) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-            rows.append({name: kind(row[name]) for name, kind in fields.items()})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: needs {', '.join(fields)} ({error!r})")
+            row = {name: row[name] for name in fields}
+            for name, kind in fields.items():
+                if not isinstance(row[name], str if kind is str else int | float):
+                    raise TypeError(f"{name} is {row[name]!r}")
+                if kind is float and not np.isfinite(row[name]):
+                    raise ValueError(f"{name} is {row[name]!r}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: needs {', '.join(fields)} ({error!r}); fetch "
+                            f"the file again or mend the line")
+        rows.append(row)
     if not rows:
         raise UserError(f"{path}: no rows; fetch the file again")
     return rows
@@ -192,7 +203,8 @@ def write_result(scores: dict, settings: dict, folder: Path) -> Path:
     """Write a task's score and settings as JSON below `folder`, by model and method."""
     model = settings["model"].strip("/.").replace("/", "__")
     path = folder / model / settings["method"] / f"{scores['task']}.json"
-    plain = {key: value for key, value in scores.items() if not isinstance(value, np.ndarray)}
+    plain = {key: None if value != value else value  # JSON has no nan
+             for key, value in scores.items() if not isinstance(value, np.ndarray)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**plain, **settings}, indent=2) + "\n")
@@ -216,7 +228,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", help="folder with the tasks' repositories, hub layout")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--base", help="where an encoder's base model lies now")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="default: bfloat16 on cuda, float32 elsewhere")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per forward pass")
@@ -230,9 +242,10 @@ def run(args: argparse.Namespace):
     chosen = "" if args.model else "  (the newest encoder under runs/)"
     if name == "demo":
         chosen = "  (the embedded tiny Llama)"
-    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    device = find_device(args.device)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     encoder = open_model(name, args.method, base=args.base, revision=args.revision,
-                         dtype=getattr(torch, dtype), device=args.device)
+                         dtype=getattr(torch, dtype), device=device)
     encode = partial(encoder.encode, batch_tokens=args.batch_tokens, progress=True)
     settings = settings_of(encoder, name)
     print(f"model   {name}{chosen}")

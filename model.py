@@ -195,8 +195,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
     """Softmax attention within each sequence of a packed row; causal or bidirectional by a boolean.
 
     q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). Neighbours of equal length
-    share one call of the fused kernel. On the CPU bf16 is computed in fp32: the bf16 kernel compiles
-    code for each new length, which costs more than it saves (bench/NOTES.md).
+    share one call of the fused kernel. On the CPU bf16 is computed in fp32: the bf16 kernel
+    compiles code for each new length, which costs more than it saves (bench/NOTES.md).
     """
     dtype = q.dtype
     if q.device.type == "cpu" and dtype == torch.bfloat16:
@@ -290,11 +290,14 @@ class Llama(nn.Module):
         `lengths` sum to T and positions count from 0 in each sequence; `dropout` is that of the
         attention weights and takes part in training mode only.
         """
+        rows, dropout = len(x), dropout if self.training else 0.0
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows % 64:
+            # bf16 products are compiled for each number of rows: keep those few by a text of zeros
+            x, lengths = F.pad(x, (0, 0, 0, -rows % 64)), [*lengths, -rows % 64]
         cos, sin = self.rotary_table(lengths, x)
-        dropout = dropout if self.training else 0.0
         for block in self.model.layers:
             x = block(x, cos, sin, lengths, causal, adapters, dropout)
-        return self.model.norm(x)
+        return self.model.norm(x)[:rows]
 
     def rotary_table(self, lengths: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, head_dim), computed in fp32 and cast to the activations' dtype."""
@@ -337,6 +340,17 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
         problem = reason, "Check the network and HF_ENDPOINT, or whether HF_HUB_OFFLINE is set."
     raise UserError(f"The repository {name} {problem[0]}.\n{problem[1]}\n"
                     f"Or pass a local folder with config.json, *.safetensors, tokenizer.json.")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a --device flag: `auto` is cuda where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: unknown; auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this machine or this torch has no CUDA; use cpu")
+    return torch.device(name)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -18,7 +18,9 @@ Letters as in model.py; a continuation has S tokens. Every random choice is a pu
 changes it.
 """
 
+import json
 import platform
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -36,14 +38,17 @@ from data import UserError
 from data.corpora import read_texts
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, add_lora
-from model import DEMO_LLAMA, Encoder, EncoderConfig, Llama, pack, plain_encoder, save_encoder
+from model import DEMO_LLAMA, Encoder, EncoderConfig, Llama
+from model import is_encoder, pack, plain_encoder, save_encoder
 from training import (
-    Metrics, Ranks, generator, global_batch, learning_rate, load_checkpoint, open_run,
-    parse_config, pick_dtype, reduce_gradients, save_checkpoint, setting, start_ranks,
+    Metrics, Ranks, checkpoints, generator, global_batch, learning_rate, load_checkpoint,
+    open_run, parse_config, pick_dtype, reduce_gradients, save_checkpoint, setting, start_ranks,
     stop_on_signals,
 )
 
 MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
+STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run early, after saving
+FREE = ("resume", "save_every", "timeout")  # settings that may change when a run is resumed
 
 
 @dataclass
@@ -271,8 +276,8 @@ def batch_gradient(
 ) -> tuple[Tensor, dict]:
     """Forward and backward over this rank's micro-batches of a step; gradients are not yet summed.
 
-    Returns the losses (batch_size,) float64, each micro-batch's at the place of its first text and
-    zero elsewhere, and the counts of the global batch.
+    Returns the losses (batch_size,) float64, each micro-batch's in equal parts at the places of its
+    texts and zero elsewhere, and the counts of the global batch.
     """
     batch = [corpus[i] for i in global_batch(config.seed, step, config.batch_size, len(corpus))]
     first = step * config.batch_size
@@ -286,7 +291,7 @@ def batch_gradient(
         part = [batch[j] for j in places], [splits[j] for j in places]
         loss = stage1_loss(encoder, *part, counts, config)
         loss.backward()
-        losses[places[0]] = loss.detach()
+        losses[places.start : places.stop] = loss.detach() / len(places)
     return losses, counts
 
 
@@ -306,8 +311,13 @@ def new_encoder(config: Config, ranks: Ranks) -> Encoder:
     add_lora(encoder.llama, encoder.lora_config, random)
     encoder.add_memory(config.memory_init, config.train_embeddings == "all", random)
     encoder.adapters = True
-    encoder.history = [{"stage": "ctkd", **asdict(config)}]
+    encoder.history = [{"stage": "ctkd", **settings_of(config)}]
     return encoder.train()
+
+
+def settings_of(config: Config) -> dict:
+    """The configuration as it is stored with the run and the encoder."""
+    return {name: value for name, value in asdict(config).items() if name != "resume"}
 
 
 def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ranks: Ranks):
@@ -329,22 +339,23 @@ def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ran
 
 def train(config: Config, ranks: Ranks) -> int:
     """Run stage 1; returns the number of the signal that ended it early, or 0."""
-    resume_from = None
-    if ranks.rank == 0:
-        resume_from = open_run(config, free=("resume", "save_every", "timeout"))
-    ranks.barrier()
-    if ranks.rank > 0 and config.resume:
-        resume_from = open_run(config, free=("resume", "save_every", "timeout"))
-    with ranks.first():
-        encoder = new_encoder(config, ranks)
-        corpus = prepare_texts(config, encoder.tokenizer)
+    out, clip = Path(config.out), config.clip or float("inf")
+    for turn in (ranks.rank == 0, ranks.rank > 0):  # rank 0 first: it checks, downloads and caches
+        with ranks.together():
+            if turn:
+                if ranks.rank == 0:
+                    open_run(config, free=FREE)
+                encoder = new_encoder(config, ranks)
+                corpus = prepare_texts(config, encoder.tokenizer)
     steps = config.steps or len(corpus) // config.batch_size
     trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-    parameters = list(trained.values())
+    parameters, start = list(trained.values()), 0
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-    start = load_checkpoint(resume_from, trained, optimizer) if resume_from else 0
-    out, clip = Path(config.out), config.clip or float("inf")
+    with ranks.together():
+        if config.resume and checkpoints(out):
+            start = load_checkpoint(checkpoints(out)[-1], trained, optimizer, encoder.base)
     if ranks.rank == 0:
+        (out / "config.json").write_text(json.dumps(settings_of(config), indent=2) + "\n")
         print_header(config, encoder, corpus, steps, ranks)
         metrics = Metrics(out / "metrics.jsonl", start)
     bar = tqdm(total=steps, initial=start, disable=ranks.rank > 0, dynamic_ncols=True)
@@ -359,9 +370,10 @@ def train(config: Config, ranks: Ranks) -> int:
             reduce_gradients(parameters, ranks)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
             # one message tells every rank the losses and whether any rank was asked to stop
-            asked = torch.tensor([signals[0], 1.0] if signals else [0.0, 0.0])
+            asked = torch.tensor([float(number in signals) for number in STOPS])
             message = ranks.sum(torch.cat((losses, asked)).to(ranks.device)).cpu()
-            losses, stop = message[:-2], int(message[-2] / message[-1].clamp(min=1))
+            losses, asked = message.split([len(losses), len(STOPS)])
+            stop = max(int(number) * bool(n) for number, n in zip(STOPS, asked))
             if not (losses.isfinite().all() and norm.isfinite()):
                 raise UserError(describe_non_finite(config, step, losses, norm, corpus))
             optimizer.step()
@@ -375,13 +387,15 @@ def train(config: Config, ranks: Ranks) -> int:
                               real_tokens=counts["real_tokens"], tokens_per_second=speed)
                 bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {speed:,.0f} tokens/s")
                 bar.update()
-                if done == steps or stop or done % config.save_every == 0:
-                    save_checkpoint(out, done, trained, optimizer)
+            if done == steps or stop or done % config.save_every == 0:
+                with ranks.together():
+                    if ranks.rank == 0:
+                        save_checkpoint(out, done, trained, optimizer, encoder.base)
             if stop:
                 return stop
-        if ranks.rank == 0:
-            save_encoder(encoder, out / "encoder")
-        ranks.barrier()
+        with ranks.together():
+            if ranks.rank == 0 and not (start == steps and is_encoder(out / "encoder")):
+                save_encoder(encoder, out / "encoder")
     return 0
 
 
@@ -457,6 +471,11 @@ def check(config: Config):
         if not getattr(config, name) >= low:  # also true for nan
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(config, name)}: must be at least {low}")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be finite")
+    if config.seed >= 2**63:
+        raise UserError(f"--seed {config.seed}: must be below 2^63")
     for name in ("warmup", "lora_dropout"):
         if getattr(config, name) >= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be below 1")
@@ -484,7 +503,8 @@ def main(argv: list[str] | None = None) -> int:
         rank = str(ranks.rank)
         stopped = train(config, ranks)
         if stopped and ranks.rank == 0:
-            print(f"\nstopped by signal {stopped}, saved; go on with the same command and --resume")
+            print(f"\nstopped by signal {stopped}, saved; go on with the same command and --resume",
+                  flush=True)
         if ranks.size > 1:
             dist.destroy_process_group()
         if ranks.rank == 0 and not stopped:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import UserError
-from model import read_json, write_folder
+from model import find_device, read_json, write_folder
 
 # ---------------------------------------------------------------------------------------------
 # Configuration: one dataclass a stage, one field a line; the command line is made from it
@@ -75,18 +75,17 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self):
-        """Wait for all ranks."""
-        self.sum(torch.zeros(1, device=self.device))
-
     @contextmanager
-    def first(self):
-        """Rank 0 runs the block before the others do, for example to fill a cache."""
-        if self.rank > 0:
-            self.barrier()
-        yield
-        if self.rank == 0:
-            self.barrier()
+    def together(self):
+        """Wait for all ranks at the block's end; a UserError in it on one rank ends them all."""
+        error = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        failed = self.sum(torch.tensor([float(error is not None)], device=self.device)).item()
+        if failed:
+            raise error or UserError("another rank has stopped, see its message")
 
     def share(self, n: int) -> range:
         """The contiguous part of range(n) that is this rank's; shares differ by at most one."""
@@ -101,19 +100,16 @@ def start_ranks(device: str, threads: int, timeout_minutes: float) -> Ranks:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_size = (int(os.environ.get(f"LOCAL_{k}", d)) for k, d in
                          (("RANK", 0), ("WORLD_SIZE", 1)))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine or this torch has no CUDA; use cpu")
+    place = find_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or max(1, cores // local_size))
-    if device == "cuda":
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+    if place.type == "cuda":
+        place = torch.device("cuda", local if place.index is None else place.index)
+        torch.cuda.set_device(place)
     if size > 1:
-        backend = "nccl" if device.startswith("cuda") else "gloo"
+        backend = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    return Ranks(rank, size, torch.device(device))
+    return Ranks(rank, size, place)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -181,14 +177,14 @@ def global_batch(seed: int, step: int, batch: int, n: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 
 
-def open_run(config, free: tuple[str, ...]) -> Path | None:
-    """Make or reopen the folder config.out; returns the newest checkpoint when resuming.
+def open_run(config, free: tuple[str, ...]):
+    """Make the folder config.out, or look whether it can be resumed.
 
     Raises UserError if the folder has something in it and --resume is not given, if it cannot be
     written, or if a resumed configuration differs in fields other than `free`.
     """
     out = Path(config.out)
-    saved, now = out / "config.json", json.loads(json.dumps(asdict(config)))
+    saved, now = out / "config.json", asdict(config)
     if config.resume:
         if not saved.is_file():
             raise UserError(f"{saved}: missing, nothing to resume; leave --resume out")
@@ -206,37 +202,45 @@ def open_run(config, free: tuple[str, ...]) -> Path | None:
         probe = out / ".writable"
         probe.write_text("")
         probe.unlink()
-        if not config.resume:
-            saved.write_text(json.dumps(now, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out")
-    checkpoints = sorted((out / "checkpoints").glob("step-*"))
-    return checkpoints[-1] if config.resume and checkpoints else None
 
 
-def save_checkpoint(out: Path, step: int, trained: dict[str, Tensor], optimizer):
-    """Write checkpoints/step-<step>: weights, optimiser moments, the step; keep the last two."""
+def checkpoints(out: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(out: Path, step: int, trained: dict[str, Tensor], optimizer, base: dict):
+    """Write checkpoints/step-<step>: weights, optimiser moments, the step; keep the last two.
+
+    `base` identifies the frozen model that the weights belong to.
+    """
     with write_folder(out / "checkpoints" / f"step-{step:07d}") as folder:
         save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()},
                   folder / "weights.safetensors")
         moments = {f"{name}/{key}": value.cpu().contiguous() for name, p in trained.items()
                    for key, value in optimizer.state[p].items()}
         save_file(moments, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": step}) + "\n")
-    for old in sorted((out / "checkpoints").glob("step-*"))[:-2]:
+        (folder / "state.json").write_text(json.dumps({"step": step, "base": base}) + "\n")
+    for old in checkpoints(out)[:-2]:
         shutil.rmtree(old)
 
 
 @torch.no_grad()
-def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer) -> int:
+def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer, base: dict) -> int:
     """Put a checkpoint's weights and moments in place; returns the number of steps done."""
     try:
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-        step = read_json(folder / "state.json")["step"]
-    except (OSError, SafetensorError, KeyError) as error:
+        state = read_json(folder / "state.json")
+        step, trained_on = state["step"], state["base"]["sha256"]
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: damaged checkpoint ({error}); remove this folder and resume "
                         f"from the one before")
+    if trained_on != base["sha256"]:
+        raise UserError(f"{folder}: was trained on another base than what {base['name']} is now; "
+                        f"give the first one back, or start anew with another --out")
     if weights.keys() != trained.keys():
         raise UserError(f"{folder}: holds other tensors than this run trains; remove the folder")
     for name, p in trained.items():
@@ -274,7 +278,7 @@ class Metrics:
 
 @contextmanager
 def stop_on_signals():
-    """Yield a list that receives the number of the first SIGINT or SIGTERM instead of dying."""
+    """Yield a list that receives the numbers of SIGINT and SIGTERM instead of dying of them."""
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in numbers}

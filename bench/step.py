@@ -88,7 +88,7 @@ def random_corpus(args) -> list[np.ndarray]:
     lengths = random.integers(SHORTEST, LONGEST + 1, args.batch * (args.steps + 1))
     vocabulary = SHAPES[args.shape].vocab_size
     return [np.concatenate(([BOS], random.integers(3, vocabulary, n - 1))).astype(np.int32)
-            for n in lengths]  # fmt: skip
+            for n in lengths]
 
 
 def batch_of(config: stage1.Config, corpus: list, step: int) -> tuple[list[np.ndarray], list[int]]:
@@ -214,7 +214,7 @@ class Baseline:
         settings = LoraConfig(
             r=self.config.lora_r, lora_alpha=self.config.lora_alpha, lora_dropout=0.0,
             target_modules=list(lora.LoraConfig().targets),
-        )  # fmt: skip
+        )
         model = get_peft_model(model, settings)
         draw_adapters(model)
         for module in model.modules():
@@ -255,7 +255,7 @@ class Official(Baseline):
         n, longest = len(texts), max(splits) + self.k
         ids = torch.zeros(n, longest, dtype=torch.int64, device=self.device)
         mask = torch.full((n, 1, longest, longest), torch.finfo(self.dtype).min,
-                          dtype=self.dtype, device=self.device)  # fmt: skip
+                          dtype=self.dtype, device=self.device)
         for i, (text, a) in enumerate(zip(texts, splits)):
             ids[i, :a], ids[i, a : a + self.k] = text[:a], self.memory_ids
             mask[i, :, :, : a + self.k] = 0
@@ -433,7 +433,7 @@ def worker(args):
         ready["trained"] = sum(p.numel() for p in measured.parameters)
         measured = Step(measured, args)
     ready |= {"built_peak_bytes": peak_bytes(args.device),
-              "device": torch.cuda.get_device_name() if cuda else cpu_name()}  # fmt: skip
+              "device": torch.cuda.get_device_name() if cuda else cpu_name()}
     print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
         _, step, threads = line.split()
@@ -464,7 +464,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", settings], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **quiet},
-        )  # fmt: skip
+        )
         self.ready = self.answer()
 
     def answer(self) -> dict:
@@ -472,7 +472,7 @@ class Worker:
         if not line:
             code = self.process.wait()
             raise UserError(f"the worker {self.name!r} ended with code {code}, see above; -9 means "
-                            f"too little memory: name fewer --implementations")  # fmt: skip
+                            f"too little memory: name fewer --implementations")
         return json.loads(line)
 
     def ask(self, step: int, threads: int) -> dict:
@@ -496,7 +496,7 @@ def check_agreement(first: dict[str, dict], dtype: str):
             print(f"first step, {name}: {key} {found[key]:.7g}, off by {off:.1e}")
             if not off <= tolerance:  # also true for nan
                 raise UserError(f"{name}: {key} {found[key]} is not that of {reference}, "
-                                f"{expected[key]}: they do not compute the same")  # fmt: skip
+                                f"{expected[key]}: they do not compute the same")
 
 
 def take_turns(workers: dict[str, Worker], args) -> dict[str, dict[int, list[dict]]]:
@@ -516,13 +516,13 @@ def take_turns(workers: dict[str, Worker], args) -> dict[str, dict[int, list[dic
 def summarise(answers: dict, args, ready: dict, steps: list[dict]) -> dict[str, dict]:
     """name -> the numbers of its row, at its best thread count; `steps`: tokens and FLOPs."""
     rates = {threads: median(a["flops_per_second"] for a in turns[1:])
-             for threads, turns in answers["product"].items()}  # fmt: skip
+             for threads, turns in answers["product"].items()}
     summary = {"product": {"flops_per_second": rates}}
     for name in args.implementations:
         seconds = {t: [a["seconds"] for a in turns[1:]] for t, turns in answers[name].items()}
         best = min(seconds, key=lambda t: median(seconds[t]))
         speed = {key: median(s[key] / t for s, t in zip(steps[1:], seconds[best]))
-                 for key in ("real_tokens", "flops")}  # fmt: skip
+                 for key in ("real_tokens", "flops")}
         peak = max(turns[-1]["peak_bytes"] for turns in answers[name].values())
         summary[name] = {
             "threads": best, "seconds": median(seconds[best]),
@@ -533,7 +533,7 @@ def summarise(answers: dict, args, ready: dict, steps: list[dict]) -> dict[str, 
             "above_imports_gib": (peak - ready[name]["imported_bytes"]) / GIB,
             "loss": answers[name][args.threads[0]][0]["loss"],
             "utilisation": speed["flops"] / rates[best],
-        }  # fmt: skip
+        }
     return summary
 
 
@@ -542,7 +542,7 @@ def print_table(summary: dict, args):
     reference = args.implementations[0]
     last = f" | of {args.peak_tflops:g} TFLOP/s |" if args.peak_tflops else " |"
     print(f"\n| implementation | threads | s/step, median (min-max) | real tokens/s | time / "
-          f"{reference} | peak GiB (above imports) | first loss | utilisation{last}")  # fmt: skip
+          f"{reference} | peak GiB (above imports) | first loss | utilisation{last}")
     print("|---|" + "---:|" * (8 if args.peak_tflops else 7))
     for name in args.implementations:
         row = summary[name]
@@ -551,7 +551,7 @@ def print_table(summary: dict, args):
                  f"{row['tokens_per_second']:,.0f}",
                  f"{row['seconds'] / summary[reference]['seconds']:.2f}",
                  f"{row['peak_gib']:.2f} ({row['above_imports_gib']:.2f})",
-                 f"{row['loss']:.5f}", f"{row['utilisation']:.1%}"]  # fmt: skip
+                 f"{row['loss']:.5f}", f"{row['utilisation']:.1%}"]
         if args.peak_tflops:
             cells.append(f"{row['flops_per_second'] / args.peak_tflops / 1e12:.1%}")
         print(f"| {' | '.join(cells)} |")
@@ -572,7 +572,7 @@ def bench(args):
         print(f"{device}, {args.dtype}, threads {args.threads}, load {load[0]:.1f}, {versions}\n"
               f"{args.shape}: {(n + 2 * head) / 1e6:.2f} M weights (projections {n / 1e6:.2f} M, "
               f"head and table {head / 1e6:.2f} M each), {trained / 1e6:.2f} M trained; batch "
-              f"{args.batch}, {SHORTEST}-{LONGEST} tokens a text")  # fmt: skip
+              f"{args.batch}, {SHORTEST}-{LONGEST} tokens a text")
         answers = take_turns(workers, args)
     finally:
         for process in workers.values():
@@ -580,7 +580,7 @@ def bench(args):
     batches = [batch_of(config, random_corpus(args), step) for step in range(args.steps + 1)]
     steps = [{"real_tokens": sum(map(len, texts)),
               "flops": useful_flops(shape, texts, splits, config.memory_tokens)}
-             for texts, splits in batches]  # fmt: skip
+             for texts, splits in batches]
     summary = summarise(answers, args, ready, steps)
     for threads, rate in summary["product"]["flops_per_second"].items():
         print(f"matrix product, {args.dtype}, {threads} thread(s): {rate / 1e9:,.1f} GFLOP/s")
@@ -588,7 +588,7 @@ def bench(args):
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {"arguments": vars(args), "device": device, "python": platform.python_version(),
-             **versions, "load_before": load, "load_after": os.getloadavg()}  # fmt: skip
+             **versions, "load_before": load, "load_after": os.getloadavg()}
     content = {**about, "summary": summary, "steps": steps, "ready": ready, "answers": answers}
     out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nwritten to {out}")
@@ -612,11 +612,11 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--implementations", type=split, default=list(IMPLEMENTATIONS),
-                        help="which, the first is the reference")  # fmt: skip
+                        help="which, the first is the reference")
     parser.add_argument("--ours", default="{}", metavar="JSON",
-                        help='settings of pretrain_ctkd: {"chunk_rows": 1024}')  # fmt: skip
+                        help='settings of pretrain_ctkd: {"chunk_rows": 1024}')
     parser.add_argument("--share-device", action="store_true", help="CUDA: give cached memory back "
-                        "between turns, with an untimed step before each timed one")  # fmt: skip
+                        "between turns, with an untimed step before each timed one")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the datasheet")
     parser.add_argument("--out", default="bench/results/step.json")
     args = parser.parse_args()

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one clear line (value, file, fix), exit code 2."""
+    """A mistake the user can mend: shown as a clear message (value, file, fix), exit code 2."""

@@ -7,7 +7,9 @@ import os
 import sys
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -55,23 +57,26 @@ def read_lines(path: Path) -> Iterator[str]:
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+        with (gzip.open if zipped else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield line
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason}); convert it, for "
+        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert it, for "
                         f"example: iconv -f latin1 -t utf-8")
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}, after line {number}: cannot be read ({error})")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}, after line {number}: cannot be read ({error}); fetch it again")
 
 
 def json_text(path: Path, number: int, line: str) -> str:
     """The field `text` of one line of a .jsonl file."""
     try:
         text = json.loads(line)["text"]
-    except ValueError as error:
+        text.encode()  # half a surrogate pair is JSON, but no text
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}, line {number}: not a text ({error}); mend or remove the line")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line")
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         text = None
     if not isinstance(text, str):
         raise UserError(f'{path}, line {number}: no field "text" that is a string; add it')
@@ -83,11 +88,14 @@ def wikitext_zip() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2comp"
     path = cache / WIKITEXT_MIRROR[1]
     if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{cache}: cannot be made ({error.strerror}); set XDG_CACHE_HOME")
         partial = cache / f".{path.name}.{os.getpid()}"
         try:
             download(WIKITEXT_URL, partial)
-        except OSError as first:
+        except (OSError, HTTPException) as first:
             partial.unlink(missing_ok=True)
             print(f"{WIKITEXT_URL}: {first}; trying the mirror", file=sys.stderr)
             partial = download_mirror(first)
@@ -108,7 +116,7 @@ def download(url: str, target: Path):
             raise OSError(f"the connection ended after {bar.n:,} of {WIKITEXT_BYTES:,} bytes")
 
 
-def download_mirror(first_error: OSError) -> Path:
+def download_mirror(first_error: Exception) -> Path:
     """The zip from the hub's mirror, as a file of its own."""
     repo, name = WIKITEXT_MIRROR
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2comp" / "mirror"
@@ -117,8 +125,9 @@ def download_mirror(first_error: OSError) -> Path:
     except Exception as error:  # whatever the network, the hub or its client has to say
         raise UserError(
             f"wikitext103 cannot be downloaded: {WIKITEXT_URL} ({first_error}); hub data set "
-            f"{repo} ({type(error).__name__}). Fetch the zip elsewhere, unpack it and pass "
-            f"--text wiki.train.txt --min-characters 1000 --max-text-tokens 512"
+            f"{repo} ({type(error).__name__}). Fetch the zip elsewhere, unpack it, rename "
+            f"wiki.train.raw and pass --text wiki.train.txt --min-characters 1000 "
+            f"--max-text-tokens 512"
         )
 
 

@@ -119,7 +119,7 @@ def problem(text: str | None, tokenizer: Tokenizer) -> str | None:
         return "not in Latin letters"
     words = text.split()
     sixes = Counter(zip(*(words[i:] for i in range(6))))
-    if max(sixes.values()) > 3 or len(set(words)) < 0.42 * len(words):  # Wikipedia: 0.70
+    if max(sixes.values()) > 3:
         return "repeats itself"
     return None
 
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", nargs="+", default=[], metavar="FILE",
                         help="text the Llama was trained on: .txt or .jsonl, also .gz")
     parser.add_argument("--count", type=int, default=4000, help="passages to write")
-    parser.add_argument("--temperature", type=float, default=0.85)
+    parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--batch", type=int, default=256, help="passages sampled at a time")
     parser.add_argument("--seed", type=int, default=0)

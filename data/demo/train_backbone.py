@@ -34,11 +34,11 @@ from model import Llama, LlamaConfig, find_model, load_llama  # noqa: E402
 from model import read_config, read_json, write_folder  # noqa: E402
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
-         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
+         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
           "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
           "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
-          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+          "bos_token_id": 1, "eos_token_id": 2}
 WARMUP = 20  # steps: AdamW's first ones know little of the gradient's size
 
 
@@ -78,7 +78,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()  # all bytes, so that no text is unknown
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"],
-                                  initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+                                  initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
@@ -105,7 +105,7 @@ def batches(
     count = (len(row) - 1) // context - 1  # windows; the last one leaves room for the shift
     if count < size:
         raise UserError(f"{len(row):,} tokens of text are too few for --batch {size} --context "
-                        f"{context}; give more text or a smaller batch")  # fmt: skip
+                        f"{context}; give more text or a smaller batch")
     while True:
         shift = int(torch.randint(context, (), generator=generator))
         order = torch.randperm(count, generator=generator)
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace):
     """From texts to a model folder, which is complete or not there."""
     if min(args.batch, args.context, args.steps, args.minutes, args.log_every, args.threads) <= 0:
         raise UserError("--batch, --context, --steps, --minutes, --log-every and --threads must "
-                        "be above zero")  # fmt: skip
+                        "be above zero")
     if args.out.exists():
         raise UserError(f"{args.out}: exists already; name a new folder")
     torch.set_num_threads(args.threads)
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace):
         tokenizer = Tokenizer(start, llama.config.vocab_size, llama.config.bos_token_id)
         ids = tokenizer.encode(texts)
         print(f"{len(texts):,} texts, {sum(map(len, ids)):,} tokens; "
-              f"{sum(p.numel() for p in llama.parameters()):,} parameters")  # fmt: skip
+              f"{sum(p.numel() for p in llama.parameters()):,} parameters")
 
         train(llama, batches(ids, args.batch, args.context, generator), args)
         tensors = {name: p.detach().bfloat16() for name, p in llama.named_parameters()}
