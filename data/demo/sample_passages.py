@@ -36,6 +36,7 @@ COPIED = "has a sentence of the training text"
 LENGTHS = range(96, 225)  # tokens of a passage, BOS included
 # A full stop after three small letters, two digits or a bracket: none of "U.S.", "Dr.", "St. Paul".
 FULL_STOP = re.compile(r"(?:[a-z]{3}|\d\d|[\")])\.[\")]*(?=\s|$)")
+COARSE = re.compile(r"porn|fuck|shit|nazi|rape[ds]?\b|nigger|whore|slut", re.IGNORECASE)
 ODD_CHARACTER = re.compile(r"[^ -~\u00a1-\u00ac\u00ae-\u024f\u2010-\u2027]")  # not Latin text
 
 
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "passages.jsonl.gz")
     parser.add_argument("--check", nargs="+", default=[], metavar="FILE",
                         help="text the Llama was trained on: .txt or .jsonl, also .gz")
-    parser.add_argument("--count", type=int, default=4000, help="passages to write")
+    parser.add_argument("--count", type=int, default=4000, help="passages to sample")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--batch", type=int, default=256, help="passages sampled at a time")
@@ -228,11 +229,13 @@ def write_passages(args: argparse.Namespace):
                 raise UserError(f"{args.llama}: not one sample in twenty is readable; train it "
                                 f"longer or lower --temperature")
 
+    sampled, kept = len(kept), [text for text in kept if not COARSE.search(text)]
+    removed["coarse words"] = sampled - len(kept)
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept)
     args.out.write_bytes(gzip.compress(lines.encode("utf-8"), mtime=0))
     for why in [*sorted(removed.keys() - {COPIED}), *([COPIED] if args.check else [])]:
         print(f"removed {removed[why]:5,}: {why}")
-    print(f"wrote {len(kept):,} passages, {tokens / len(kept):.1f} tokens each, to {args.out} "
+    print(f"wrote {len(kept):,} passages, {tokens / sampled:.1f} tokens each, to {args.out} "
           f"({args.out.stat().st_size:,} bytes)")
 
 
