@@ -1,7 +1,7 @@
 """Stage 1 of LLM2Comp: compress a text into K memory tokens from which the frozen Llama goes on.
 
     torchrun pretrain_ctkd.py                                 the embedded demo, minutes on 2 cores
-    torchrun --nproc-per-node 8 pretrain_ctkd.py --preset paper --out runs/llama2
+    torchrun --nproc-per-node 4 pretrain_ctkd.py --preset paper --out runs/llama2
     torchrun pretrain_ctkd.py --model FOLDER_OR_REPOSITORY --text texts.jsonl --out runs/mine
     python pretrain_ctkd.py --help                            every setting
 
@@ -322,6 +322,7 @@ def settings_of(config: Config) -> dict:
 
 def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ranks: Ranks):
     """Versions, device, threads, parameter counts, data: what a run depends on."""
+
     def count(tensors):
         return f"{sum(p.numel() for p in tensors) / 1e6:.2f} M"
 
@@ -339,6 +340,9 @@ def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ran
 
 def train(config: Config, ranks: Ranks) -> int:
     """Run stage 1; returns the number of the signal that ended it early, or 0."""
+    if config.batch_size < ranks.size:
+        raise UserError(f"--batch-size {config.batch_size}: {ranks.size} processes need at least "
+                        f"one text each; start fewer with --nproc-per-node")
     out, clip = Path(config.out), config.clip or float("inf")
     for turn in (ranks.rank == 0, ranks.rank > 0):  # rank 0 first: it checks, downloads and caches
         with ranks.together():

@@ -340,6 +340,18 @@ def torchrun(tiny: Path, texts: Path, out: Path, *flags) -> subprocess.Popen:
         )
 
 
+@pytest.mark.parametrize("flags, said", [
+    (["--batch-size", 1], ["--batch-size 1: 2 processes need at least one text each"]),
+    (["--num-texts", 3], ["is larger than the 3 texts", "rank 1: another rank has stopped"]),
+])
+def test_an_error_ends_all_ranks_with_a_line_each(flags, said, tiny, texts, tmp_path):
+    process = torchrun(tiny, texts, tmp_path / "out", *flags)
+    assert process.wait(timeout=200) == 1  # torchrun's own code
+    printed = (tmp_path / "out.stderr").read_text()
+    assert all(words in printed for words in said)
+    assert printed.count("Traceback") == 1 and "Connection closed" not in printed  # torchrun's own
+
+
 def test_two_processes_have_the_losses_of_one(run, tiny, texts, tmp_path):
     flags = ["--steps", 8, "--batch-size", 5, "--dtype", "float64", "--lora-dropout", 0]
     process = torchrun(tiny, texts, tmp_path / "two", *flags)
