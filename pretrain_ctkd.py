@@ -94,7 +94,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": {
-        "model": "demo", "text": "demo", "out": "runs/ctkd-demo", "num_texts": 0, "steps": 400,
+        "model": "demo", "text": "demo", "out": "runs/ctkd-demo", "num_texts": 0, "steps": 200,
         "batch_size": 8, "lr": 1e-3, "max_tokens": 256, "save_every": 100,
     },
 }
