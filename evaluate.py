@@ -130,8 +130,12 @@ def evaluate_sts(path: Path, encode: Encode) -> dict:
         sides.append(embeddings)
     cosines = paired_cosine(*sides)
     gold = np.array([row["score"] for row in rows])
-    return {"main_score": spearman(cosines, gold), "cosine_spearman": spearman(cosines, gold),
-            "samples": len(rows), "cosines": cosines, "gold": gold}
+    score = spearman(cosines, gold)
+    if np.isnan(score):
+        raise UserError(f"{path}: no rank correlation, all cosines or all scores are equal; is the "
+                        f"model collapsed?")
+    return {"main_score": score, "cosine_spearman": score, "samples": len(rows),
+            "cosines": cosines, "gold": gold}
 
 
 KINDS = {"sts": evaluate_sts}
@@ -160,7 +164,7 @@ def evaluate_task(task: str, encode: Encode, data_dir: str | Path | None = None)
 
 def newest_encoder() -> str:
     """The encoder folder under runs/ that was written last, else the embedded Llama."""
-    found = sorted(Path("runs").glob("*/encoder/encoder.json"), key=lambda p: p.stat().st_mtime)
+    found = sorted(Path("runs").rglob("encoder/encoder.json"), key=lambda p: p.stat().st_mtime)
     return str(found[-1].parent) if found else "demo"
 
 
@@ -203,8 +207,7 @@ def write_result(scores: dict, settings: dict, folder: Path) -> Path:
     """Write a task's score and settings as JSON below `folder`, by model and method."""
     model = settings["model"].strip("/.").replace("/", "__")
     path = folder / model / settings["method"] / f"{scores['task']}.json"
-    plain = {key: None if value != value else value  # JSON has no nan
-             for key, value in scores.items() if not isinstance(value, np.ndarray)}
+    plain = {key: value for key, value in scores.items() if not isinstance(value, np.ndarray)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**plain, **settings}, indent=2) + "\n")
@@ -239,6 +242,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace):
     """Evaluate the tasks of the command line, print the table, write the JSON files."""
     name = args.model or newest_encoder()
+    if is_encoder(Path(name) / "encoder"):  # a run's folder
+        name = str(Path(name) / "encoder")
     chosen = "" if args.model else "  (the newest encoder under runs/)"
     if name == "demo":
         chosen = "  (the embedded tiny Llama)"

@@ -135,9 +135,7 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         if peft.get(key):
             raise UserError(f"{config_file}: {key}={peft[key]!r} is not supported; plain LoRA only")
     add_lora(model, config)
-    slots = {name: getattr(model.get_submodule(module), f"lora_{which}")
-             for module in lora_layers(model) for which in "AB"
-             for name in [f"{PEFT_PREFIX}{module}.lora_{which}.weight"]}
+    slots = lora_state(model)  # they share the parameters' memory
     odd = sorted(slots.keys() ^ tensors.keys()) or sorted(
         name for name in slots if slots[name].shape != tensors[name].shape
     )

@@ -25,6 +25,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
@@ -163,8 +164,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(wide(x), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def inverse_frequencies(rope: dict, head_dim: int) -> Tensor:
@@ -331,7 +331,8 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     except GatedRepoError:
         problem = "is gated", "Ask for access on its page, create a token, run `hf auth login`."
     except RepositoryNotFoundError:
-        problem = "is not on the hub", "Check the name; for a private one run `hf auth login`."
+        problem = ("is neither a folder here nor on the hub",
+                   "Check the name; for a private one run `hf auth login`.")
     except RevisionNotFoundError:
         problem = f"has no revision {revision}", "Give a branch, tag or commit with --revision."
     except Exception as error:  # whatever the network, the disk or the client has to say
@@ -455,6 +456,11 @@ class EncoderConfig:
 PLAIN = EncoderConfig(num_memory_tokens=0, pooling="mean", attention="causal")
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def pack(*parts: tuple[Tensor, list[int]]) -> tuple[Tensor, list[int]]:
     """Lay N sequences in one row, each made of one segment of every part in turn.
 
@@ -487,8 +493,7 @@ class Encoder(nn.Module):
         init `normal`: mean and standard deviation of the table per dimension; `mean`: the mean
         plus 1e-3 of that deviation (nearly equal rows, as a mean-resize of the table gives).
         """
-        table = self.table.detach()
-        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        table = wide(self.table.detach())
         mean, spread = table.mean(0), table.std(0) * (1e-3 if init == "mean" else 1.0)
         noise = torch.randn(self.config.num_memory_tokens, table.shape[1], generator=generator)
         self.memory_tokens = nn.Parameter(mean + spread * noise.to(table))
@@ -514,11 +519,11 @@ class Encoder(nn.Module):
         return torch.stack([sequence[-k:] for sequence in hidden.split(lengths)])
 
     def embed(self, ids: Tensor, lengths: list[int], dropout: float = 0.0) -> Tensor:
-        """ids (T,) of N texts -> embeddings (N, D); z = mean of the memory tokens (Eq. 6)."""
+        """ids (T,) of N texts -> embeddings (N, D) in at least fp32; z = mean memory (Eq. 6)."""
         if self.config.pooling == "memory":
-            return self.memory(ids, lengths, dropout).mean(dim=1)
+            return wide(self.memory(ids, lengths, dropout)).mean(dim=1)
         hidden, lengths = self(ids, lengths, dropout)
-        sequences = hidden.split(lengths)
+        sequences = wide(hidden).split(lengths)
         if self.config.pooling == "last":
             return torch.stack([h[-1] for h in sequences])
         if self.config.pooling == "mean":
@@ -573,8 +578,9 @@ def plain_encoder(
     tokenizer = Tokenizer(folder, llama.config.vocab_size, llama.config.bos_token_id)
     encoder = Encoder(llama, tokenizer, config)
     local = str(name) != "demo" and Path(name).is_dir()
+    hub = not local and str(name) != "demo"  # the cache's folder is named by the commit
     encoder.base = {"name": str(Path(name).resolve()) if local else str(name),
-                    "revision": revision, "sha256": fingerprint(folder)}
+                    "revision": folder.name if hub else None, "sha256": fingerprint(folder)}
     return encoder
 
 
@@ -687,20 +693,19 @@ def load_embeddings(encoder: Encoder, path: Path):
 def merge(encoder: Encoder, folder: str | Path):
     """Write the encoder as a plain Hugging Face LlamaModel: adapters merged, V + K rows, K tokens.
 
+    One-way: the encoder's own Llama has its adapters merged afterwards.
+
     The K memory tokens become special tokens of the tokenizer with the ids V..V+K-1. A reader has
     to append them, attend bidirectionally and average their K last hidden states (see README).
     """
-    lora.merge_lora(encoder.llama)
     base = find_model(encoder.base["name"], encoder.base["revision"])
     v, k = encoder.llama.config.vocab_size, encoder.config.num_memory_tokens
     dtype = encoder.llama.head.dtype
-    tensors = {name.removeprefix("model."): tensor for name, tensor in
-               encoder.llama.state_dict().items() if name != "lm_head.weight"}
-    tensors["embed_tokens.weight"] = torch.cat((encoder.table, encoder.memory_tokens)).to(dtype)
     config = {**read_json(base / "config.json"), "architectures": ["LlamaModel"]}
     config.pop("dtype", None)  # the newer name of torch_dtype, which would win over it
     config |= {"vocab_size": v + k, "torch_dtype": str(dtype).removeprefix("torch.")}
-    tokenizer, bos = encoder.tokenizer.backend, encoder.tokenizer.bos
+    tokenizer = tokenizers.Tokenizer.from_str(encoder.tokenizer.backend.to_str())
+    bos = encoder.tokenizer.bos
     # every id of the table gets a token, in order: those that the tokenizer lacks, then the memory
     new = [f"<unused_{i}>" for i in range(tokenizer.get_vocab_size(), v)]
     new += [f"<memory_{i}>" for i in range(1, k + 1)]
@@ -714,6 +719,10 @@ def merge(encoder: Encoder, folder: str | Path):
         single=[*names, "$A"], special_tokens=list(zip(names, bos))
     )
     fast = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[0]}
+    lora.merge_lora(encoder.llama)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in
+               encoder.llama.state_dict().items() if name != "lm_head.weight"}
+    tensors["embed_tokens.weight"] = torch.cat((encoder.table, encoder.memory_tokens)).to(dtype)
     with write_folder(Path(folder)) as aside:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})

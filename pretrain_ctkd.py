@@ -13,17 +13,18 @@ would after the whole context. Objectives (section 3 of the paper):
     nll    cross entropy of the continuation's tokens              Eq. 4, LLM2Comp_NLL
     rc     cross entropy of the context itself                     reconstruction, LLM2Comp_RC
 
-Letters as in model.py; a continuation has S tokens. Every random choice is a pure function of
-(seed, position of the sample in the run), so neither the number of ranks nor an interruption
-changes it.
+Letters as in model.py; a continuation has S tokens. Order and splits depend on (seed, position of
+the sample in the run) alone, dropout also on which texts share a forward pass: an interruption
+changes nothing, the number of ranks and the micro-batch only the dropout.
 """
 
+import hashlib
 import json
 import platform
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from data.corpora import read_texts
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, add_lora
 from model import DEMO_LLAMA, Encoder, EncoderConfig, Llama
-from model import is_encoder, pack, plain_encoder, save_encoder
+from model import is_encoder, load_encoder, pack, plain_encoder, save_encoder
 from training import (
     Metrics, Ranks, checkpoints, generator, global_batch, learning_rate, load_checkpoint,
     open_run, parse_config, pick_dtype, reduce_gradients, save_checkpoint, setting, start_ranks,
@@ -66,8 +67,8 @@ class Config:
     attention: str = setting("bidirectional", "of the encoder", ("bidirectional", "causal"))
     train_embeddings: str = setting("all", "the whole table or K rows", ("all", "memory"))
     num_texts: int = setting(32000, "texts used, the first ones; 0 = all")
-    min_characters: int = setting(0, "drop shorter texts; wikitext103: 1000 unless given")
-    max_text_tokens: int = setting(0, "drop texts of so many tokens; wikitext103: 512 unless given")
+    min_characters: int = setting(-1, "drop shorter texts; -1 = 1000 for wikitext103, else off")
+    max_text_tokens: int = setting(-1, "drop texts of so many; -1 = 512 for wikitext103; 0 = off")
     max_tokens: int = setting(512, "cut texts to this, BOS and K counted")
     batch_size: int = setting(4, "texts a step, over all ranks")
     micro_batch: int = setting(0, "texts a forward pass; 0 = a rank's whole share")
@@ -231,8 +232,9 @@ def stage1_loss(
 def prepare_texts(config: Config, tokenizer: Tokenizer) -> list[np.ndarray]:
     """The run's texts as token ids with BOS, after the filters; UserError if too few are left."""
     paper = config.text == "wikitext103"  # the paper's filter is the default of this source
-    min_characters = config.min_characters or (1000 if paper else 0)
-    max_text_tokens = config.max_text_tokens or (512 if paper else 0)
+    min_characters, max_text_tokens = config.min_characters, config.max_text_tokens
+    min_characters = min_characters if min_characters >= 0 else 1000 * paper
+    max_text_tokens = max_text_tokens if max_text_tokens >= 0 else 512 * paper
     texts = read_texts(str(DEMO_PASSAGES) if config.text == "demo" else config.text)
     long = [text for text in texts if len(text) >= min_characters]
     kept, dropped = [], {f"under {min_characters} characters": len(texts) - len(long)}
@@ -240,9 +242,11 @@ def prepare_texts(config: Config, tokenizer: Tokenizer) -> list[np.ndarray]:
     wanted = config.num_texts or len(long)
     for start in range(0, len(long), 4096):
         for ids in tokenizer.encode(long[start : start + 4096]):
-            shorter += len(ids) < 2 * MIN_SIDE
-            longer += bool(max_text_tokens) and len(ids) >= max_text_tokens
-            if len(ids) >= 2 * MIN_SIDE and not (max_text_tokens and len(ids) >= max_text_tokens):
+            if len(ids) < 2 * MIN_SIDE:
+                shorter += 1
+            elif max_text_tokens and len(ids) >= max_text_tokens:
+                longer += 1
+            else:
                 kept.append(ids[: config.max_tokens - config.memory_tokens])
         if len(kept) >= wanted:
             break
@@ -259,6 +263,14 @@ def prepare_texts(config: Config, tokenizer: Tokenizer) -> list[np.ndarray]:
     return kept
 
 
+def fingerprint_of(corpus: list[np.ndarray]) -> str:
+    """sha256 of the texts' token ids, by which a resumed run knows its data."""
+    digest = hashlib.sha256()
+    for ids in corpus:
+        digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return digest.hexdigest()
+
+
 def split_point(config: Config, position: int, length: int) -> int:
     """Where the text at `position` in the run is cut: uniform in [10, length - 10], BOS counted."""
     return int(generator(config.seed, 1, position).integers(MIN_SIDE, length - MIN_SIDE + 1))
@@ -267,7 +279,7 @@ def split_point(config: Config, position: int, length: int) -> int:
 def micro_batches(config: Config, step: int, ranks: Ranks) -> list[range]:
     """This rank's part of the step's batch, as ranges of places within the batch."""
     share = ranks.share(config.batch_size)
-    size = config.micro_batch or max(1, len(share))
+    size = config.micro_batch or len(share)
     return [share[i : i + size] for i in range(0, len(share), size)]
 
 
@@ -320,8 +332,15 @@ def settings_of(config: Config) -> dict:
     return {name: value for name, value in asdict(config).items() if name != "resume"}
 
 
+def environment(encoder: Encoder, ranks: Ranks) -> dict:
+    """What a run's bits depend on besides its configuration; stored with the run."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "device": str(ranks.device), "dtype": str(encoder.llama.head.dtype),
+            "processes": ranks.size, "threads": torch.get_num_threads()}
+
+
 def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ranks: Ranks):
-    """Versions, device, threads, parameter counts, data: what a run depends on."""
+    """Print what the run depends on: environment, parameter counts, data."""
 
     def count(tensors):
         return f"{sum(p.numel() for p in tensors) / 1e6:.2f} M"
@@ -329,9 +348,9 @@ def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ran
     trained = [p for p in encoder.parameters() if p.requires_grad]
     frozen = [p for p in encoder.llama.parameters() if not p.requires_grad]
     tokens = sum(map(len, corpus))
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {ranks.size} process(es)"
-          f" on {ranks.device}, {torch.get_num_threads()} thread(s) each, "
-          f"{str(encoder.llama.head.dtype).removeprefix('torch.')}")
+    e = environment(encoder, ranks)
+    print(f"python {e['python']}, torch {e['torch']}, {e['processes']} process(es) on {e['device']}"
+          f", {e['threads']} thread(s) each, {e['dtype'].removeprefix('torch.')}")
     print(f"model  {config.model}: {count(frozen)} frozen, {count(trained)} trained; "
           f"K = {config.memory_tokens}, {config.attention}, objective {config.objective}")
     print(f"text   {config.text}: {len(corpus):,} texts, {tokens / len(corpus):.0f} tokens each; "
@@ -355,11 +374,19 @@ def train(config: Config, ranks: Ranks) -> int:
     trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     parameters, start = list(trained.values()), 0
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    run = {"base": encoder.base["sha256"], "texts": fingerprint_of(corpus)}
     with ranks.together():
         if config.resume and checkpoints(out):
-            start = load_checkpoint(checkpoints(out)[-1], trained, optimizer, encoder.base)
+            start = load_checkpoint(checkpoints(out)[-1], trained, optimizer, run)
+    mine = torch.tensor([start, int(run["texts"][:12], 16)], device=ranks.device)
+    agreed = torch.equal(ranks.sum(mine.clone()), mine * ranks.size)
+    with ranks.together():
+        if not agreed:
+            raise UserError(f"rank {ranks.rank} starts at step {start} with {len(corpus):,} texts, "
+                            f"others do not; do all machines see the same --out and --text?")
     if ranks.rank == 0:
         (out / "config.json").write_text(json.dumps(settings_of(config), indent=2) + "\n")
+        (out / "environment.json").write_text(json.dumps(environment(encoder, ranks)) + "\n")
         print_header(config, encoder, corpus, steps, ranks)
         metrics = Metrics(out / "metrics.jsonl", start)
     bar = tqdm(total=steps, initial=start, disable=ranks.rank > 0, dynamic_ncols=True)
@@ -394,7 +421,7 @@ def train(config: Config, ranks: Ranks) -> int:
             if done == steps or stop or done % config.save_every == 0:
                 with ranks.together():
                     if ranks.rank == 0:
-                        save_checkpoint(out, done, trained, optimizer, encoder.base)
+                        save_checkpoint(out, done, trained, optimizer, run)
             if stop:
                 return stop
         with ranks.together():
@@ -447,16 +474,19 @@ def report(config: Config, ranks: Ranks):
     """Score the saved encoder beside the untrained base, show two continuations, say what next."""
     device, folder = str(ranks.device), f"{config.out}/encoder"
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    options = {"dtype": dtype, "device": device, "revision": config.revision or None}
+    options = {"dtype": dtype, "device": device}
     print(f"\nembedded STS set ({evaluate.TASKS['demo-sts']['samples']} pairs), Spearman x 100")
+    plain = plain_encoder(config.model, revision=config.revision or None, **options)
     for method in evaluate.UNTRAINED:
-        plain = evaluate.open_model(config.model, method, **options)
+        plain.config = replace(plain.config, pooling=method)
         print(f"  untrained, {method:<14}{100 * demo_sts(plain):6.2f}")
-    encoder = evaluate.open_model(folder, **{**options, "revision": None})
+    del plain  # before the second copy of the weights is loaded
+    encoder = load_encoder(folder, **options)
     print(f"  {config.objective}, {encoder.config.num_memory_tokens} memory tokens"
           f"{'':<5}{100 * demo_sts(encoder):6.2f}")
-    show_continuations(encoder, prepare_texts(config, encoder.tokenizer)[:2])
-    print(f"\nthe encoder is in {folder}; next:\n"
+    show_continuations(encoder, prepare_texts(replace(config, num_texts=2, batch_size=1),
+                                              encoder.tokenizer))
+    print(f"\nthe encoder is in {folder}; next (downloads 250 pairs):\n"
           f"  python evaluate.py --task sts17 --model {folder}")
 
 
@@ -468,8 +498,8 @@ def demo_sts(encoder: Encoder) -> float:
 def check(config: Config):
     """Raise UserError for values that no run can have."""
     least = {"memory_tokens": 1, "batch_size": 1, "chunk_rows": 1, "lora_r": 1, "save_every": 1,
-             "micro_batch": 0, "steps": 0, "num_texts": 0, "min_characters": 0, "threads": 0,
-             "max_text_tokens": 0, "lr": 0, "min_lr": 0, "weight_decay": 0, "clip": 0,
+             "micro_batch": 0, "steps": 0, "num_texts": 0, "min_characters": -1, "threads": 0,
+             "max_text_tokens": -1, "lr": 0, "min_lr": 0, "weight_decay": 0, "clip": 0,
              "nll_weight": 0, "seed": 0, "warmup": 0, "lora_dropout": 0, "timeout": 0}
     for name, low in least.items():
         if not getattr(config, name) >= low:  # also true for nan
@@ -478,6 +508,8 @@ def check(config: Config):
     for name, value in vars(config).items():
         if isinstance(value, float) and not np.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be finite")
+    if config.lr < config.min_lr:
+        raise UserError(f"--lr {config.lr}: must be at least --min-lr {config.min_lr}; lower both")
     if config.seed >= 2**63:
         raise UserError(f"--seed {config.seed}: must be below 2^63")
     for name in ("warmup", "lora_dropout"):
@@ -489,10 +521,10 @@ def check(config: Config):
 
 
 def parse_arguments(argv: list[str] | None) -> Config:
-    """The command line; the preset is `demo` unless a model is named."""
+    """The command line; the preset is `demo` unless a model other than the demo's is named."""
 
     def pick(given: dict) -> str:
-        return "paper" if "model" in given else "demo"
+        return "paper" if given.get("model", "demo") != "demo" else "demo"
 
     return parse_config(Config, PRESETS, pick, argv, __doc__)
 

@@ -42,7 +42,11 @@ def parse_config(config_class, presets: dict, pick_preset, argv: list[str] | Non
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=list(presets), help="a set of defaults, see README.md")
+    parser.add_argument("--preset", choices=list(presets), help="a set of defaults, see below")
+    parser.epilog = "\n".join(
+        f"preset {name}: " + (", ".join(f"{k} {v}" for k, v in changes.items()) or "the defaults")
+        for name, changes in presets.items()
+    )
     for f in fields(config_class):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.metadata["choices"]:
@@ -211,10 +215,10 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(out: Path, step: int, trained: dict[str, Tensor], optimizer, base: dict):
+def save_checkpoint(out: Path, step: int, trained: dict[str, Tensor], optimizer, run: dict):
     """Write checkpoints/step-<step>: weights, optimiser moments, the step; keep the last two.
 
-    `base` identifies the frozen model that the weights belong to.
+    `run` has the sha256 of the frozen `base` and of the `texts` that the run depends on.
     """
     with write_folder(out / "checkpoints" / f"step-{step:07d}") as folder:
         save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()},
@@ -222,25 +226,27 @@ def save_checkpoint(out: Path, step: int, trained: dict[str, Tensor], optimizer,
         moments = {f"{name}/{key}": value.cpu().contiguous() for name, p in trained.items()
                    for key, value in optimizer.state[p].items()}
         save_file(moments, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": step, "base": base}) + "\n")
+        (folder / "state.json").write_text(json.dumps({"step": step, **run}) + "\n")
     for old in checkpoints(out)[:-2]:
         shutil.rmtree(old)
 
 
 @torch.no_grad()
-def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer, base: dict) -> int:
+def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer, run: dict) -> int:
     """Put a checkpoint's weights and moments in place; returns the number of steps done."""
     try:
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
         state = read_json(folder / "state.json")
-        step, trained_on = state["step"], state["base"]["sha256"]
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        step, before = state["step"], {key: state[key] for key in run}
+    except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{folder}: damaged checkpoint ({error}); remove this folder and resume "
                         f"from the one before")
-    if trained_on != base["sha256"]:
-        raise UserError(f"{folder}: was trained on another base than what {base['name']} is now; "
-                        f"give the first one back, or start anew with another --out")
+    for key in run:
+        if before[key] != run[key]:
+            raise UserError(f"{folder}: the {key} of this run changed since (sha256 "
+                            f"{before[key][:12]}..., now {run[key][:12]}...); bring the first {key} back, or start "
+                            f"anew with another --out")
     if weights.keys() != trained.keys():
         raise UserError(f"{folder}: holds other tensors than this run trains; remove the folder")
     for name, p in trained.items():

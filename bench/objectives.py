@@ -42,6 +42,14 @@ def bootstrap_gain(trained: list[dict], untrained: dict, draws: int = 2000) -> t
     return tuple(np.percentile(gains, [2.5, 97.5]))
 
 
+def check_same(before: dict, wanted: pretrain_ctkd.Config):
+    """Stop with a line if a finished run was made with other settings than are asked for now."""
+    for key, value in pretrain_ctkd.settings_of(wanted).items():
+        if key not in ("out", "threads") and before[key] != value:
+            sys.exit(f"{wanted.out}: was run with {key}={before[key]!r}, now {value!r}; name "
+                     f"another --out")
+
+
 def table(untrained: dict, trained: dict, tasks: list[str]) -> str:
     """Markdown: a row per method, mean (sd over seeds) per task; then the gains of ctkd."""
     lines = [f"| method | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
@@ -76,15 +84,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir")
     parser.add_argument("--out", default="runs/objectives")
     args, rest = parser.parse_known_args(argv)  # the rest goes to pretrain_ctkd.py
-    model = rest[rest.index("--model") + 1] if "--model" in rest else "demo"
+    model = pretrain_ctkd.parse_arguments(["--preset", "demo", *rest]).model
     trained: dict[str, list] = {}
     for seed in args.seeds:
         for objective in args.objectives:
             run = Path(args.out) / f"{objective}-{seed}"
             flags = ["--preset", "demo", "--objective", objective, "--seed", str(seed), *rest]
-            if (run / "config.json").is_file():
-                flags.append("--resume")
-            if not (run / "encoder" / "encoder.json").is_file():
+            done = run / "encoder" / "encoder.json"
+            if done.is_file():
+                wanted = pretrain_ctkd.parse_arguments([*flags, "--out", str(run)])
+                check_same(json.loads(done.read_text())["history"][0], wanted)
+            else:
+                flags += ["--resume"] if (run / "config.json").is_file() else []
                 if code := pretrain_ctkd.main([*flags, "--out", str(run)]):
                     return code
             results = scores_of(str(run), None, args.task, args.data_dir)

@@ -163,7 +163,10 @@ class TrainingText:
 
     def has_sentence_of(self, passage: str) -> bool:
         """Whether a sentence of SHINGLE words or more stands word for word in the text."""
-        for sentence in re.split(r"[.!?][\")']*\s+", passage):
+        # cut at every stop, and at sure ones only: "Dr. Brown" must not hide a copied sentence
+        stops = [0, *(match.end() for match in FULL_STOP.finditer(passage)), len(passage)]
+        sentences = [passage[a:b] for a, b in zip(stops, stops[1:])]
+        for sentence in [*sentences, *re.split(r"[.!?][\")']*\s+", passage)]:
             words = normal_words(sentence)
             if len(words) >= SHINGLE and self.has_shingles(shingle_hashes(words)):
                 if f" {' '.join(words)} " in self.text:
@@ -216,10 +219,7 @@ def write_passages(args: argparse.Namespace):
         while len(kept) < args.count:
             for ids in sample(llama, tokenizer.bos, args.batch, length, **settings):
                 text = passage(ids, tokenizer)
-                why = problem(text, tokenizer)
-                if not why and training_text and training_text.has_sentence_of(text):
-                    why = COPIED
-                if why:
+                if why := problem(text, tokenizer):
                     removed[why] += 1
                 elif len(kept) < args.count:
                     kept.append(text)
@@ -229,8 +229,11 @@ def write_passages(args: argparse.Namespace):
                 raise UserError(f"{args.llama}: not one sample in twenty is readable; train it "
                                 f"longer or lower --temperature")
 
-    sampled, kept = len(kept), [text for text in kept if not COARSE.search(text)]
-    removed["coarse words"] = sampled - len(kept)
+    sampled = len(kept)
+    for why, is_bad in ((COPIED, training_text and training_text.has_sentence_of),
+                        ("coarse words", COARSE.search)):
+        good = [text for text in kept if not (is_bad and is_bad(text))]
+        removed[why], kept = len(kept) - len(good), good
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept)
     args.out.write_bytes(gzip.compress(lines.encode("utf-8"), mtime=0))
     for why in [*sorted(removed.keys() - {COPIED}), *([COPIED] if args.check else [])]:
