@@ -389,7 +389,8 @@ def train(config: Config, ranks: Ranks) -> int:
         (out / "environment.json").write_text(json.dumps(environment(encoder, ranks)) + "\n")
         print_header(config, encoder, corpus, steps, ranks)
         metrics = Metrics(out / "metrics.jsonl", start)
-    bar = tqdm(total=steps, initial=start, disable=ranks.rank > 0, dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=start, disable=ranks.rank > 0, dynamic_ncols=True,
+               mininterval=0.2 if sys.stderr.isatty() else 15)  # few lines in a log file
 
     with stop_on_signals() as signals, bar:
         for step in range(start, steps):
@@ -416,7 +417,8 @@ def train(config: Config, ranks: Ranks) -> int:
                 speed = counts["real_tokens"] / seconds
                 metrics.write(step=step, loss=loss, learning_rate=rate, grad_norm=norm.item(),
                               real_tokens=counts["real_tokens"], tokens_per_second=speed)
-                bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {speed:,.0f} tokens/s")
+                about = f"loss {loss:.3f}, rate {rate:.1e}, {speed:,.0f} tokens/s"
+                bar.set_postfix_str(about, refresh=False)
                 bar.update()
             if done == steps or stop or done % config.save_every == 0:
                 with ranks.together():

@@ -536,7 +536,7 @@ def hub(tiny, tmp_path_factory):
 @pytest.mark.parametrize("case, fragments", [
     ("o/gated@None", ["o/gated ", "gated", "Ask for access", "hf auth login"]),
     ("o/gated-files@None", ["o/gated-files ", "is gated", "Ask for access", "hf auth login"]),
-    ("o/missing@None", ["o/missing ", "not on the hub", "Check the name"]),
+    ("o/missing@None", ["o/missing ", "nor on the hub", "Check the name"]),
     ("o/tiny@nowhere", ["o/tiny ", "no revision nowhere", "--revision"]),
     ("o/down@None", ["o/down ", "cannot be fetched", "HF_ENDPOINT"]),
 ])

@@ -84,7 +84,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(run, tiny, texts, tmp_
     assert [row["step"] for row in metrics(out)] == list(range(30))
     assert all(row["grad_norm"] > 0 and row["real_tokens"] > 300 for row in metrics(out))
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoints", "config.json", "encoder", "metrics.jsonl"]
+        "checkpoints", "config.json", "encoder", "environment.json", "metrics.jsonl"]
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [
         "step-0000020", "step-0000030"]
     config = json.loads((out / "config.json").read_text())
@@ -314,7 +314,7 @@ def test_a_finished_run_that_is_resumed_only_reports(run, tmp_path, capsys):
     assert after.pop(about) == before.pop(about).replace(b'"resume": false', b'"resume": true')
     assert after == before
     reports = [text.partition("embedded STS")[2] for text in (first, capsys.readouterr().out)]
-    assert reports[0] == reports[1] and "next:" in reports[0]
+    assert reports[0] == reports[1] and "; next" in reports[0]
 
 
 def test_saving_more_often_is_no_other_configuration(run, tmp_path):
@@ -362,7 +362,7 @@ def test_two_processes_have_the_losses_of_one(run, tiny, texts, tmp_path):
         one, two = ([row[key] for row in metrics(tmp_path / name)] for name in ("one", "two"))
         assert one == two
     printed = Path(f"{tmp_path}/two.stdout").read_text()
-    assert "2 process(es) on cpu" in printed and printed.count("next:\n") == 1
+    assert "2 process(es) on cpu" in printed and printed.count("; next") == 1
     assert np.isfinite(load_encoder(tmp_path / "two/encoder").encode(["A text."])).all()
 
 
@@ -545,7 +545,17 @@ def test_a_checkpoint_of_another_base_is_refused(other, run, checkpoint, tmp_pat
     shutil.rmtree(base)
     checkpoint("base", **other)
     capsys.readouterr()
-    refused(run("run", "--steps", 4, "--model", base, "--resume"), capsys, base)
+    refused(run("run", "--steps", 4, "--model", base, "--resume"), capsys, "the base of this run")
+
+
+def test_a_resume_over_other_texts_is_refused(run, texts, tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text(texts.read_text())
+    with signal_after(1, signal.SIGTERM):
+        assert run("run", "--steps", 4, "--text", path) == 143
+    path.write_text(texts.read_text() + "\n" + "one more text of the same kind " * 9)
+    flags = ["--steps", 4, "--text", path, "--resume"]
+    refused(run("run", *flags), capsys, "the texts of this run changed", "another --out")
 
 
 @pytest.mark.parametrize("micro_batch", [

@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,9 +34,6 @@ def test_commands_parse(script, arguments, capsys):
     elif module == "evaluate":
         assert importlib.import_module(module).parse_arguments(arguments).task
     else:  # the other scripts say in --help which flags they know
-        import subprocess
-        import sys
-
         text = subprocess.run([sys.executable, str(ROOT / script), "--help"], check=True,
                               capture_output=True, text=True).stdout
         stage1_help = "--num-texts --steps --text --lr --out --seed --threads"
@@ -55,3 +54,25 @@ def test_paper_table_names_things_that_exist():
 
 def test_no_placeholder_is_left():
     assert not [page for page in PAGES if "@@" in page.read_text()]
+
+
+def test_the_python_blocks_run_and_agree(tmp_path, monkeypatch):
+    """An untrained encoder, its merged folder read by the README's transformers block."""
+    import torch
+
+    import pretrain_ctkd as stage1
+    from model import load_encoder, merge, save_encoder
+    from training import Ranks
+
+    monkeypatch.chdir(tmp_path)
+    config = stage1.parse_arguments(["--dtype", "float32"])
+    encoder = stage1.new_encoder(config, Ranks(0, 1, torch.device("cpu")))
+    save_encoder(encoder, Path("runs/ctkd-demo/encoder"))
+    merge(load_encoder("runs/ctkd-demo/encoder"), "merged")
+    blocks = re.findall(r"```python\n(.*?)```", ROOT.joinpath("README.md").read_text(), re.S)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and names["embeddings"].shape == (2, 256)
+    difference = torch.from_numpy(names["embeddings"][0]) - names["embedding"].detach()
+    assert difference.abs().max() < 1e-4
