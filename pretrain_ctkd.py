@@ -373,7 +373,9 @@ def train(config: Config, ranks: Ranks) -> int:
     steps = config.steps or len(corpus) // config.batch_size
     trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     parameters, start = list(trained.values()), 0
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, config.lr, weight_decay=config.weight_decay, fused=True
+    )
     run = {"base": encoder.base["sha256"], "texts": fingerprint_of(corpus)}
     with ranks.together():
         if config.resume and checkpoints(out):

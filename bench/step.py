@@ -397,7 +397,8 @@ class Step:
         config = implementation.config
         self.parameters, self.clip = implementation.parameters, config.clip
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, weight_decay=config.weight_decay
+            self.parameters, config.lr, weight_decay=config.weight_decay,
+            fused=not isinstance(implementation, Official),
         )
 
     def run(self, step: int) -> tuple[float, float]:
