@@ -115,6 +115,7 @@ class ThroughHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, row_loss, chunk_rows: int) -> Tensor:
+        """hidden (R, D), head (V, D), row_loss(logits, rows) -> scalar, for each chunk of rows."""
         total, gradients = 0.0, []
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)

@@ -245,8 +245,8 @@ def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer, run: di
     for key in run:
         if before[key] != run[key]:
             raise UserError(f"{folder}: the {key} of this run changed since (sha256 "
-                            f"{before[key][:12]}..., now {run[key][:12]}...); bring the first {key} back, or start "
-                            f"anew with another --out")
+                            f"{before[key][:12]}..., now {run[key][:12]}...); bring the first "
+                            f"{key} back, or start anew with another --out")
     if weights.keys() != trained.keys():
         raise UserError(f"{folder}: holds other tensors than this run trains; remove the folder")
     for name, p in trained.items():
