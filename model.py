@@ -94,6 +94,7 @@ def read_config(path: Path) -> LlamaConfig:
             refuse(key, "a model without it")
 
     def number(key, default=None):
+        """The whole number above zero under `key`, or its default."""
         value = raw.get(key) if raw.get(key) is not None else default
         if value is None:
             raise UserError(f"{path}: the key {key} is missing; copy it from the model's page")

@@ -53,6 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Update the momenta with the present gradients, and the matrices with their steps."""
         for group in self.param_groups:
             for p in group["params"]:
                 buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
