@@ -412,11 +412,16 @@ def load_llama(
 
 def fingerprint(folder: Path) -> str:
     """sha256 over the weights, by which an adapter knows the base that it was trained on."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
+    return digest(weight_files(folder))
+
+
+def digest(paths: list[Path]) -> str:
+    """sha256 over the sha256 of each file."""
+    total = hashlib.sha256()
+    for path in paths:
         with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -424,12 +429,19 @@ def fingerprint(folder: Path) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+POOLINGS = ("memory", "last", "mean", "weighted-mean", "echo")
+INSTRUCTED = "{instruction}:{text}\n"  # the one template with instructions (paper, official code)
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """How texts become embeddings; stored with the encoder, so that no flag contradicts training.
 
     pooling: `memory` (mean of the K memory tokens), `last`, `mean` or `weighted-mean` (token i
-    weighs i; SGPT, arXiv 2202.08904) over all tokens, BOS included. max_tokens counts BOS and K.
+    weighs i; SGPT, arXiv 2202.08904) over all tokens, BOS included; `echo` is the mean from the
+    last {text} of the template on (arXiv 2402.15449). max_tokens counts BOS and K.
+    template: what the tokenizer reads. With `{instruction}` in it the encoder was trained with
+    instructions, and a text without one stands alone.
     """
 
     num_memory_tokens: int = 8
@@ -439,8 +451,8 @@ class EncoderConfig:
     template: str = "{text}"
 
     def __post_init__(self):
-        if self.pooling not in ("memory", "last", "mean", "weighted-mean"):
-            raise UserError(f"pooling={self.pooling!r}: memory, last, mean or weighted-mean")
+        if self.pooling not in POOLINGS:
+            raise UserError(f"pooling={self.pooling!r}: unknown; one of {', '.join(POOLINGS)}")
         if self.attention not in ("bidirectional", "causal"):
             raise UserError(f"attention={self.attention!r}: bidirectional or causal")
         k, least = self.num_memory_tokens, int(self.pooling == "memory")
@@ -486,6 +498,7 @@ class Encoder(nn.Module):
         self.adapters = False  # whether the adapters on the Llama take part
         self.lora_config = LoraConfig()
         self.base: dict = {}  # where the Llama came from: name, revision, sha256
+        self.sha256 = ""  # of what was trained: adapters, memory tokens, table
         self.history: list[dict] = []  # the stages that made the adapters, oldest first
 
     def add_memory(self, init: str, train_table: bool, generator: torch.Generator | None = None):
@@ -519,8 +532,13 @@ class Encoder(nn.Module):
         k = self.config.num_memory_tokens
         return torch.stack([sequence[-k:] for sequence in hidden.split(lengths)])
 
-    def embed(self, ids: Tensor, lengths: list[int], dropout: float = 0.0) -> Tensor:
-        """ids (T,) of N texts -> embeddings (N, D) in at least fp32; z = mean memory (Eq. 6)."""
+    def embed(
+        self, ids: Tensor, lengths: list[int], dropout: float = 0.0, tails: list[int] | None = None
+    ) -> Tensor:
+        """ids (T,) of N texts -> embeddings (N, D) in at least fp32; z = mean memory (Eq. 6).
+
+        `tails` are the numbers of last tokens that `echo` averages.
+        """
         if self.config.pooling == "memory":
             return wide(self.memory(ids, lengths, dropout)).mean(dim=1)
         hidden, lengths = self(ids, lengths, dropout)
@@ -529,24 +547,52 @@ class Encoder(nn.Module):
             return torch.stack([h[-1] for h in sequences])
         if self.config.pooling == "mean":
             return torch.stack([h.mean(dim=0) for h in sequences])
+        if self.config.pooling == "echo":
+            return torch.stack([h[-max(1, n) :].mean(dim=0) for h, n in zip(sequences, tails)])
         weights = [torch.arange(1, len(h) + 1).to(h) for h in sequences]
         return torch.stack([w @ h / w.sum() for w, h in zip(weights, sequences)])
 
+    def template(self, instruction: str = "") -> str:
+        """The template in which texts with (or without) an instruction are read."""
+        template = self.config.template
+        if not instruction:
+            return "{text}" if "{instruction}" in template else template
+        if template == "{text}":
+            template = INSTRUCTED
+        if "{instruction}" not in template:
+            raise UserError(f"instruction {instruction!r}: the template {template[:60]!r} has no "
+                            f"place for one; leave the instruction out")
+        return template.replace("{instruction}", instruction)
+
+    def tokenize(self, texts: list[str], instruction: str = "") -> tuple[list[np.ndarray], list]:
+        """int32 ids with BOS of each text in the template, and its tail (see `embed`)."""
+        template, room = self.template(instruction), self.config.max_tokens
+        room -= self.config.num_memory_tokens
+        if template == "{text}":
+            ids = self.tokenizer.encode(texts, room)
+            return ids, [len(i) for i in ids]
+        return self.tokenizer.encode_prompted(texts, template, room)
+
     @torch.inference_mode()
-    def encode(self, texts: list[str], batch_tokens: int = 4096, progress=False) -> np.ndarray:
+    def encode(
+        self, texts: list[str], instruction="", batch_tokens=4096, progress: bool | str = False
+    ) -> np.ndarray:
         """Texts -> (n, D) float32, in their order; long texts are cut, memory tokens never.
 
         Batches hold texts of similar length, at most `batch_tokens` tokens each (at least a text).
+        `progress` shows a bar, a string before it.
         """
         k, was_training = self.config.num_memory_tokens, self.training
-        filled = [self.config.template.replace("{text}", text) for text in texts]
-        ids = self.tokenizer.encode(filled, self.config.max_tokens - k)
+        ids, tails = self.tokenize(texts, instruction)
         out = np.empty((len(texts), self.table.shape[1]), dtype=np.float32)
         self.eval()
-        with tqdm(total=len(texts), unit="text", disable=not progress, leave=False) as bar:
+        label = progress if isinstance(progress, str) else None
+        with tqdm(total=len(texts), unit="text", desc=label, disable=not progress,
+                  leave=False) as bar:
             for batch in token_batches([len(i) + k for i in ids], batch_tokens):
                 row = torch.from_numpy(np.concatenate([ids[i] for i in batch]))
-                z = self.embed(row.to(self.llama.head.device), [len(ids[i]) for i in batch])
+                z = self.embed(row.to(self.llama.head.device), [len(ids[i]) for i in batch],
+                               tails=[tails[i] for i in batch])
                 out[batch] = z.float().cpu().numpy()
                 bar.update(len(batch))
         self.train(was_training)
@@ -668,6 +714,7 @@ def load_encoder(
         encoder.lora_config = lora.load_adapter(encoder.llama, folder / stage)
         encoder.adapters = True
     load_embeddings(encoder, folder / "embeddings.safetensors")
+    encoder.sha256 = digest(sorted(folder.rglob("*.safetensors")))
     return encoder.requires_grad_(False).eval()
 
 

@@ -480,7 +480,7 @@ def report(config: Config, ranks: Ranks):
     device, folder = str(ranks.device), f"{config.out}/encoder"
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     options = {"dtype": dtype, "device": device}
-    print(f"\nembedded STS set ({evaluate.TASKS['demo-sts']['samples']} pairs), Spearman x 100")
+    print(f"\nembedded STS set ({evaluate.TASKS['demo-sts']['expected']['pairs']} pairs), Spearman x 100")
     plain = plain_encoder(config.model, revision=config.revision or None, **options)
     for method in evaluate.UNTRAINED:
         plain.config = replace(plain.config, pooling=method)

@@ -7,9 +7,10 @@
 Each run is `pretrain_ctkd.py --objective O --seed S --out OUT/O-S` with all other flags passed on;
 a run whose encoder exists is not repeated, so the command can be interrupted, and parts of it
 (--objectives, --seeds) can run beside each other. All objectives see the same texts in the same
-order with the same splits. The table shows Spearman x 100, mean and standard deviation over seeds,
-and a 95 % paired bootstrap interval of the gain of `ctkd` over the best untrained method (samples
-are resampled; one seed's encoder at a time, the interval is that of the mean over seeds).
+order with the same splits. The table shows main scores x 100, mean and standard deviation over
+seeds, and for STS a 95 % paired bootstrap interval of the gain of `ctkd` over the best untrained
+method (samples are resampled; one seed's encoder at a time, the interval is that of the mean over
+seeds).
 """
 
 import argparse
@@ -28,8 +29,8 @@ import pretrain_ctkd
 
 def scores_of(model: str, method: str | None, tasks: list[str], data_dir: str | None) -> dict:
     """Task -> result of evaluate_task."""
-    encoder = evaluate.open_model(model, method)
-    return {task: evaluate.evaluate_task(task, encoder.encode, data_dir) for task in tasks}
+    encode = evaluate.encoding(*evaluate.open_model(model, method))
+    return {task: evaluate.evaluate_task(task, encode, data_dir) for task in tasks}
 
 
 def bootstrap_gain(trained: list[dict], untrained: dict, draws: int = 2000) -> tuple[float, float]:
@@ -65,6 +66,8 @@ def table(untrained: dict, trained: dict, tasks: list[str]) -> str:
         lines.append(f"| {objective}, {len(runs)} seed(s) | {' | '.join(cells)} |")
     for task in tasks if "ctkd" in trained else []:
         best = max(untrained, key=lambda method: untrained[method][task]["main_score"])
+        if "gold" not in untrained[best][task]:
+            continue
         runs = [run[task] for run in trained["ctkd"]]
         low, high = bootstrap_gain(runs, untrained[best][task])
         gain = np.mean([r["main_score"] for r in runs]) - untrained[best][task]["main_score"]

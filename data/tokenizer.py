@@ -59,6 +59,44 @@ class Tokenizer:
                 arrays.append(np.array((self.bos + encoding.ids)[:max_tokens], dtype=np.int32))
         return arrays
 
+    def encode_prompted(
+        self, texts: list[str], prompt: str, max_tokens: int
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """The prompt with each text in place of its `{text}`s, and where the last one starts.
+
+        Where that makes more than max_tokens the text is cut, never the prompt. The second list
+        counts the tokens from the last occurrence of the text on. Raises UserError if the prompt
+        alone leaves no room for a text.
+        """
+        before_last, arrays, tails = prompt.rpartition("{text}")[0], [], []
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
+            filled = [prompt.replace("{text}", text) for text in chunk]
+            encodings = self.backend.encode_batch(filled, add_special_tokens=False)
+            for text, encoding in zip(chunk, encodings):
+                if len(self.bos) + len(encoding.ids) > max_tokens:
+                    text, encoding = self._cut(text, prompt, max_tokens)
+                first = len(before_last.replace("{text}", text))  # character of the last text
+                arrays.append(np.array(self.bos + encoding.ids, dtype=np.int32))
+                tails.append(sum(end > first for _, end in encoding.offsets))
+        return arrays, tails
+
+    def _cut(self, text: str, prompt: str, max_tokens: int) -> tuple[str, tokenizers.Encoding]:
+        """The longest beginning of the text, in whole tokens, that fits the prompt."""
+
+        def encode(string: str) -> tokenizers.Encoding:
+            return self.backend.encode(string, add_special_tokens=False)
+
+        ends, copies = [end for _, end in encode(text).offsets], prompt.count("{text}")
+        frame = len(self.bos) + len(encode(prompt.replace("{text}", "")).ids)
+        about = (max_tokens - frame) // copies + 2  # where pieces meet, tokens may merge
+        for kept in range(min(len(ends), about), 0, -1):
+            encoding = encode(prompt.replace("{text}", text[: ends[kept - 1]]))
+            if len(self.bos) + len(encoding.ids) <= max_tokens:
+                return text[: ends[kept - 1]], encoding
+        raise UserError(f"max_tokens={max_tokens} leaves no room for a text in the prompt "
+                        f"{prompt[:60]!r}... of {frame} tokens; use a larger one")
+
     def decode(self, ids) -> str:
         """The text of a sequence of token ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -19,6 +19,7 @@ from data import UserError
 from data.tokenizer import Tokenizer
 from lora import LoraConfig
 from model import (
+    INSTRUCTED,
     EncoderConfig,
     find_model,
     load_encoder,
@@ -39,6 +40,10 @@ TEXTS = [
     "ümläut 漢字", "the embedding of the text", "the embedding of the text",
     "A model reads a text.\n", TEXT,
 ]
+
+
+ECHO = "Rewrite the sentence: {text}, rewritten sentence: {text}"
+EOL = 'This sentence : "{text}" means in one word:"'
 
 
 def randomize(llama, seed):
@@ -92,7 +97,10 @@ def their_hidden(reference, rows, causal):
     EncoderConfig(0, "mean", max_tokens=64),
     EncoderConfig(0, "last", "causal", max_tokens=64),
     EncoderConfig(0, "weighted-mean", "causal", max_tokens=64),
-], ids=lambda c: f"{c.pooling} {c.attention}")
+    EncoderConfig(0, "echo", "causal", 512, ECHO),
+    EncoderConfig(0, "last", "causal", 512, EOL),
+    EncoderConfig(K, template=INSTRUCTED, max_tokens=64),
+], ids=lambda c: f"{c.pooling} {c.attention} {c.template[:9]}")
 def test_an_embedding_does_not_depend_on_its_batch_or_place(config, batch_tokens, tiny):
     encoder = build(tiny, config)
     alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
@@ -139,6 +147,37 @@ def test_the_template_is_filled_with_the_text_and_nothing_else(tiny):
     templated = build(tiny, EncoderConfig(K, template="query: {text}\n", max_tokens=64))
     plain = build(tiny).encode([f"query: {text}\n" for text in texts])
     assert np.abs(templated.encode(texts) - plain).max() <= 1e-6
+
+
+@pytest.mark.parametrize("template", ["{text}", INSTRUCTED])
+def test_an_instruction_stands_before_its_text_and_a_text_without_one_stands_alone(template, tiny):
+    texts = ["A text.", "", "{instruction}", "two\nlines"]
+    encoder, plain = build(tiny, EncoderConfig(K, template=template, max_tokens=64)), build(tiny)
+    told = plain.encode([f"Find it:{text}\n" for text in texts])
+    assert np.abs(encoder.encode(texts, "Find it") - told).max() <= 1e-6
+    assert np.abs(encoder.encode(texts, instruction="Find it") - told).max() <= 1e-6
+    assert np.abs(encoder.encode(texts) - plain.encode(texts)).max() <= 1e-6
+    assert np.abs(told - plain.encode(texts)).max() > 1e-2
+
+
+@pytest.mark.parametrize("template", ["query: {text}", ECHO, EOL])
+def test_a_template_without_a_place_for_an_instruction_refuses_one(template, tiny):
+    encoder = plain_encoder(tiny, EncoderConfig(0, "last", "causal", template=template))
+    assert encoder.encode(["x"]).shape == (1, 32)
+    with pytest.raises(UserError, match="instruction 'Find it'.*no place for one"):
+        encoder.encode(["x"], "Find it")
+
+
+def test_a_long_text_leaves_instruction_and_newline_whole(tiny):
+    config = EncoderConfig(K, template=INSTRUCTED, max_tokens=40)
+    encoder = build(tiny, config)
+    ids, _ = encoder.tokenize([TEXT, "short"], "Find it")
+    assert len(ids[0]) == 40 - K and encoder.tokenizer.decode(ids[1]) == "Find it:short\n"
+    said = encoder.tokenizer.decode(ids[0])
+    assert said.startswith("Find it:The quick") and said.endswith("\n")
+    kept = said.removeprefix("Find it:").removesuffix("\n")
+    assert TEXT.startswith(kept) and len(kept) > 10
+    assert np.abs(encoder.encode([TEXT], "Find it") - encoder.encode([kept], "Find it")).max() == 0
 
 
 def test_encode_restores_the_mode_and_uses_no_dropout(tiny):
@@ -201,6 +240,22 @@ def test_each_pooling_equals_its_formula_on_the_hidden_states_of_transformers(
         assert np.abs(embedding - POOLINGS[pooling](list(hidden)).numpy()).max() <= 1e-5
 
 
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_echo_is_the_mean_over_the_tokens_of_the_second_occurrence(attention, tiny, reference):
+    encoder = plain_encoder(tiny, EncoderConfig(0, "echo", attention, 512, ECHO))
+    theirs, result = reference(tiny).model, encoder.encode(TEXTS)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"))
+    for text, embedding in zip(TEXTS, result):
+        string = ECHO.replace("{text}", text)
+        found = tokenizer(string, return_offsets_mapping=True)
+        second = [end > len(string) - len(text) for _, end in found.offset_mapping]
+        rows = theirs.embed_tokens(torch.tensor(found.input_ids)).detach()
+        hidden = their_hidden(theirs, rows, attention == "causal")
+        tail = hidden[torch.tensor(second)] if text else hidden[-1:]
+        assert np.abs(embedding - tail.mean(0).numpy()).max() <= 1e-5
+        assert 0 < len(tail) < len(hidden) / 2 + 1
+
+
 def test_the_memory_is_the_last_k_hidden_rows_of_each_text(encoder):
     ids, lengths = packed(encoder, TEXTS)
     with torch.no_grad():
@@ -260,7 +315,9 @@ def test_gradients_reach_memory_rows_table_and_adapters_and_nothing_else(tiny):
     ({"num_memory_tokens": 0}, "num_memory_tokens=0"),
     ({"num_memory_tokens": 8, "pooling": "mean"}, "num_memory_tokens=8"),
     ({"num_memory_tokens": -1, "pooling": "mean"}, "num_memory_tokens=-1"),
-    ({"max_tokens": 9}, "max_tokens=9"),
+    ({"max_tokens": 9}, "max_tokens=9"), ({"template": "query: "}, "must contain {text}"),
+    ({"template": "{instruction}:"}, "must contain {text}"),
+    ({"num_memory_tokens": 8, "pooling": "echo"}, "num_memory_tokens=8"),
 ])
 def test_a_contradictory_encoder_config_is_refused(settings, fragment):
     with pytest.raises(UserError) as info:
@@ -396,6 +453,94 @@ def test_truncation_and_padding_stored_in_the_file_have_no_effect(tiny, tmp_path
     assert ours.bos == plain.bos
     for a, b in zip(ours.encode(TEXTS), plain.encode(TEXTS)):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("prompt, after", [
+    (ECHO, ""), (EOL, '" means in one word:"'), (INSTRUCTED, "\n"), ("{text} and {text}!", "!"),
+])
+def test_a_filled_prompt_is_tokenized_as_one_text_and_its_tail_is_the_last_occurrence(
+    prompt, after, tiny
+):
+    tokenizer = Tokenizer(tiny, 320)
+    arrays, tails = tokenizer.encode_prompted(TEXTS, prompt, 4096)
+    whole = tokenizer.encode([prompt.replace("{text}", text) for text in TEXTS])
+    for text, ids, expected, tail in zip(TEXTS, arrays, whole, tails):
+        assert np.array_equal(ids, expected) and ids.dtype == np.int32
+        last = tokenizer.decode(ids[len(ids) - tail :])
+        assert last in (text + after, f" {text}{after}") and tail < len(ids)
+
+
+def test_the_tail_in_a_llama_2_tokenizer_is_the_golden_one(tmp_path):
+    tokenizer = Tokenizer(tmp_path, like_llama_2(tmp_path))
+    arrays, tails = tokenizer.encode_prompted(["a", "ab", "b", "é", ""], "b {text}b {text}", 99)
+    space, b = [259], [261]
+    first = [1, 259, 261]
+    golden = [[*first, 262, *b, 262], [*first, 262, *b, *b, 262, *b],
+              [*first, *space, *b, *b, *space, *b],
+              [*first, *space, 3 + 0xC3, 3 + 0xA9, *b, *space, 3 + 0xC3, 3 + 0xA9],
+              [*first, *space, *b, *space]]
+    assert [array.tolist() for array in arrays] == golden
+    assert tails == [1, 2, 1, 2, 0]
+
+
+def longest_fit(tokenizer, text, prompt, room):
+    """The ids with the longest beginning of the text, in its own tokens, that fit; None if none."""
+    ends = [end for _, end in tokenizer.backend.encode(text, add_special_tokens=False).offsets]
+    for string in [text, *(text[:end] for end in reversed(ends))]:
+        (ids,) = tokenizer.encode([prompt.replace("{text}", string)])
+        if len(ids) <= room:
+            return ids.tolist()
+    return None
+
+
+@pytest.mark.parametrize("prompt", [ECHO, EOL, INSTRUCTED.replace("{instruction}", "Find it")])
+@pytest.mark.parametrize("like", ["gpt-2", "llama-2"])
+def test_a_long_text_is_cut_as_little_as_fits_and_the_prompt_never(prompt, like, tiny, tmp_path):
+    if like == "gpt-2":
+        tokenizer = Tokenizer(tiny, 320)
+    else:
+        tokenizer = Tokenizer(tmp_path, like_llama_2(tmp_path))
+    draw = random.Random(0)
+    texts = [TEXT, "ümläut 漢字 " * 9, "ab" * 50, " a" * 50] + [
+        "".join(draw.choices("ab  \n漢é.", k=60)) for _ in range(12)]
+    frame = len(tokenizer.encode([prompt.replace("{text}", "")])[0])
+    before, after = prompt.partition("{text}")[0], prompt.rpartition("{text}")[2]
+    for room in range(frame, frame + 60, 7):
+        for text in texts:
+            expected = longest_fit(tokenizer, text, prompt, room)
+            try:
+                (ids,), (tail,) = tokenizer.encode_prompted([text], prompt, room)
+            except UserError as error:
+                assert expected is None and f"max_tokens={room}" in str(error)
+                continue
+            assert ids.tolist() == expected and len(ids) <= room and 0 < tail < len(ids)
+            said = tokenizer.decode(ids)
+            assert said.startswith(before.strip()) and said.endswith(after)
+
+
+def test_only_the_text_that_is_too_long_is_cut(tiny):
+    tokenizer = Tokenizer(tiny, 320)
+    texts = ["short", TEXT, "", "a model"]
+    arrays, tails = tokenizer.encode_prompted(texts, EOL, 80)
+    for i in (0, 2, 3):
+        (alone,), (tail,) = tokenizer.encode_prompted([texts[i]], EOL, 4096)
+        assert np.array_equal(arrays[i], alone) and tails[i] == tail
+    assert 75 <= len(arrays[1]) <= 80
+
+
+@pytest.mark.parametrize("text", [TEXT, "x", ""])
+def test_a_prompt_that_leaves_no_room_is_a_user_error(text, tiny):
+    encoder = plain_encoder(tiny, EncoderConfig(0, "last", "causal", 20, EOL))
+    with pytest.raises(UserError, match="max_tokens=20 leaves no room for a text in the prompt"):
+        encoder.encode([text])
+
+
+def test_more_prompted_texts_than_a_chunk_keep_their_order(tiny):
+    tokenizer = Tokenizer(tiny, 320)
+    texts = [str(i) for i in range(512 + 5)]
+    arrays, tails = tokenizer.encode_prompted(texts, "a {text} b {text}", 99)
+    assert [tokenizer.decode(a) for a in arrays] == [f"a {t} b {t}" for t in texts]
+    assert len(tails) == len(texts)
 
 
 @pytest.mark.parametrize("content, fragment", [

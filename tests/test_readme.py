@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_evaluate import demo_tasks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "data" / "demo" / "README.md"]
@@ -32,7 +33,14 @@ def test_commands_parse(script, arguments, capsys):
         config = stage1.parse_arguments(arguments)
         stage1.check(config)
     elif module == "evaluate":
-        assert importlib.import_module(module).parse_arguments(arguments).task
+        evaluate = importlib.import_module(module)
+        args = evaluate.parse_arguments(arguments)
+        if args.task:
+            assert evaluate.chosen_tasks(args)
+        elif args.compare:
+            assert set(args.compare[1:]) <= set(evaluate.PUBLISHED["rows"])
+        else:
+            assert args.list or args.task_dir and args.kind
     else:  # the other scripts say in --help which flags they know
         text = subprocess.run([sys.executable, str(ROOT / script), "--help"], check=True,
                               capture_output=True, text=True).stdout
@@ -57,10 +65,12 @@ def test_no_placeholder_is_left():
 
 
 def test_the_python_blocks_run_and_agree(tmp_path, monkeypatch):
-    """An untrained encoder, its merged folder read by the README's transformers block."""
+    """An untrained encoder, its merged folder read by the README's transformers block, its score by
+    the README's mteb block (on an embedded task in place of the one to download)."""
     import torch
 
     import pretrain_ctkd as stage1
+    from evaluate import evaluate_task
     from model import load_encoder, merge, save_encoder
     from training import Ranks
 
@@ -70,9 +80,21 @@ def test_the_python_blocks_run_and_agree(tmp_path, monkeypatch):
     save_encoder(encoder, Path("runs/ctkd-demo/encoder"))
     merge(load_encoder("runs/ctkd-demo/encoder"), "merged")
     blocks = re.findall(r"```python\n(.*?)```", ROOT.joinpath("README.md").read_text(), re.S)
+    with_mteb = [block for block in blocks if "import mteb" in block]
     names = {}
     for block in blocks:
-        exec(block, names)
-    assert len(blocks) == 2 and names["embeddings"].shape == (2, 256)
+        if block not in with_mteb:
+            exec(block, names)
+    assert (len(blocks), len(with_mteb)) == (4, 1) and names["embeddings"].shape == (2, 256)
     difference = torch.from_numpy(names["embeddings"][0]) - names["embedding"].detach()
     assert difference.abs().max() < 1e-4
+    ours = evaluate_task("demo-retrieval", names["encoder"].encode)
+    assert names["scores"]["main_score"] == ours["main_score"]
+
+    mteb = pytest.importorskip("mteb")
+    task = demo_tasks(mteb)["demo-sts"]
+    monkeypatch.setattr(mteb, "get_task", lambda *_, **__: task)
+    exec(with_mteb[0], names)
+    (scores,) = names["results"].task_results[0].scores["test"]
+    ours = evaluate_task("demo-sts", names["encoder"].encode)
+    assert scores["main_score"] == pytest.approx(ours["main_score"], abs=1e-6)

@@ -1,0 +1,148 @@
+"""Results of evaluate.py: one JSON file a task in MTEB's form, averages, published rows beside.
+
+A run's folder is results/<model>[@method]/ with one <Task>.json each, which mteb can read too.
+"""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from data import UserError
+from data.tasks import TASKS
+
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+PAPER = PUBLISHED["tasks"]  # the 14
+GROUPS = {group: [task for task in PAPER if TASKS[task]["group"] == group]
+          for group in ("clustering", "retrieval", "sts", "classification", "reranking")}
+
+# what a finished result must have in common with the one asked for
+SAME = ("method", "sha256", "attention", "max_tokens", "template", "dtype", "instruction", "data")
+
+
+def label_of(model: str, method: str, instruction: str = "auto") -> str:
+    """The name of the folder with a model's results: model, method, instruction if not auto."""
+    name = model.rstrip("/").removesuffix("/encoder").strip("/.").replace("/", "__")
+    name += "" if method == "memory" else f"@{method}"
+    return name + {"auto": "", "none": "+none"}.get(instruction, "+instruction")
+
+
+def finished(path: Path, settings: dict) -> dict | None:
+    """The result in `path`, if there is one; UserError if it was made with other settings."""
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        before, score = result["settings"], result["scores"]["test"][0]["main_score"]
+        changed = [f"{key}: {before.get(key)!r} -> {settings[key]!r}" for key in SAME
+                   if before.get(key) != settings[key]]
+        if before["base"]["sha256"] != settings["base"]["sha256"]:
+            changed.append("the base model")
+        float(score)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); remove it, or evaluate again with --force")
+    if changed:
+        raise UserError(f"{path}: was made with other settings ({'; '.join(changed)}); evaluate "
+                        f"again with --force, or name another --results folder")
+    return result
+
+
+def write_result(path: Path, task: dict, scores: dict, settings: dict, seconds: float):
+    """Write one task's scores in the form of MTEB's result files, our settings beside them."""
+    subset = {"hf_subset": task.get("subset", "default"), "languages": ["eng-Latn"]}
+    plain = {k: v for k, v in scores.items() if not isinstance(v, np.ndarray) and k != "notes"}
+    result = {"dataset_revision": task.get("revision", "local"), "task_name": task["name"],
+              "mteb_version": None, "evaluation_time": round(seconds, 2), "kg_co2_emissions": None,
+              "scores": {"test": [{**subset, **plain}]},
+              "notes": scores["notes"], "settings": settings}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".writing")
+        aside.write_text(json.dumps(result, indent=2) + "\n")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); name another --results")
+
+
+def mean_of(scores: dict[str, float], tasks: list[str]) -> float | None:
+    """The mean score of the tasks, None unless all are there."""
+    return float(np.mean([scores[t] for t in tasks])) if set(tasks) <= set(scores) else None
+
+
+def summary(scores: dict[str, float]) -> list[tuple[str, float | None]]:
+    """Group averages and the average of the 14, each None unless all its tasks are there."""
+    rows = []
+    for group, tasks in [*GROUPS.items(), ("average", PAPER)]:
+        if there := sum(task in scores for task in tasks):
+            part = "" if there == len(tasks) else f"{there} of "
+            rows.append((f"{group} ({part}{len(tasks)} tasks)", mean_of(scores, tasks)))
+    return rows
+
+
+def read_results(name: str, results: Path) -> tuple[str, dict[str, float], str | None, list[str]]:
+    """A column of --compare: its title, scores x 100 by task, the paper's row for it, its notes.
+
+    `name` is a published row, or a run as a folder of results or as it was given to --model.
+    """
+    if name in PUBLISHED["rows"]:
+        row = zip(PAPER, PUBLISHED["rows"][name])
+        return name, {task: score for task, score in row if score is not None}, None, []
+    folders = [Path(name), results / name, results / label_of(name, "memory")]
+    files = next((f for folder in folders if (f := sorted(folder.glob("*.json")))), [])
+    scores, notes, paper = {}, [], None
+    keys = {task["name"]: key for key, task in TASKS.items()}
+    for path in files:
+        try:
+            result = json.loads(path.read_text())
+            task = keys.get(result["task_name"], result["task_name"])
+            scores[task] = 100 * result["scores"]["test"][0]["main_score"]
+            paper = result["settings"]["paper"]
+            notes += [f"{task}: {note}" for note in result["notes"]]
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: not a result of evaluate.py ({error!r}); remove it")
+    if not scores:
+        known = [p.name for p in sorted(results.glob("*")) if p.is_dir()] + [*PUBLISHED["rows"]]
+        near = get_close_matches(name, known, n=3, cutoff=0.4) or known[:8] + ["..."]
+        raise UserError(f"--compare {name}: no results of that name under {results}/, nor a "
+                        f"published row; there are {', '.join(near)}")
+    return files[0].parent.name, scores, paper, notes
+
+
+def compare(names: list[str], results: Path):
+    """Print runs side by side, each beside the paper's row for it, with differences."""
+    columns, notes, named = [], [], []
+    for name in names:
+        title, scores, paper, said = read_results(name, results)
+        notes += [f"{title}, {note}" for note in said]
+        columns.append((title, scores, ".2f"))
+        if paper:
+            published = read_results(paper, results)[1]
+            columns.append((f"paper: {paper}", published, ".2f"))
+            columns.append(("difference", subtract(scores, published), "+.2f"))
+        if named:
+            columns.append((f"against {named[0][0]}", subtract(scores, named[0][1]), "+.2f"))
+        named.append((title, scores))
+    there = {task for _, scores in named for task in scores}
+    widths = [max(8, len(title)) + 2 for title, *_ in columns]
+
+    def line(head: str, cells: list[str]):
+        print(f"{head:<26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
+
+    line("main score x 100", [title for title, *_ in columns])
+    for task in [t for t in TASKS if t in there] + sorted(there - set(TASKS)):
+        line(task, [f"{s[task]:{form}}" if task in s else "-" for _, s, form in columns])
+    for head, group in [*GROUPS.items(), ("average", PAPER)]:
+        if any(mean_of(scores, group) is not None for _, scores in named):
+            means = [(mean_of(s, group), form) for _, s, form in columns]
+            line(f"{head} ({len(group)} tasks)",
+                 ["-" if mean is None else f"{mean:{form}}" for mean, form in means])
+    line("tasks of the 14", [str(len(set(s) & set(PAPER))) for _, s, _ in columns])
+    print(f"published rows: {PUBLISHED['paper']}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def subtract(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """a - b on the tasks that both have."""
+    return {task: a[task] - b[task] for task in a if task in b}

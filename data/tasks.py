@@ -1,0 +1,248 @@
+"""Evaluation tasks: where their files are, and what a task's score is made from.
+
+A task is an entry of tasks.json (name, kind, repository, pinned revision, expected counts) or any
+folder in the layout of a kind.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+from data import UserError
+from data.rows import ENDINGS, identifier, label, number, read_blocks, read_rows, read_unique
+from data.rows import text, texts
+
+HERE = Path(__file__).parent
+TASKS = json.loads((HERE / "tasks.json").read_text(encoding="utf-8"))
+
+# The files of each kind, and the fields of their rows.
+LAYOUT = {
+    "sts": "test: sentence1, sentence2, score",
+    "retrieval": "corpus: _id, title (optional), text; queries: _id, text; "
+                 "qrels/test: query-id, corpus-id, score",
+    "classification": "train and test: text, label",
+    "clustering": "test: sentences, labels",
+    "pair-classification": "test: sent1, sent2, labels",
+    "reranking": "test: query, positive, negative",
+}
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def folder_task(folder: str | Path, kind: str) -> dict:
+    """The task that a folder in the layout of `kind` makes, named like the folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--task-dir {folder}: no such folder")
+    return {"name": folder.resolve().name, "kind": kind, "folder": folder, "expected": {}}
+
+
+def task_place(task: dict, data_dir: str | Path | None) -> tuple[Path | None, str]:
+    """The local folder of a task (None: on the hub), and what the results say of its data."""
+    if task.get("repository") == "demo":
+        return HERE / "demo" / task["name"], "embedded"
+    if "folder" in task:
+        return task["folder"], str(Path(task["folder"]).resolve())
+    if data_dir is not None:
+        folder = Path(data_dir) / task["repository"].rpartition("/")[2]
+        return folder, str(folder.resolve())
+    return None, f"{task['repository']} @ {task['revision']}"
+
+
+def find_file(task: dict, role: str, data_dir: str | Path | None) -> Path:
+    """The file of a task that holds `role` (test, train, corpus, ...), downloaded if need be."""
+    stems = task.get("files", {}).get(role, ["qrels/test" if role == "qrels" else role])
+    names = [stem + ending for stem in stems for ending in ENDINGS]
+    folder, _ = task_place(task, data_dir)
+    if folder is None:
+        return fetch(task, stems, names)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    if parquet := sorted(folder.rglob("*.parquet")):
+        raise UserError(f"{parquet[0]}: parquet is not read; convert it once with another tool, "
+                        f"for example pandas.read_parquet(...).to_json('{stems[0]}.jsonl', "
+                        f"orient='records', lines=True)")
+    state = "no such folder" if not folder.is_dir() else f"has no file {' or '.join(stems)}"
+    raise UserError(f"{folder}: {state} (one of {', '.join(ENDINGS)}); task {task['name']} wants "
+                    f"{LAYOUT[task['kind']]}. --data-dir takes a folder with one folder a "
+                    f"repository, as on the hub")
+
+
+def fetch(task: dict, stems: list[str], names: list[str]) -> Path:
+    """The first of `names` that the task's repository has at its pinned revision."""
+    place = {"repo_type": "dataset", "revision": task["revision"]}
+    for name in names:
+        if isinstance(cached := try_to_load_from_cache(task["repository"], name, **place), str):
+            return Path(cached)
+    reason = f"it has no file {' or '.join(stems)} that can be read ({', '.join(ENDINGS)})"
+    for name in names:
+        try:
+            return Path(hf_hub_download(task["repository"], name, **place))
+        except RemoteEntryNotFoundError:
+            continue
+        except LocalEntryNotFoundError as error:
+            reason = f"no connection to the hub: {first_line(error.__cause__ or error)}"
+        except Exception as error:  # whatever the network, the hub or its client has to say
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        break
+    raise UserError(f"task {task['name']}: {task['repository']} at {task['revision'][:8]} cannot "
+                    f"be fetched ({reason}); pass a local copy with --data-dir FOLDER")
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message."""
+    return str(error).strip().partition("\n")[0][:120]
+
+
+# ---------------------------------------------------------------------------------------------
+# Kinds: a task -> texts to encode by role, what else the kind's score wants, counts, notes.
+# Texts of the role `documents` take no instruction.
+# ---------------------------------------------------------------------------------------------
+
+
+def characters(*columns: list[str]) -> int:
+    """The number of characters of all texts: tells one version of a data set from another."""
+    return sum(len(t) for column in columns for t in column)
+
+
+def columns(rows: list[dict], *names: str) -> list[list]:
+    """The values of each field, over the rows."""
+    return [[row[name] for row in rows] for name in names]
+
+
+def read_sts(task: dict, file: Callable):
+    rows = read_rows(file("test"), {"sentence1": text, "sentence2": text, "score": number})
+    left, right, gold = columns(rows, "sentence1", "sentence2", "score")
+    counts = {"pairs": len(rows), "characters": characters(left, right)}
+    return {"left": left, "right": right}, {"gold": np.array(gold)}, counts, []
+
+
+def read_retrieval(task: dict, file: Callable):
+    """Documents are `title text`, stripped; queries without a judgement are dropped."""
+    corpus = read_unique(file("corpus"), {"title": text, "text": text}, optional=("title",))
+    queries = read_unique(file("queries"), {"text": text})
+    path, judged = file("qrels"), {}
+    for row in read_rows(path, {"query-id": identifier, "corpus-id": identifier, "score": number}):
+        grades = judged.setdefault(row["query-id"], {})
+        if grades.setdefault(row["corpus-id"], row["score"]) is not row["score"]:
+            raise UserError(f"{path}: query {row['query-id']!r} and document {row['corpus-id']!r} "
+                            f"are judged twice; remove one of the rows")
+    used = [q for q in queries if q in judged]
+    if not used:
+        raise UserError(f"{path}: judges no query of the task; do the ids belong together?")
+    documents = [f"{d.get('title', '')} {d['text']}".strip() for d in corpus.values()]
+    texts = {"queries": [queries[q]["text"] for q in used], "documents": documents}
+    labels = {"query_ids": used, "document_ids": list(corpus),
+              "judged": [judged[q] for q in used], "skip_same_id": task.get("skip_same_id", False)}
+    counts = {"documents": len(documents), "queries": len(used),
+              "judgements": sum(map(len, labels["judged"])),
+              "characters": characters(*texts.values())}
+    notes = {"queries without a judged document, dropped": len(queries) - len(used),
+             "judged queries without a text, dropped": len(judged) - len(used)}
+    return texts, labels, counts, [f"{n} {what}" for what, n in notes.items() if n]
+
+
+def draw_training_sets(labels: list, samples_per_label: int, draws: int = 10) -> list[np.ndarray]:
+    """Indices of ten training sets with so many samples a label, drawn as MTEB draws them.
+
+    Each draw shuffles the order that the one before has left, with a generator seeded anew.
+    """
+    order, drawn = np.arange(len(labels)), []
+    for _ in range(draws):
+        np.random.RandomState(42).shuffle(order)
+        taken, chosen = Counter(), []
+        for i in order:
+            if taken[labels[i]] < samples_per_label:
+                taken[labels[i]] += 1
+                chosen.append(i)
+        drawn.append(np.array(chosen))
+    return drawn
+
+
+def read_classification(task: dict, file: Callable):
+    """Only training texts that a draw picks are kept."""
+    fields = {"text": text, "label": label}
+    path = file("test")
+    (train, train_labels), (test, test_labels) = (
+        columns(read_rows(p, fields), "text", "label") for p in (file("train"), path))
+    if new := set(test_labels) - set(train_labels):
+        raise UserError(f"{path}: has the label {min(map(str, new))!r}, which the training file "
+                        f"never has; are they of one task?")
+    draws = draw_training_sets(train_labels, task.get("samples_per_label", 8))
+    used = np.unique(np.concatenate(draws))
+    counts = {"labels": len(set(train_labels)), "train": len(train), "test": len(test),
+              "characters": characters(train, test)}
+    labels = {"train_labels": [train_labels[i] for i in used], "test_labels": test_labels,
+              "draws": [np.searchsorted(used, rows) for rows in draws]}
+    return {"train": [train[i] for i in used], "test": test}, labels, counts, []
+
+
+def read_clustering(task: dict, file: Callable):
+    """Each columnar row is a set of its own; flat rows make one set together."""
+    blocks = [block for block in read_blocks(file("test"), {"sentences": text, "labels": label})
+              if block]
+    if max(map(len, blocks)) == 1:
+        blocks = [[row for block in blocks for row in block]]
+    (sentences,) = columns([row for block in blocks for row in block], "sentences")
+    labels = [columns(block, "labels")[0] for block in blocks]
+    counts = {"sets": len(blocks), "texts": len(sentences), "characters": characters(sentences)}
+    return {"sentences": sentences}, {"labels": labels}, counts, []
+
+
+def read_pair_classification(task: dict, file: Callable):
+    path = file("test")
+    rows = read_rows(path, {"sent1": text, "sent2": text, "labels": number})
+    left, right, labels = columns(rows, "sent1", "sent2", "labels")
+    if set(labels) != {0.0, 1.0}:
+        raise UserError(f"{path}: labels must be 0 and 1, both; it has "
+                        f"{', '.join(f'{v:g}' for v in sorted(set(labels))[:5])}")
+    counts = {"pairs": len(rows), "positives": int(sum(labels)),
+              "characters": characters(left, right)}
+    return {"left": left, "right": right}, {"labels": np.array(labels)}, counts, []
+
+
+def read_reranking(task: dict, file: Callable):
+    """Queries without a positive or without a negative document are dropped."""
+    path = file("test")
+    rows = read_rows(path, {"query": text, "positive": texts, "negative": texts})
+    used = [row for row in rows if row["positive"] and row["negative"]]
+    if not used:
+        raise UserError(f"{path}: no query has both positive and negative documents")
+    found = [row["positive"] + row["negative"] for row in used]
+    place = {t: i for i, t in enumerate(dict.fromkeys(t for ts in found for t in ts))}
+    labels = {"candidates": [np.array([place[t] for t in ts]) for ts in found],
+              "relevant": [np.arange(len(ts)) < len(row["positive"])
+                           for ts, row in zip(found, used)]}
+    counts = {"queries": len(used), "positives": int(sum(r.sum() for r in labels["relevant"])),
+              "candidates": sum(map(len, found))}
+    notes = [f"{len(rows) - len(used)} queries without positives or negatives, dropped"]
+    return ({"queries": columns(used, "query")[0], "documents": list(place)}, labels, counts,
+            notes if len(used) < len(rows) else [])
+
+
+READERS = {
+    "sts": read_sts, "retrieval": read_retrieval, "classification": read_classification,
+    "clustering": read_clustering, "pair-classification": read_pair_classification,
+    "reranking": read_reranking,
+}
+
+
+def read_task(task: dict, data_dir: str | Path | None = None) -> tuple[dict, dict, list[str]]:
+    """A task's texts by role, what else its score wants, and notes.
+
+    The notes tell what was dropped and which counts differ from the published task's. Raises
+    UserError for data that are missing, damaged, or not what the layout says.
+    """
+    texts, labels, counts, notes = READERS[task["kind"]](
+        task, lambda role: find_file(task, role, data_dir))
+    notes += [f"{counts[key]:,} {key}, the published task has {expected:,}"
+              for key, expected in task["expected"].items() if counts[key] != expected]
+    return texts, labels, notes
