@@ -116,16 +116,18 @@ def rank_documents(queries: np.ndarray, documents: np.ndarray, ids: list[str], k
                    block: int = 4096) -> np.ndarray:
     """The k nearest documents of each query by cosine, best first: indices (Q, min(k, n)).
 
-    Equal scores rank by document id, descending (trec_eval's rule). Score and rank of the id are
-    packed into one integer, so that top-k over blocks of documents is exact whatever the block.
+    Equal scores rank by document id, descending (trec_eval's rule). Scores are float32, of sums in
+    float64: equal documents get equal scores. Score and rank of the id are packed into one integer,
+    so that top-k over blocks of documents is exact whatever the block.
     """
     order = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
     q, d = torch.from_numpy(unit(queries)), torch.from_numpy(unit(documents)[order])
     best = []
-    for some in q.split(1024):
+    for some in q.double().split(1024):
         top = torch.empty(len(some), 0, dtype=torch.int64)
         for start in range(0, len(d), block):
-            bits = (some @ d[start : start + block].T + 0.0).view(torch.int32)  # + 0.0: no -0.0
+            scores = (some @ d[start : start + block].double().T).float() + 0.0  # no -0.0
+            bits = scores.view(torch.int32)
             ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # sorts as the floats
             key = (ordered << 32) - torch.arange(start, start + ordered.shape[1])
             top = torch.cat((top, key), dim=1)
@@ -333,10 +335,10 @@ def reranking(queries: np.ndarray, documents: np.ndarray, candidates: list[np.nd
     queries (Q, D), documents (n, D); candidates[i] index documents, relevant[i] are 0 or 1. For
     the reciprocal rank, a tie counts against the relevant document.
     """
-    queries, documents = unit(queries), unit(documents)
+    queries, documents = unit(queries).astype(np.float64), unit(documents)
     precision, reciprocal = [], []
     for query, rows, truth in zip(queries, candidates, relevant):
-        scores = documents[rows] @ query
+        scores = (documents[rows] @ query).astype(np.float32)  # equal documents stay tied
         precision.append(average_precision(truth, scores))
         rank = 1 + np.sum(scores[truth == 0] >= scores[truth == 1].max())
         reciprocal.append(1 / rank if rank <= 10 else 0.0)
@@ -465,9 +467,9 @@ def as_sentence(text: str) -> str:
 
 def encoding(encoder: Encoder, method: str) -> Callable:
     """`encode(texts, instruction="", **options)` by the method; MetaEOL averages its prompts."""
-    about = METHODS.get(method)
-    if about is None:
+    if encoder.history:  # trained: its folder says how
         return encoder.encode
+    about = METHODS[method]
 
     def encode(texts: list[str], instruction="", progress="", **options) -> np.ndarray:
         if about.get("sentences"):
@@ -508,7 +510,7 @@ def over_ranks(encode: Encode, ranks: Ranks) -> Encode:
 
 def paper_row(encoder: Encoder, method: str) -> str | None:
     """The row of data/published.json that an encoder or a method corresponds to."""
-    if method in METHODS:
+    if not encoder.history:
         return METHODS[method]["paper"]
     first, last = encoder.history[0].get("objective"), encoder.history[-1]["stage"]
     row = "LLM2Comp " + {"ctkd": "KL", "nll": "NLL", "rc": "RC"}.get(first, "")
@@ -622,7 +624,8 @@ def run(args: argparse.Namespace) -> int:
     encoder, method = open_model(name, args.method, args.max_tokens, base=args.base,
                                  revision=args.revision, dtype=getattr(torch, dtype),
                                  device=ranks.device)
-    folder = Path(args.results) / label_of(name, method, args.instruction)
+    label = label_of(name, "memory" if encoder.history else method, args.instruction)
+    folder = Path(args.results) / label
     jobs = {}  # task -> file, settings, the result if it is there
     for key, task in tasks.items():
         instruction = instruction_for(key, args.instruction, encoder)

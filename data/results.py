@@ -24,24 +24,35 @@ SAME = ("method", "sha256", "attention", "max_tokens", "template", "dtype", "ins
 def label_of(model: str, method: str, instruction: str = "auto") -> str:
     """The name of the folder with a model's results: model, method, instruction if not auto."""
     name = model.rstrip("/").removesuffix("/encoder").strip("/.").replace("/", "__")
+    name = name or Path(model).resolve().name
     name += "" if method == "memory" else f"@{method}"
     return name + {"auto": "", "none": "+none"}.get(instruction, "+instruction")
+
+
+def read_result(path: Path) -> dict:
+    """A file that `write_result` wrote; UserError if it is something else or damaged."""
+    try:
+        result = json.loads(path.read_text())
+        float(result["scores"]["test"][0]["main_score"]), float(result["evaluation_time"])
+        types = {"task_name": str, "notes": list, "settings": dict}
+        if not all(isinstance(result[key], kind) for key, kind in types.items()):
+            raise ValueError(f"{', '.join(types)} of other types")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: damaged, or not a result of evaluate.py ({error!r}); remove it, "
+                        f"or evaluate again with --force")
+    return result
 
 
 def finished(path: Path, settings: dict) -> dict | None:
     """The result in `path`, if there is one; UserError if it was made with other settings."""
     if not path.is_file():
         return None
-    try:
-        result = json.loads(path.read_text())
-        before, score = result["settings"], result["scores"]["test"][0]["main_score"]
-        changed = [f"{key}: {before.get(key)!r} -> {settings[key]!r}" for key in SAME
-                   if before.get(key) != settings[key]]
-        if before["base"]["sha256"] != settings["base"]["sha256"]:
-            changed.append("the base model")
-        float(score)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); remove it, or evaluate again with --force")
+    result = read_result(path)
+    before = result["settings"]
+    changed = [f"{key}: {before.get(key)!r} -> {settings[key]!r}" for key in SAME
+               if before.get(key) != settings[key]]
+    if (before.get("base") or {}).get("sha256") != settings["base"]["sha256"]:
+        changed.append("the base model")
     if changed:
         raise UserError(f"{path}: was made with other settings ({'; '.join(changed)}); evaluate "
                         f"again with --force, or name another --results folder")
@@ -88,19 +99,17 @@ def read_results(name: str, results: Path) -> tuple[str, dict[str, float], str |
     if name in PUBLISHED["rows"]:
         row = zip(PAPER, PUBLISHED["rows"][name])
         return name, {task: score for task, score in row if score is not None}, None, []
-    folders = [Path(name), results / name, results / label_of(name, "memory")]
+    folders = [results / name, results / label_of(name, "memory"), Path(name)]
     files = next((f for folder in folders if (f := sorted(folder.glob("*.json")))), [])
+    if files and files[0].parent == Path(name):  # it may be a run's folder, with other files
+        files = [path for path in files if b'"task_name"' in path.read_bytes()]
     scores, notes, paper = {}, [], None
     keys = {task["name"]: key for key, task in TASKS.items()}
-    for path in files:
-        try:
-            result = json.loads(path.read_text())
-            task = keys.get(result["task_name"], result["task_name"])
-            scores[task] = 100 * result["scores"]["test"][0]["main_score"]
-            paper = result["settings"]["paper"]
-            notes += [f"{task}: {note}" for note in result["notes"]]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{path}: not a result of evaluate.py ({error!r}); remove it")
+    for result in map(read_result, files):
+        task = keys.get(result["task_name"], result["task_name"])
+        scores[task] = 100 * result["scores"]["test"][0]["main_score"]
+        paper = result["settings"].get("paper")
+        notes += [f"{task}: {note}" for note in result["notes"]]
     if not scores:
         known = [p.name for p in sorted(results.glob("*")) if p.is_dir()] + [*PUBLISHED["rows"]]
         near = get_close_matches(name, known, n=3, cutoff=0.4) or known[:8] + ["..."]

@@ -27,9 +27,13 @@ def number(value) -> float:
     """A field that must be a finite number (a numeral in .tsv and .csv)."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError("a number is expected")
-    if not math.isfinite(float(value)):
+    try:
+        found = float(value)
+    except OverflowError as error:
+        raise ValueError(error)
+    if not math.isfinite(found):
         raise ValueError("not a finite number")
-    return float(value)
+    return found
 
 
 def label(value) -> int | str:

@@ -1251,7 +1251,7 @@ def write_results(where: Path, paper=None, notes=(), **scores):
     for key, score in scores.items():
         name = TASKS[key]["name"] if key in TASKS else key
         result = {"task_name": name, "scores": {"test": [{"main_score": score / 100}]},
-                  "notes": list(notes), "settings": {"paper": paper}}
+                  "evaluation_time": 1.0, "notes": list(notes), "settings": {"paper": paper}}
         (where / f"{name}.json").write_text(json.dumps(result))
 
 
@@ -1353,7 +1353,7 @@ def test_a_file_that_is_no_result_is_named_in_a_comparison(here, capsys):
     for content in ("{", "[]", '{"task_name": "STS17"}', "null"):
         (here / "results/a/STS17.json").write_text(content)
         assert main("--compare", "a") == 2
-        assert "STS17.json: not a result of evaluate.py" in error(capsys)
+        assert "STS17.json: damaged, or not a result of evaluate.py" in error(capsys)
 
 
 # ---------------------------------------------------------------------------------------------
