@@ -165,11 +165,12 @@ def retrieval(queries: np.ndarray, documents: np.ndarray, query_ids: list[str],
 def logistic_regression(x: np.ndarray, y: np.ndarray, classes: int) -> Callable:
     """Fit by at most 100 L-BFGS iterations; returns a function from (n, D) to labels (n,).
 
-    Mean cross entropy of x (n, D), y (n,) + |W|^2 / (2 n), the intercept free: scikit-learn's
-    LogisticRegression() of version 1.4 and later. Two classes share one row of weights.
+    Mean cross entropy of x (n, D), y (n,) + |W|^2 / (2 n), the intercept free, in x's dtype: as
+    scikit-learn's LogisticRegression() (1.9). Two classes share one row of weights.
     """
     rows = classes if classes > 2 else 1
-    w = torch.zeros(rows, x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    inputs, target = torch.from_numpy(x), torch.from_numpy(y)
+    w = torch.zeros(rows, x.shape[1] + 1, dtype=inputs.dtype, requires_grad=True)
 
     def logits(x: torch.Tensor) -> torch.Tensor:
         z = x @ w[:, :-1].T + w[:, -1]
@@ -181,12 +182,11 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, classes: int) -> Callable:
         loss.backward()
         return loss
 
-    inputs, target = torch.from_numpy(x).double(), torch.from_numpy(y)
     optimizer = torch.optim.LBFGS([w], max_iter=100, max_eval=5000, history_size=10,
                                   tolerance_grad=1e-4, tolerance_change=1e-14,
                                   line_search_fn="strong_wolfe")
     optimizer.step(objective)
-    return lambda x: logits(torch.from_numpy(x).double()).argmax(dim=1).numpy()
+    return lambda x: logits(torch.from_numpy(x)).argmax(dim=1).numpy()
 
 
 def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
@@ -244,7 +244,7 @@ def mini_batch_k_means(x: np.ndarray, k: int, batch: int = 500, seed: int = SEED
     It ends after 100 passes, or 10 batches without a new minimum of the smoothed inertia; centres
     with under 1 % of the largest count are now and then replaced by samples.
     """
-    x, n, random = x.astype(np.float64), len(x), np.random.RandomState(seed)
+    n, random = len(x), np.random.RandomState(seed)
     batch = min(batch, n)
     start = min(n, 3 * batch if 3 * batch >= k else 3 * k)
     random.randint(0, n, start)  # the validation set of several starts; there is one
@@ -551,6 +551,8 @@ def list_tasks():
 
 def chosen_tasks(args: argparse.Namespace) -> dict[str, dict]:
     """Name -> entry of the tasks that the command line names, each once."""
+    if args.task_dir and args.task or args.kind and not args.task_dir:
+        raise UserError("--task-dir goes with --kind and without --task; evaluate them apart")
     if args.task_dir:
         if not args.kind:
             raise UserError(f"--task-dir {args.task_dir}: needs --kind, one of {', '.join(KINDS)}")
@@ -574,8 +576,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--kind", choices=list(KINDS), help="of --task-dir. " + ". ".join(
         f"{kind}: {layout}" for kind, layout in LAYOUT.items()))
     add("--list", action="store_true", help="show the tasks and stop")
-    add("--compare", nargs="+", metavar="RUN", help="print runs (as given to --model, or folders of "
-        "results) and published rows side by side and stop; rows: " + ", ".join(PUBLISHED["rows"]))
+    add("--compare", nargs="+", metavar="RUN", help="print runs (as given to --model, or folders "
+        "of results) and published rows side by side and stop; rows: " + ", ".join(PUBLISHED["rows"]))
     add("--model", help="an encoder, a run, a Llama's folder or hub repository, or demo; default: "
         "the newest encoder under runs/, else demo")
     add("--method", choices=["memory", *METHODS], help="how a plain Llama is read (default "
@@ -648,7 +650,7 @@ def run(args: argparse.Namespace) -> int:
                 found = evaluate_together(tasks[key], encode, settings["instruction"], args, ranks,
                                           key)
             except UserError as error:  # the other tasks go on
-                failed.append(f"{key}: {error}")
+                failed.append(key)
                 print(f"error: {error}", file=sys.stderr)
                 continue
             mark, seconds = "", round(time.perf_counter() - start, 2)

@@ -1,6 +1,7 @@
 """Rows of labelled data: .jsonl, .json, .tsv or .csv, gzipped or not, checked field by field.
 
-A row may be flat, or columnar: lists of equal length under the fields' names.
+A row may be flat, or columnar: lists of equal length under the fields' names (not where a field is
+a list itself, as in reranking).
 """
 
 import csv

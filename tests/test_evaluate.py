@@ -616,7 +616,7 @@ def test_documents_can_be_encoded_by_a_function_of_their_own(kind, documents, tm
     (lambda texts: np.where(np.arange(5)[:, None] == 2, np.nan, hashed(texts)),
      "embedding of 'A dog is running.' and of 0 other texts has nan or inf"),
     (lambda texts: np.where(np.arange(5)[:, None] >= 3, np.inf, hashed(texts)),
-     "embedding of 'The \"moon\", bright' and of 1 other texts has nan or inf"),
+     "embedding of '\"The moon\", bright' and of 1 other texts has nan or inf"),
     (lambda texts: np.full((5, 3), 1e39), "embedding of 'A dog runs.' and of 4 other texts"),
 ])
 def test_what_an_encode_function_returns_is_checked(encode, fragment, tmp_path):
@@ -916,6 +916,14 @@ def test_every_method_has_its_own_score_and_file(tiny, here):
         assert result["settings"]["paper"] == method["paper"]
         assert -1 <= result["scores"]["test"][0]["main_score"] <= 1
     assert len({path.parent.name.partition("@")[2] for path in here.glob("results/*/*")}) == 6
+
+
+def test_a_trained_encoder_of_a_classic_pooling_is_no_training_free_method(tiny, here):
+    write_encoder(tiny, here / "mine", num_memory_tokens=0, pooling="last", template="q: {text}")
+    assert sts17("--model", "mine") == 0
+    settings = json.loads((here / "results/mine/STS17.json").read_text())["settings"]
+    assert (settings["method"], settings["template"]) == ("last", "q: {text}")
+    assert settings["paper"] is None
 
 
 def test_finished_tasks_are_not_encoded_again_unless_forced(tiny, here, encoded, capsys):
@@ -1346,6 +1354,13 @@ def test_an_unknown_run_is_told_with_the_nearest_names(name, near, here, capsys)
     line = error(capsys)
     assert f"--compare {name}: no results of that name" in line
     assert near in line.partition("there are ")[2]
+
+
+def test_a_run_that_was_not_evaluated_has_no_results_whatever_its_folder_holds(here, capsys):
+    (here / "runs/a").mkdir(parents=True)
+    (here / "runs/a/config.json").write_text('{"model": "demo"}')
+    assert main("--compare", "runs/a") == 2
+    assert "--compare runs/a: no results of that name" in error(capsys)
 
 
 def test_a_file_that_is_no_result_is_named_in_a_comparison(here, capsys):

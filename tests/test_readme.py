@@ -11,7 +11,7 @@ import pytest
 from test_evaluate import demo_tasks
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "data" / "demo" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "data" / "demo" / "README.md"]
 
 
 def commands():

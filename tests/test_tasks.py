@@ -27,7 +27,7 @@ def table(*fields):
 
 FILES = {
     "sts": {"test": table("sentence1", "sentence2", "score")(
-        ("A dog runs.", "A dog is running.", 4.8), ("A dog runs.", 'The "moon", bright', 0.25),
+        ("A dog runs.", "A dog is running.", 4.8), ("A dog runs.", '"The moon", bright', 0.25),
         ("", "ümläut 漢字", 1), ("A dog runs.", "A dog runs.", 5))},
     "retrieval": {
         "corpus": table("_id", "title", "text")(
@@ -51,7 +51,7 @@ FILES = {
 READ = {  # kind -> texts, labels and counts of FILES
     "sts": (
         {"left": ["A dog runs.", "A dog runs.", "", "A dog runs."],
-         "right": ["A dog is running.", 'The "moon", bright', "ümläut 漢字", "A dog runs."]},
+         "right": ["A dog is running.", '"The moon", bright', "ümläut 漢字", "A dog runs."]},
         {"gold": [4.8, 0.25, 1, 5]},
         {"pairs": 4, "characters": 3 * 11 + 17 + 18 + 9 + 11},
     ),
