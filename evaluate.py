@@ -32,9 +32,9 @@ import torch.nn.functional as F
 
 from data import UserError
 from data.results import GROUPS, PAPER, PUBLISHED, compare, summary
-from data.results import finished, label_of, write_result
+from data.results import finished, label_of, result_of, write_result
 from data.tasks import LAYOUT, TASKS, folder_task, read_task, task_place
-from model import PLAIN, Encoder, find_model, is_encoder, load_encoder, plain_encoder
+from model import PLAIN, Encoder, encoder_of, find_model, is_encoder, load_encoder, plain_encoder
 from training import Ranks, start_ranks
 
 DATA = Path(__file__).parent / "data"
@@ -345,6 +345,7 @@ def reranking(queries: np.ndarray, documents: np.ndarray, candidates: list[np.nd
     return {"map": float(np.mean(precision)), "mrr_at_10": float(np.mean(reciprocal)),
             "per_query": np.array(precision)}
 
+
 KINDS = {  # kind -> (its function, the main score)
     "sts": (sts, "cosine_spearman"),
     "retrieval": (retrieval, "ndcg_at_10"),
@@ -406,6 +407,11 @@ def evaluate_task(task: str | dict, encode: Encode, data_dir: str | Path | None 
     return score_task(task, read_task(task, data_dir), encode, encode_documents or encode)
 
 
+def demo_sts(encoder: Encoder) -> float:
+    """Spearman x 100 on the embedded STS set."""
+    return 100 * evaluate_task("demo-sts", encoder.encode)["main_score"]
+
+
 def find_task(name: str) -> dict:
     """The entry of data/tasks.json; UserError with the nearest names if there is none."""
     if name not in TASKS:
@@ -435,8 +441,7 @@ def open_model(
     to model.load_encoder or plain_encoder. UserError if `method` or `max_tokens` (512 for a plain
     Llama) contradicts the training.
     """
-    if is_encoder(Path(name) / "encoder"):
-        name = str(Path(name) / "encoder")
+    name = encoder_of(name)
     folder = find_model(name, options.get("revision"))
     if is_encoder(folder):
         encoder = load_encoder(name, **options)
@@ -472,6 +477,7 @@ def encoding(encoder: Encoder, method: str) -> Callable:
     about = METHODS[method]
 
     def encode(texts: list[str], instruction="", progress="", **options) -> np.ndarray:
+        """The mean over the method's prompts (n, D)."""
         if about.get("sentences"):
             texts = [as_sentence(text) for text in texts]
         total, n = 0.0, len(about["prompts"])
@@ -498,6 +504,7 @@ def over_ranks(encode: Encode, ranks: Ranks) -> Encode:
         return encode
 
     def shared(texts: list[str]) -> np.ndarray:
+        """Every size-th text by length is this rank's; the sum over ranks fills all rows."""
         by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         mine = by_length[ranks.rank :: ranks.size]
         part = torch.from_numpy(encode([texts[i] for i in mine])).to(ranks.device)
@@ -506,6 +513,19 @@ def over_ranks(encode: Encode, ranks: Ranks) -> Encode:
         return ranks.sum(everything).cpu().numpy()
 
     return shared
+
+
+def evaluate_together(task: dict, encode: Callable, instruction: str, data_dir: str | None,
+                      ranks: Ranks, **options) -> dict:
+    """evaluate_task on all ranks, each encoding its share of the texts.
+
+    `options` go to `encode(texts, instruction=, document=, **options)`, see Encoder.encode.
+    """
+    with ranks.together():
+        read = read_task(task, data_dir)
+    query = partial(encode, instruction=instruction, **options)
+    document = partial(encode, document=True, **options)
+    return score_task(task, read, over_ranks(query, ranks), over_ranks(document, ranks))
 
 
 def paper_row(encoder: Encoder, method: str) -> str | None:
@@ -524,7 +544,8 @@ def settings_of(encoder: Encoder, name: str, method: str, ranks: Ranks) -> dict:
     return {
         "model": name, "method": method, "base": encoder.base, "sha256": encoder.sha256,
         "num_memory_tokens": config.num_memory_tokens, "attention": config.attention,
-        "pooling": config.pooling, "template": config.template, "max_tokens": config.max_tokens,
+        "pooling": config.pooling, "template": config.template,
+        "document_template": config.document_template, "max_tokens": config.max_tokens,
         "dtype": str(encoder.llama.head.dtype), "device": str(encoder.llama.head.device),
         "threads": torch.get_num_threads(), "ranks": ranks.size, "history": encoder.history,
         "paper": paper_row(encoder, method),
@@ -577,7 +598,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         f"{kind}: {layout}" for kind, layout in LAYOUT.items()))
     add("--list", action="store_true", help="show the tasks and stop")
     add("--compare", nargs="+", metavar="RUN", help="print runs (as given to --model, or folders "
-        "of results) and published rows side by side and stop; rows: " + ", ".join(PUBLISHED["rows"]))
+        "of results) and published rows side by side and stop; rows: "
+        + ", ".join(PUBLISHED["rows"]))
     add("--model", help="an encoder, a run, a Llama's folder or hub repository, or demo; default: "
         "the newest encoder under runs/, else demo")
     add("--method", choices=["memory", *METHODS], help="how a plain Llama is read (default "
@@ -604,18 +626,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def evaluate_together(
-    task: dict, encode: Callable, instruction: str, args: argparse.Namespace, ranks: Ranks, bar: str
-) -> dict:
-    """evaluate_task on all ranks, each encoding its share of the texts."""
-    with ranks.together():
-        read = read_task(task, args.data_dir)
-    options = {"batch_tokens": args.batch_tokens, "progress": bar if ranks.rank == 0 else ""}
-    query = partial(encode, instruction=instruction, **options)
-    return score_task(task, read, over_ranks(query, ranks),
-                      over_ranks(partial(encode, **options), ranks))
-
-
 def run(args: argparse.Namespace) -> int:
     """Evaluate the tasks of the command line, print the table, write the JSON files."""
     tasks = chosen_tasks(args)
@@ -628,12 +638,13 @@ def run(args: argparse.Namespace) -> int:
                                  device=ranks.device)
     label = label_of(name, "memory" if encoder.history else method, args.instruction)
     folder = Path(args.results) / label
+    common = settings_of(encoder, name, method, ranks)
     jobs = {}  # task -> file, settings, the result if it is there
     for key, task in tasks.items():
         instruction = instruction_for(key, args.instruction, encoder)
         encoder.template(instruction)  # raises if the method has no place for one
-        settings = settings_of(encoder, name, method, ranks) | {
-            "instruction": instruction, "data": task_place(task, args.data_dir)[1]}
+        settings = common | {"instruction": instruction,
+                             "data": task_place(task, args.data_dir)[1]}
         path = folder / f"{task['name']}.json"
         jobs[key] = path, settings, None if args.force else finished(path, settings)
 
@@ -641,23 +652,23 @@ def run(args: argparse.Namespace) -> int:
     say(f"model   {name}{'  (the embedded tiny Llama)' if name == 'demo' else chosen}\n"
         f"method  {method}, {encoder.config.attention}, {dtype}\n\n"
         f"{'task':<26}{'main score':<17}{'x 100':>7}{'seconds':>9}")
-    encode, scores, failed = encoding(encoder, method), {}, []
+    encode, scores, failed = encoding(encoder, method), {}, False
     for key, (path, settings, result) in jobs.items():
         start, mark = time.perf_counter(), "  finished before"
         there = torch.tensor([float(result is not None and ranks.rank == 0)], device=ranks.device)
         if not ranks.sum(there).item():  # rank 0 decides: others may not see its files
             try:
-                found = evaluate_together(tasks[key], encode, settings["instruction"], args, ranks,
-                                          key)
+                found = evaluate_together(
+                    tasks[key], encode, settings["instruction"], args.data_dir, ranks,
+                    batch_tokens=args.batch_tokens, progress=key if ranks.rank == 0 else "")
             except UserError as error:  # the other tasks go on
-                failed.append(key)
+                failed = True
                 print(f"error: {error}", file=sys.stderr)
                 continue
-            mark, seconds = "", round(time.perf_counter() - start, 2)
-            result = {"scores": {"test": [found]}, "notes": found["notes"],
-                      "evaluation_time": seconds}
+            mark, seconds = "", time.perf_counter() - start
+            result = result_of(tasks[key], found, settings, seconds)
             if ranks.rank == 0:
-                write_result(path, tasks[key], found, settings, seconds)
+                write_result(path, result)
         if ranks.rank == 0:
             scores[key] = 100 * result["scores"]["test"][0]["main_score"]
             say(f"{key:<26}{KINDS[tasks[key]['kind']][1]:<17}{scores[key]:>7.2f}"

@@ -441,7 +441,8 @@ class EncoderConfig:
     weighs i; SGPT, arXiv 2202.08904) over all tokens, BOS included; `echo` is the mean from the
     last {text} of the template on (arXiv 2402.15449). max_tokens counts BOS and K.
     template: what the tokenizer reads. With `{instruction}` in it the encoder was trained with
-    instructions, and a text without one stands alone.
+    instructions, and a text without one stands alone. document_template: the same for documents of
+    retrieval and reranking; empty if they are read like texts without an instruction.
     """
 
     num_memory_tokens: int = 8
@@ -449,6 +450,7 @@ class EncoderConfig:
     attention: str = "bidirectional"
     max_tokens: int = 512
     template: str = "{text}"
+    document_template: str = ""
 
     def __post_init__(self):
         if self.pooling not in POOLINGS:
@@ -459,8 +461,9 @@ class EncoderConfig:
         if k < least or (k and not least):
             raise UserError(f"num_memory_tokens={k} with pooling={self.pooling}: at least 1 for "
                             f"memory, 0 otherwise")
-        if "{text}" not in self.template:
-            raise UserError(f"template={self.template!r}: must contain {{text}}")
+        for template in (self.template, self.document_template or "{text}"):
+            if "{text}" not in template:
+                raise UserError(f"template={template!r}: must contain {{text}}")
         if self.max_tokens < self.num_memory_tokens + 2:
             raise UserError(f"max_tokens={self.max_tokens} leaves no room for a text beside BOS "
                             f"and {self.num_memory_tokens} memory tokens")
@@ -472,6 +475,11 @@ PLAIN = EncoderConfig(num_memory_tokens=0, pooling="mean", attention="causal")
 def wide(x: Tensor) -> Tensor:
     """x in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def flat_ids(arrays: list[np.ndarray], device) -> Tensor:
+    """Arrays of token ids -> one row (T,) int64 on the device."""
+    return torch.from_numpy(np.concatenate(arrays)).to(device, torch.int64)
 
 
 def pack(*parts: tuple[Tensor, list[int]]) -> tuple[Tensor, list[int]]:
@@ -552,8 +560,10 @@ class Encoder(nn.Module):
         weights = [torch.arange(1, len(h) + 1).to(h) for h in sequences]
         return torch.stack([w @ h / w.sum() for w, h in zip(weights, sequences)])
 
-    def template(self, instruction: str = "") -> str:
-        """The template in which texts with (or without) an instruction are read."""
+    def template(self, instruction: str = "", document: bool = False) -> str:
+        """The template in which texts with (or without) an instruction, or documents, are read."""
+        if document and self.config.document_template:
+            return self.config.document_template
         template = self.config.template
         if not instruction:
             return "{text}" if "{instruction}" in template else template
@@ -564,10 +574,15 @@ class Encoder(nn.Module):
                             f"place for one; leave the instruction out")
         return template.replace("{instruction}", instruction)
 
-    def tokenize(self, texts: list[str], instruction: str = "") -> tuple[list[np.ndarray], list]:
-        """int32 ids with BOS of each text in the template, and its tail (see `embed`)."""
-        template, room = self.template(instruction), self.config.max_tokens
-        room -= self.config.num_memory_tokens
+    def tokenize(
+        self, texts: list[str], instruction="", document=False, max_tokens: int | None = None
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """int32 ids with BOS of each text in its template, and its tail (see `embed`).
+
+        At most `max_tokens` (default: the encoder's) with BOS and the K memory tokens to come.
+        """
+        template = self.template(instruction, document)
+        room = (max_tokens or self.config.max_tokens) - self.config.num_memory_tokens
         if template == "{text}":
             ids = self.tokenizer.encode(texts, room)
             return ids, [len(i) for i in ids]
@@ -575,24 +590,26 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def encode(
-        self, texts: list[str], instruction="", batch_tokens=4096, progress: bool | str = False
+        self, texts: list[str], instruction="", document=False, batch_tokens=4096,
+        progress: bool | str = False,
     ) -> np.ndarray:
         """Texts -> (n, D) float32, in their order; long texts are cut, memory tokens never.
+
+        `instruction` goes before each text; `document` says that they are documents to be found.
 
         Batches hold texts of similar length, at most `batch_tokens` tokens each (at least a text).
         `progress` shows a bar, a string before it.
         """
         k, was_training = self.config.num_memory_tokens, self.training
-        ids, tails = self.tokenize(texts, instruction)
+        ids, tails = self.tokenize(texts, instruction, document)
         out = np.empty((len(texts), self.table.shape[1]), dtype=np.float32)
         self.eval()
         label = progress if isinstance(progress, str) else None
         with tqdm(total=len(texts), unit="text", desc=label, disable=not progress,
                   leave=False) as bar:
             for batch in token_batches([len(i) + k for i in ids], batch_tokens):
-                row = torch.from_numpy(np.concatenate([ids[i] for i in batch]))
-                z = self.embed(row.to(self.llama.head.device), [len(ids[i]) for i in batch],
-                               tails=[tails[i] for i in batch])
+                row = flat_ids([ids[i] for i in batch], self.llama.head.device)
+                z = self.embed(row, [len(ids[i]) for i in batch], tails=[tails[i] for i in batch])
                 out[batch] = z.float().cpu().numpy()
                 bar.update(len(batch))
         self.train(was_training)
@@ -680,6 +697,12 @@ def is_encoder(folder: str | Path) -> bool:
     return (Path(folder) / "encoder.json").is_file()
 
 
+def encoder_of(name: str | Path) -> str:
+    """The encoder in a run's folder; any other name as it is."""
+    inner = Path(name) / "encoder"
+    return str(inner if is_encoder(inner) else name)
+
+
 def load_encoder(
     name: str | Path, base: str | None = None, dtype=torch.float32, device="cpu", revision=None
 ) -> Encoder:
@@ -690,6 +713,7 @@ def load_encoder(
     """
     folder = find_model(name, revision)
     about = read_json(folder / "encoder.json")
+    about.setdefault("document_template", "")  # not there in the first encoder folders
     try:
         config = EncoderConfig(**{key: about[key] for key in EncoderConfig.__dataclass_fields__})
         recorded = {key: about["base"][key] for key in ("name", "revision", "sha256")}

@@ -18,37 +18,31 @@ the sample in the run) alone, dropout also on which texts share a forward pass: 
 changes nothing, the number of ranks and the micro-batch only the dropout.
 """
 
-import hashlib
-import json
-import platform
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
 from data import UserError
-from data.corpora import read_texts
+from data.corpora import digest_ids, read_texts
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, add_lora
-from model import DEMO_LLAMA, Encoder, EncoderConfig, Llama
+from model import DEMO_LLAMA, Encoder, EncoderConfig, Llama, flat_ids
 from model import is_encoder, load_encoder, pack, plain_encoder, save_encoder
 from training import (
-    Metrics, Ranks, checkpoints, generator, global_batch, learning_rate, load_checkpoint,
-    open_run, parse_config, pick_dtype, reduce_gradients, save_checkpoint, setting, start_ranks,
-    stop_on_signals,
+    Metrics, Ranks, check_numbers, exchange, generator, global_batch, learning_rate, open_run,
+    parse_config, pick_dtype, print_header, reduce_gradients, run_stage, save_checkpoint, setting,
+    settings_of, start_run, stop_on_signals, trained_of,
 )
 
 MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
-STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run early, after saving
 FREE = ("resume", "save_every", "timeout")  # settings that may change when a run is resumed
 
 
@@ -164,11 +158,6 @@ def nll_loss(student: Tensor, targets: Tensor, head: Tensor, chunk_rows: int = 2
     return ThroughHead.apply(student, head, cross_entropy, chunk_rows)
 
 
-def flat_ids(arrays: list[np.ndarray], device) -> Tensor:
-    """Arrays of token ids -> one row (T,) int64 on the device."""
-    return torch.from_numpy(np.concatenate(arrays)).to(device, torch.int64)
-
-
 def student_states(
     llama: Llama, bos: list[int], memory: Tensor, continuations: list[np.ndarray]
 ) -> list[Tensor]:
@@ -264,14 +253,6 @@ def prepare_texts(config: Config, tokenizer: Tokenizer) -> list[np.ndarray]:
     return kept
 
 
-def fingerprint_of(corpus: list[np.ndarray]) -> str:
-    """sha256 of the texts' token ids, by which a resumed run knows its data."""
-    digest = hashlib.sha256()
-    for ids in corpus:
-        digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-    return digest.hexdigest()
-
-
 def split_point(config: Config, position: int, length: int) -> int:
     """Where the text at `position` in the run is cut: uniform in [10, length - 10], BOS counted."""
     return int(generator(config.seed, 1, position).integers(MIN_SIDE, length - MIN_SIDE + 1))
@@ -328,36 +309,6 @@ def new_encoder(config: Config, ranks: Ranks) -> Encoder:
     return encoder.train()
 
 
-def settings_of(config: Config) -> dict:
-    """The configuration as it is stored with the run and the encoder."""
-    return {name: value for name, value in asdict(config).items() if name != "resume"}
-
-
-def environment(encoder: Encoder, ranks: Ranks) -> dict:
-    """What a run's bits depend on besides its configuration; stored with the run."""
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "device": str(ranks.device), "dtype": str(encoder.llama.head.dtype),
-            "processes": ranks.size, "threads": torch.get_num_threads()}
-
-
-def print_header(config: Config, encoder: Encoder, corpus: list, steps: int, ranks: Ranks):
-    """Print what the run depends on: environment, parameter counts, data."""
-
-    def count(tensors):
-        return f"{sum(p.numel() for p in tensors) / 1e6:.2f} M"
-
-    trained = [p for p in encoder.parameters() if p.requires_grad]
-    frozen = [p for p in encoder.llama.parameters() if not p.requires_grad]
-    tokens = sum(map(len, corpus))
-    e = environment(encoder, ranks)
-    print(f"python {e['python']}, torch {e['torch']}, {e['processes']} process(es) on {e['device']}"
-          f", {e['threads']} thread(s) each, {e['dtype'].removeprefix('torch.')}")
-    print(f"model  {config.model}: {count(frozen)} frozen, {count(trained)} trained; "
-          f"K = {config.memory_tokens}, {config.attention}, objective {config.objective}")
-    print(f"text   {config.text}: {len(corpus):,} texts, {tokens / len(corpus):.0f} tokens each; "
-          f"{steps:,} steps of {config.batch_size} -> {config.out}")
-
-
 def train(config: Config, ranks: Ranks) -> int:
     """Run stage 1; returns the number of the signal that ended it early, or 0."""
     if config.batch_size < ranks.size:
@@ -372,25 +323,19 @@ def train(config: Config, ranks: Ranks) -> int:
                 encoder = new_encoder(config, ranks)
                 corpus = prepare_texts(config, encoder.tokenizer)
     steps = config.steps or len(corpus) // config.batch_size
-    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-    parameters, start = list(trained.values()), 0
+    trained = trained_of(encoder)
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(
         parameters, config.lr, weight_decay=config.weight_decay, fused=True
     )
-    run = {"base": encoder.base["sha256"], "texts": fingerprint_of(corpus)}
-    with ranks.together():
-        if config.resume and checkpoints(out):
-            start = load_checkpoint(checkpoints(out)[-1], trained, optimizer, run)
-    mine = torch.tensor([start, int(run["texts"][:12], 16)], device=ranks.device)
-    agreed = torch.equal(ranks.sum(mine.clone()), mine * ranks.size)
-    with ranks.together():
-        if not agreed:
-            raise UserError(f"rank {ranks.rank} starts at step {start} with {len(corpus):,} texts, "
-                            f"others do not; do all machines see the same --out and --text?")
+    run = {"base": encoder.base["sha256"], "texts": digest_ids(corpus)}
+    start = start_run(config, encoder, optimizer, run, ranks)
     if ranks.rank == 0:
-        (out / "config.json").write_text(json.dumps(settings_of(config), indent=2) + "\n")
-        (out / "environment.json").write_text(json.dumps(environment(encoder, ranks)) + "\n")
-        print_header(config, encoder, corpus, steps, ranks)
+        print_header(config, encoder, f"K = {config.memory_tokens}, {config.attention}, objective "
+                     f"{config.objective}", ranks)
+        print(f"text   {config.text}: {len(corpus):,} texts, "
+              f"{sum(map(len, corpus)) / len(corpus):.0f} tokens each; "
+              f"{steps:,} steps of {config.batch_size} -> {out}")
         metrics = Metrics(out / "metrics.jsonl", start)
     bar = tqdm(total=steps, initial=start, disable=ranks.rank > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stderr.isatty() else 15)  # few lines in a log file
@@ -404,11 +349,7 @@ def train(config: Config, ranks: Ranks) -> int:
             losses, counts = batch_gradient(encoder, corpus, config, step, ranks)
             reduce_gradients(parameters, ranks)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-            # one message tells every rank the losses and whether any rank was asked to stop
-            asked = torch.tensor([float(number in signals) for number in STOPS])
-            message = ranks.sum(torch.cat((losses, asked)).to(ranks.device)).cpu()
-            losses, asked = message.split([len(losses), len(STOPS)])
-            stop = max(int(number) * bool(n) for number, n in zip(STOPS, asked))
+            losses, stop = exchange(losses, signals, ranks)
             if not (losses.isfinite().all() and norm.isfinite()):
                 raise UserError(describe_non_finite(config, step, losses, norm, corpus))
             optimizer.step()
@@ -480,46 +421,25 @@ def report(config: Config, ranks: Ranks):
     device, folder = str(ranks.device), f"{config.out}/encoder"
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     options = {"dtype": dtype, "device": device}
-    print(f"\nembedded STS set ({evaluate.TASKS['demo-sts']['expected']['pairs']} pairs), Spearman x 100")
+    print("\nembedded STS set (325 pairs), Spearman x 100")
     plain = plain_encoder(config.model, revision=config.revision or None, **options)
     for method in evaluate.UNTRAINED:
         plain.config = replace(plain.config, pooling=method)
-        print(f"  untrained, {method:<14}{100 * demo_sts(plain):6.2f}")
+        print(f"  untrained, {method:<14}{evaluate.demo_sts(plain):6.2f}")
     del plain  # before the second copy of the weights is loaded
     encoder = load_encoder(folder, **options)
     print(f"  {config.objective}, {encoder.config.num_memory_tokens} memory tokens"
-          f"{'':<5}{100 * demo_sts(encoder):6.2f}")
+          f"{'':<5}{evaluate.demo_sts(encoder):6.2f}")
     show_continuations(encoder, prepare_texts(replace(config, num_texts=2, batch_size=1),
                                               encoder.tokenizer))
     print(f"\nthe encoder is in {folder}; next (downloads 250 pairs):\n"
           f"  python evaluate.py --task sts17 --model {folder}")
 
 
-def demo_sts(encoder: Encoder) -> float:
-    """Spearman on the embedded STS set."""
-    return evaluate.evaluate_task("demo-sts", encoder.encode)["main_score"]
-
-
 def check(config: Config):
     """Raise UserError for values that no run can have."""
-    least = {"memory_tokens": 1, "batch_size": 1, "chunk_rows": 1, "lora_r": 1, "save_every": 1,
-             "micro_batch": 0, "steps": 0, "num_texts": 0, "min_characters": -1, "threads": 0,
-             "max_text_tokens": -1, "lr": 0, "min_lr": 0, "weight_decay": 0, "clip": 0,
-             "nll_weight": 0, "seed": 0, "warmup": 0, "lora_dropout": 0, "timeout": 0}
-    for name, low in least.items():
-        if not getattr(config, name) >= low:  # also true for nan
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(config, name)}: must be at least {low}")
-    for name, value in vars(config).items():
-        if isinstance(value, float) and not np.isfinite(value):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be finite")
-    if config.lr < config.min_lr:
-        raise UserError(f"--lr {config.lr}: must be at least --min-lr {config.min_lr}; lower both")
-    if config.seed >= 2**63:
-        raise UserError(f"--seed {config.seed}: must be below 2^63")
-    for name in ("warmup", "lora_dropout"):
-        if getattr(config, name) >= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be below 1")
+    check_numbers(config, {"memory_tokens": 1, "chunk_rows": 1, "micro_batch": 0, "nll_weight": 0,
+                           "min_characters": -1, "max_text_tokens": -1}, below_one=())
     if config.max_tokens < config.memory_tokens + 2 * MIN_SIDE:
         raise UserError(f"--max-tokens {config.max_tokens}: must be at least --memory-tokens + "
                         f"{2 * MIN_SIDE} = {config.memory_tokens + 2 * MIN_SIDE}")
@@ -535,25 +455,8 @@ def parse_arguments(argv: list[str] | None) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run stage 1; returns the exit code: 0, 2 after a UserError, 128 + a signal's number."""
-    config = parse_arguments(argv)
-    rank = "0"
-    try:
-        check(config)
-        ranks = start_ranks(config.device, config.threads, config.timeout)
-        rank = str(ranks.rank)
-        stopped = train(config, ranks)
-        if stopped and ranks.rank == 0:
-            print(f"\nstopped by signal {stopped}, saved; go on with the same command and --resume",
-                  flush=True)
-        if ranks.size > 1:
-            dist.destroy_process_group()
-        if ranks.rank == 0 and not stopped:
-            report(config, ranks)
-        return 128 + stopped if stopped else 0
-    except UserError as error:
-        print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
-        return 2
+    """Run stage 1 from its command line; returns the exit code (see run_stage)."""
+    return run_stage(parse_arguments(argv), check, train, report)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import argparse
 import json
 import math
 import os
+import platform
 import shutil
 import signal
+import sys
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
@@ -22,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import UserError
-from model import find_device, read_json, write_folder
+from model import Encoder, find_device, read_json, write_folder
 
 # ---------------------------------------------------------------------------------------------
 # Configuration: one dataclass a stage, one field a line; the command line is made from it
@@ -53,11 +55,47 @@ def parse_config(config_class, presets: dict, pick_preset, argv: list[str] | Non
             kind["choices"] = f.metadata["choices"]
         text = f.metadata["help"].replace("%", "%%")
         text += "" if f.default is MISSING or f.type is bool else f" (default {f.default!r})"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=text, **kind)
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset") or pick_preset(given)
     return config_class(**{**presets[preset], **given})
+
+
+LEAST = {  # of settings that all stages have
+    "batch_size": 1, "lora_r": 1, "save_every": 1, "steps": 0, "num_texts": 0, "threads": 0,
+    "lr": 0, "min_lr": 0, "weight_decay": 0, "clip": 0, "seed": 0, "warmup": 0, "lora_dropout": 0,
+    "timeout": 0,
+}
+
+
+def check_numbers(config, least: dict[str, float], below_one: tuple[str, ...]):
+    """UserError for a number that is below its least value, not finite, or not below one.
+
+    `least` and `below_one` are added to what holds for all stages.
+    """
+    for name, low in {**LEAST, **least}.items():
+        if not getattr(config, name) >= low:  # also true for nan
+            raise UserError(f"{flag(name)} {getattr(config, name)}: must be at least {low}")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise UserError(f"{flag(name)} {value}: must be finite")
+    if config.lr < config.min_lr:
+        raise UserError(f"--lr {config.lr}: must be at least --min-lr {config.min_lr}; lower both")
+    if config.seed >= 2**63:
+        raise UserError(f"--seed {config.seed}: must be below 2^63")
+    for name in ("warmup", "lora_dropout", *below_one):
+        if getattr(config, name) >= 1:
+            raise UserError(f"{flag(name)} {getattr(config, name)}: must be below 1")
+
+
+def flag(name: str) -> str:
+    """The command line's flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def settings_of(config) -> dict:
+    """The configuration as it is stored with the run and the encoder."""
+    return {name: value for name, value in asdict(config).items() if name != "resume"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -128,10 +166,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def reduce_gradients(parameters: list[Tensor], ranks: Ranks):
     """Sum the gradients over all ranks: small tensors in one flat message, large ones alone.
 
-    Losses are divided by global counts before backward, so the sum is the gradient of the batch.
+    Losses are divided by global counts before backward, so the sum is the gradient of the batch. A
+    rank that had nothing to do adds zeros.
     """
     if ranks.size == 1:
         return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     small = [p.grad for p in parameters if p.numel() < 1_000_000]
     flat = ranks.sum(torch.cat([g.flatten() for g in small]))
     for gradient, piece in zip(small, flat.split([g.numel() for g in small])):
@@ -210,6 +251,57 @@ def open_run(config, free: tuple[str, ...]):
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out")
 
 
+def environment(model_dtype: torch.dtype, ranks: Ranks) -> dict:
+    """What a run's bits depend on besides its configuration; stored with the run."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "device": str(ranks.device), "dtype": str(model_dtype),
+            "processes": ranks.size, "threads": torch.get_num_threads()}
+
+
+def print_header(config, encoder: Encoder, about: str, ranks: Ranks):
+    """Print what the run depends on: environment, parameter counts, and what `about` says."""
+
+    def count(tensors):
+        return f"{sum(p.numel() for p in tensors) / 1e6:.2f} M"
+
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    frozen = [p for p in encoder.llama.parameters() if not p.requires_grad]
+    e = environment(encoder.llama.head.dtype, ranks)
+    print(f"python {e['python']}, torch {e['torch']}, {e['processes']} process(es) on {e['device']}"
+          f", {e['threads']} thread(s) each, {e['dtype'].removeprefix('torch.')}\n"
+          f"model  {config.model}: {count(frozen)} frozen, {count(trained)} trained; {about}",
+          flush=True)
+
+
+def start_run(config, encoder: Encoder, optimizer, run: dict, ranks: Ranks) -> int:
+    """The step to start from: 0, or that of the checkpoint that --resume puts in place.
+
+    Rank 0 writes config.json and environment.json. Raises UserError if the ranks do not agree on
+    the step and the data; `run` is what save_checkpoint stores.
+    """
+    out, start = Path(config.out), 0
+    with ranks.together():
+        if config.resume and checkpoints(out):
+            start = load_checkpoint(checkpoints(out)[-1], trained_of(encoder), optimizer, run)
+    mine = torch.tensor([start, int(run["texts"][:12], 16)], device=ranks.device)
+    agreed = torch.equal(ranks.sum(mine.clone()), mine * ranks.size)
+    with ranks.together():
+        if not agreed:
+            raise UserError(f"rank {ranks.rank} starts at step {start} with the texts "
+                            f"{run['texts'][:12]}..., others do not; do all machines see the same "
+                            f"--out and the same data?")
+    if ranks.rank == 0:
+        (out / "config.json").write_text(json.dumps(settings_of(config), indent=2) + "\n")
+        about = environment(encoder.llama.head.dtype, ranks)
+        (out / "environment.json").write_text(json.dumps(about) + "\n")
+    return start
+
+
+def trained_of(encoder: Encoder) -> dict[str, Tensor]:
+    """Name -> parameter, of those that are trained."""
+    return {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     return sorted((out / "checkpoints").glob("step-*"))
@@ -260,18 +352,23 @@ def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer, run: di
 
 
 class Metrics:
-    """metrics.jsonl: one line a step, every step once, also after a resume."""
+    """metrics.jsonl: one line a step, every step once, also after a resume.
+
+    `rows` are the lines of the steps before `first_step`, which a resumed run keeps.
+    """
 
     def __init__(self, path: Path, first_step: int):
-        self.path = path
+        self.path, self.rows = path, []
         kept = []
         if path.is_file():
             for line in path.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] < first_step:
-                        kept.append(line + "\n")
+                    row = json.loads(line)
                 except ValueError:  # the line that a crash cut off
                     break
+                if row["step"] < first_step:
+                    self.rows.append(row)
+                    kept.append(line + "\n")
         aside = path.with_suffix(".writing")
         aside.write_text("".join(kept))
         os.replace(aside, path)
@@ -282,14 +379,52 @@ class Metrics:
             file.write(json.dumps(values) + "\n")
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run early, after saving
+
+
 @contextmanager
 def stop_on_signals():
     """Yield a list that receives the numbers of SIGINT and SIGTERM instead of dying of them."""
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in numbers}
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in STOPS}
     try:
         yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def exchange(values: Tensor, signals: list[int], ranks: Ranks) -> tuple[Tensor, int]:
+    """Sum `values` (n,) over the ranks, and find the signal by which any of them was told to stop.
+
+    One message for both; float64 on the CPU, and the signal's number or 0.
+    """
+    asked = torch.tensor([float(number in signals) for number in STOPS], dtype=torch.float64)
+    message = ranks.sum(torch.cat((values, asked)).to(ranks.device)).cpu()
+    values, asked = message.split([len(values), len(STOPS)])
+    return values, max(int(number) * bool(n) for number, n in zip(STOPS, asked))
+
+
+def run_stage(config, check, train, report) -> int:
+    """A stage from its configuration to the exit code: 0, 2 after a UserError, 128 + a signal.
+
+    check(config); train(config, ranks) -> the signal that ended it, or 0, on all ranks;
+    report(config, ranks) on the first one after a complete run.
+    """
+    rank = "0"
+    try:
+        check(config)
+        ranks = start_ranks(config.device, config.threads, config.timeout)
+        rank = str(ranks.rank)
+        stopped = train(config, ranks)
+        if stopped and ranks.rank == 0:
+            print(f"\nstopped by signal {stopped}, saved; go on with the same command and --resume",
+                  flush=True)
+        if ranks.size > 1:
+            dist.destroy_process_group()
+        if ranks.rank == 0 and not stopped:
+            report(config, ranks)
+        return 128 + stopped if stopped else 0
+    except UserError as error:
+        print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
+        return 2

@@ -1,4 +1,4 @@
-"""Plain texts for stages 1 and 2: a .txt, a .jsonl (either may be gzipped), or WikiText-103."""
+"""Plain texts for stages 1 and 2: .txt or .jsonl (gzipped or not), WikiText-103, or Wiki1M."""
 
 import gzip
 import hashlib
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
@@ -24,22 +25,26 @@ WIKITEXT_BYTES = 191_984_949
 WIKITEXT_SHA256 = "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"
 WIKITEXT_MEMBER = "wikitext-103-raw/wiki.train.raw"
 WIKITEXT_MEMBER_CAP = 700_000_000  # bytes; the member has about 540 million
+# A million sentences of Wikipedia (SimCSE, Gao et al. 2021, arXiv 2104.08821), one a line.
+WIKI1M = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt")  # a hub data set
 
 
 def read_texts(source: str) -> list[str]:
     """The texts of `source`, stripped, empty ones left out.
 
-    `source` is `wikitext103`, a .txt(.gz) with one text a line, or a .jsonl(.gz) with a field
-    `text`. Raises UserError with file and line number for whatever cannot be read.
+    `source` is `wikitext103`, `wiki1m`, a .txt(.gz) with one text a line, or a .jsonl(.gz) with a
+    field `text`. Raises UserError with file and line number for whatever cannot be read.
     """
     if source == "wikitext103":
         lines = wikitext_lines(wikitext_zip())
+    elif source == "wiki1m":
+        lines = read_lines(wiki1m_file())
     else:
         path = Path(source)
         kind = path.name.removesuffix(".gz").rpartition(".")[2]
         if not path.is_file():
             raise UserError(f"{source}: no such file; --text takes a .txt, a .jsonl (both may be "
-                            f".gz) or wikitext103")
+                            f".gz), wikitext103 or wiki1m")
         if kind not in ("txt", "jsonl"):
             raise UserError(f"{source}: unknown kind of file; rename it to .txt or .jsonl")
         lines = read_lines(path)
@@ -81,6 +86,24 @@ def json_text(path: Path, number: int, line: str) -> str:
     if not isinstance(text, str):
         raise UserError(f'{path}, line {number}: no field "text" that is a string; add it')
     return text
+
+
+def digest_ids(corpus: list[np.ndarray]) -> str:
+    """sha256 of texts' token ids, by which a resumed run knows its data."""
+    digest = hashlib.sha256()
+    for ids in corpus:
+        digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return digest.hexdigest()
+
+
+def wiki1m_file() -> Path:
+    """The file of SimCSE's sentences in the hub's cache, downloaded on first use."""
+    repo, name = WIKI1M
+    try:
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except Exception as error:  # whatever the network, the hub or its client has to say
+        raise UserError(f"wiki1m cannot be downloaded: hub data set {repo}, file {name} "
+                        f"({type(error).__name__}). Fetch it elsewhere and pass --text {name}")
 
 
 def wikitext_zip() -> Path:

@@ -30,7 +30,7 @@ def label_of(model: str, method: str, instruction: str = "auto") -> str:
 
 
 def read_result(path: Path) -> dict:
-    """A file that `write_result` wrote; UserError if it is something else or damaged."""
+    """A file that `write_result` has written; UserError if it is something else or damaged."""
     try:
         result = json.loads(path.read_text())
         float(result["scores"]["test"][0]["main_score"]), float(result["evaluation_time"])
@@ -59,14 +59,18 @@ def finished(path: Path, settings: dict) -> dict | None:
     return result
 
 
-def write_result(path: Path, task: dict, scores: dict, settings: dict, seconds: float):
-    """Write one task's scores in the form of MTEB's result files, our settings beside them."""
+def result_of(task: dict, scores: dict, settings: dict, seconds: float) -> dict:
+    """One task's scores in the form of MTEB's result files, our settings beside them."""
     subset = {"hf_subset": task.get("subset", "default"), "languages": ["eng-Latn"]}
     plain = {k: v for k, v in scores.items() if not isinstance(v, np.ndarray) and k != "notes"}
-    result = {"dataset_revision": task.get("revision", "local"), "task_name": task["name"],
-              "mteb_version": None, "evaluation_time": round(seconds, 2), "kg_co2_emissions": None,
-              "scores": {"test": [{**subset, **plain}]},
-              "notes": scores["notes"], "settings": settings}
+    return {"dataset_revision": task.get("revision", "local"), "task_name": task["name"],
+            "mteb_version": None, "evaluation_time": round(seconds, 2), "kg_co2_emissions": None,
+            "scores": {"test": [{**subset, **plain}]},
+            "notes": scores["notes"], "settings": settings}
+
+
+def write_result(path: Path, result: dict):
+    """Write a result beside its place and rename it, so that no file is ever half a result."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".writing")

@@ -119,6 +119,7 @@ def columns(rows: list[dict], *names: str) -> list[list]:
 
 
 def read_sts(task: dict, file: Callable):
+    """Pairs of sentences with a human score of any range."""
     rows = read_rows(file("test"), {"sentence1": text, "sentence2": text, "score": number})
     left, right, gold = columns(rows, "sentence1", "sentence2", "score")
     counts = {"pairs": len(rows), "characters": characters(left, right)}
@@ -198,6 +199,7 @@ def read_clustering(task: dict, file: Callable):
 
 
 def read_pair_classification(task: dict, file: Callable):
+    """Pairs labelled 1 (duplicates) or 0; both labels must occur."""
     path = file("test")
     rows = read_rows(path, {"sent1": text, "sent2": text, "labels": number})
     left, right, labels = columns(rows, "sent1", "sent2", "labels")

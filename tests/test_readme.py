@@ -27,11 +27,10 @@ def commands():
 @pytest.mark.parametrize("script, arguments", list(commands()))
 def test_commands_parse(script, arguments, capsys):
     assert (ROOT / script).is_file()
-    module = {"pretrain_ctkd.py": "pretrain_ctkd", "evaluate.py": "evaluate"}.get(script)
-    if module == "pretrain_ctkd" and "--help" not in arguments:
-        stage1 = importlib.import_module(module)
-        config = stage1.parse_arguments(arguments)
-        stage1.check(config)
+    module = script.removesuffix(".py")
+    if module in ("pretrain_ctkd", "contrastive") and "--help" not in arguments:
+        stage = importlib.import_module(module)
+        stage.check(stage.parse_arguments(arguments))
     elif module == "evaluate":
         evaluate = importlib.import_module(module)
         args = evaluate.parse_arguments(arguments)
@@ -52,7 +51,7 @@ def test_commands_parse(script, arguments, capsys):
 
 def test_paper_table_names_things_that_exist():
     table = ROOT.joinpath("README.md").read_text().split("## From the paper")[1].split("\n## ")[0]
-    names = re.findall(r"`((?:model|pretrain_ctkd|evaluate)\.(?!py)[A-Z_a-z.]+)`", table)
+    names = re.findall(r"`((?:model|pretrain_ctkd|contrastive|evaluate)\.(?!py)[A-Z_a-z.]+)`", table)
     assert len(names) >= 5
     for name in names:
         value = importlib.import_module(name.partition(".")[0])

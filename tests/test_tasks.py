@@ -191,7 +191,7 @@ def test_the_published_counts_of_a_task_are_ones_that_reading_makes(name, tmp_pa
     stem = task.get("files", {}).get("test", ["test"])[0]
     write(folder, task["kind"])
     if stem != "test":
-        (folder / stem).parent.mkdir()
+        (folder / stem).parent.mkdir(exist_ok=True)
         (folder / "test.jsonl").rename(folder / f"{stem}.jsonl")
     *_, notes = read_task(task, tmp_path)
     noted = [note for note in notes if "the published task has" in note]
