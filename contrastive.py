@@ -11,8 +11,8 @@
     scl    query, a text to find, a text that only looks like it; the 2 B keys of Eq. 8
 
 Both stages minimise InfoNCE over a global batch of B rows and differ by that batch only. It never
-has to fit: its texts are embedded in micro-batches of so many tokens, whose activations are computed
-anew when their gradient is due. Micro-batches are made from the global batch and dealt out to the
+has to fit: its texts are embedded in micro-batches of so many tokens, whose activations are made
+anew when their gradient is due. Micro-batches are cut from the global batch and dealt out to the
 processes: their size does not change the gradient, the number of processes not even the dropout.
 Letters as in model.py; B rows in a batch, M keys.
 """
@@ -266,8 +266,6 @@ def open_data(config: Config, encoder: Encoder, progress: bool) -> list[np.ndarr
                             f" tokens), nothing tells them apart; give different ones")
         sizes = {source: len(data)}
     else:
-        if not config.triples:
-            raise UserError("--stage scl needs --triples: a .jsonl, a folder of them, or demo")
         instruction = None if config.instruction == "none" else config.instruction
         data = Triples(config.triples, instruction, progress)
         sizes = {config.triples: len(data)}
@@ -277,6 +275,11 @@ def open_data(config: Config, encoder: Encoder, progress: bool) -> list[np.ndarr
         if size < config.batch_size:
             raise UserError(f"{source}: {size:,} rows, fewer than --batch-size "
                             f"{config.batch_size}; lower it or give more rows")
+    for text in {text for file in getattr(data, "files", []) for text in file.instructions if text}:
+        try:
+            encoder.tokenize(["a"], text)
+        except UserError as error:  # no place in the template, or no room in its length
+            raise UserError(f"{error}, with --instruction none, or raise --max-tokens")
     return data
 
 
@@ -288,8 +291,7 @@ def read_batch(
         rows = global_batch(config.seed, step, config.batch_size, len(data))
         queries = keys = [data[i] for i in rows]
         return Batch(queries, keys, same_texts(keys, len(rows)), rows)
-    sizes = data.sizes if config.batches == "single-dataset" else [len(data)]
-    rows = one_source_batch(config.seed, step, config.batch_size, sizes)
+    rows = one_source_batch(config.seed, step, config.batch_size, sources(data, config))
     triples = [data[i] for i in rows]
     queries: list = [None] * len(rows)
     for instruction in dict.fromkeys(triple.instruction for triple in triples):
@@ -303,6 +305,12 @@ def read_batch(
         texts += [triple.negatives[n] for n in order[: config.negatives]]
     keys, _ = encoder.tokenize(texts, document=True, max_tokens=config.document_tokens)
     return Batch(queries, keys, same_texts(keys, len(rows)), rows)
+
+
+def sources(data: list[np.ndarray] | Triples, config: Config) -> list[int]:
+    """The sizes of the parts of the data that a batch may not mix."""
+    one_file = config.stage == "scl" and config.batches == "single-dataset"
+    return data.sizes if one_file else [len(data)]
 
 
 def one_source_batch(seed: int, step: int, batch: int, sizes: list[int]) -> list[int]:
@@ -332,9 +340,12 @@ def new_encoder(config: Config, ranks: Ranks) -> tuple[Encoder, Path | None]:
     frozen; those that a plain Llama gets here have never been trained, and are.
     """
     name = encoder_of(config.model)
-    if name.startswith("runs/") and not Path(name).is_dir():
-        raise UserError(f"--model {name}: no such folder; run the stage before this one first "
-                        f"(pretrain_ctkd.py, then contrastive.py), or name an encoder or a Llama")
+    unfinished = Path(name).is_dir() and (
+        (Path(name) / "environment.json").is_file() or not any(Path(name).iterdir()))
+    if unfinished or name.startswith("runs/") and not Path(name).exists():
+        raise UserError(f"--model {name}: no encoder there; run the stage before this one first "
+                        f"(pretrain_ctkd.py, then contrastive.py; --resume goes on with an "
+                        f"interrupted one), or name an encoder or a Llama")
     folder = find_model(name, config.revision or None)
     dtype, random = pick_dtype(config.dtype, ranks.device), torch.Generator()
     random.manual_seed(config.seed)
@@ -385,7 +396,7 @@ def score(encoder: Encoder, config: Config, ranks: Ranks) -> dict[str, float]:
     scores = {}
     for name in eval_tasks(config):
         instruction = evaluate.instruction_for(name, "auto", encoder)
-        found = evaluate.evaluate_together(evaluate.find_task(name), encoder.encode, instruction,
+        found = evaluate.evaluate_together(evaluate.TASKS[name], encoder.encode, instruction,
                                            config.data_dir or None, ranks)
         scores[name] = 100 * found["main_score"]
     return {**scores, "mean": sum(scores.values()) / len(scores)}
@@ -418,9 +429,11 @@ def train(config: Config, ranks: Ranks) -> int:
                     open_run(config, free=FREE)
                 encoder, earlier = new_encoder(config, ranks)
                 data = open_data(config, encoder, progress=first)
+                for task in eval_tasks(config):  # complain before the training, not after
+                    evaluate.read_task(evaluate.TASKS[task], config.data_dir or None)
     if config.stage == "scl" and any(any(file.instructions) for file in data.files):
         encoder.config = replace(encoder.config, template=INSTRUCTED)
-    steps = config.steps or len(data) // config.batch_size
+    steps = config.steps or sum(n // config.batch_size for n in sources(data, config))
     schedule, tasks = config.schedule_steps or steps, eval_tasks(config)
     trained = trained_of(encoder)
     parameters = list(trained.values())
@@ -431,7 +444,7 @@ def train(config: Config, ranks: Ranks) -> int:
            "texts": digest_ids(data) if config.stage == "ucl" else data.sha256}
     start = start_run(config, encoder, optimizer, run, ranks)
     metrics = Metrics(out / "metrics.jsonl", start) if first else None
-    scores = Metrics(out / "scores.jsonl", start + 1 if start else 0) if first else None
+    scores = Metrics(out / "scores.jsonl", start + 1 if start else 0) if first and tasks else None
     if first:
         print_header(config, encoder, f"{config.stage}, {encoder.config.pooling} pooling, "
                      f"{encoder.config.attention}", ranks)
@@ -540,10 +553,14 @@ def check(config: Config):
         raise UserError(f"--micro-tokens {config.micro_tokens}: smaller than one text, which may "
                         f"have {longest} tokens; raise it, or lower --max-tokens and "
                         f"--document-tokens")
+    if config.stage == "scl" and not config.triples:
+        raise UserError("--stage scl needs --triples: a .jsonl, a folder of them, or demo")
     if config.stage == "ucl" and config.triples:
         raise UserError(f"--triples {config.triples}: is for --stage scl; ucl takes --text")
     for name in eval_tasks(config):
-        evaluate.find_task(name)
+        if name not in evaluate.TASKS:
+            raise UserError(f"--eval-tasks {name}: unknown; one or more of "
+                            f"{', '.join(evaluate.TASKS)}")
 
 
 def parse_arguments(argv: list[str] | None) -> Config:

@@ -725,11 +725,13 @@ def load_encoder(
         revision = None if base else recorded["revision"]
         encoder = plain_encoder(source, config, revision, dtype, device)
     except UserError as error:
-        raise UserError(f"{folder}: its base model cannot be loaded; name its place with --base.\n"
-                        f"{error}")
+        reason = str(error).replace("\n", " ")
+        raise UserError(f"{folder}: its base model cannot be loaded; name its place with --base "
+                        f"({reason})")
     if encoder.base["sha256"] != recorded["sha256"]:
         raise UserError(f"{folder}: was trained on another base than {source} (sha256 "
-                        f"{recorded['sha256'][:12]}..., found {encoder.base['sha256'][:12]}...)")
+                        f"{recorded['sha256'][:12]}..., found {encoder.base['sha256'][:12]}...); "
+                        f"name the right one with --base")
     encoder.history = about["history"]
     for stage in stages:
         lora.merge_lora(encoder.llama)

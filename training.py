@@ -354,7 +354,7 @@ def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer, run: di
 class Metrics:
     """metrics.jsonl: one line a step, every step once, also after a resume.
 
-    `rows` are the lines of the steps before `first_step`, which a resumed run keeps.
+    A resumed run keeps the lines before `first_step`. `rows` holds all lines.
     """
 
     def __init__(self, path: Path, first_step: int):
@@ -375,6 +375,7 @@ class Metrics:
 
     def write(self, **values):
         """Append one step."""
+        self.rows.append(values)
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")
 

@@ -97,8 +97,10 @@ def table(scores: dict, tasks: list[str]) -> list[str]:
     return lines
 
 
-def curves(runs: dict[str, list[Path]], tasks: list[str]) -> list[str]:
+def curves(runs: dict[str, list[Path]]) -> list[str]:
     """Markdown: the scores of each kind of start over the steps of a stage, mean over seeds."""
+    first = curve_of(next(iter(runs.values()))[0])[0]
+    tasks = [key for key in first if key not in ("step", "mean")]
     lines = [f"| start | step | {' | '.join(tasks)} |", "|---" * (len(tasks) + 2) + "|"]
     for kind, folders in runs.items():
         for rows in zip(*map(curve_of, folders)):
@@ -173,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     for stage in runs:
         found = {kind: over_steps[stage, kind] for kind in KINDS if over_steps[stage, kind]}
         if found:
-            lines += ["", f"{stage}, over its steps:", "", *curves(found, args.choose)]
+            lines += ["", f"{stage}, over its steps:", "", *curves(found)]
     print("\n" + "\n".join(lines))
     (Path(args.out) / "table.md").write_text("\n".join(lines) + "\n")
     return 0

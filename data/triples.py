@@ -99,7 +99,7 @@ class Triples:
                   disable=not progress or size < 50_000_000, leave=False) as bar:
             for number, line in enumerate(file.handle, 1):
                 digest.update(line)
-                if line.strip():
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):  # a byte order mark is no row
                     try:
                         positive = parse_row(line)[1]
                     except ValueError as error:
@@ -112,6 +112,7 @@ class Triples:
                 offset += len(line)
                 bar.update(len(line))
         file.offsets = np.array(file.offsets, dtype=np.int64)
+        digest.update(json.dumps([file.instructions, len(file.offsets)]).encode())
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -1,6 +1,5 @@
 """Stages 2 and 3: the loss and its gradient, however the batch is split; the diagnostics."""
 
-import itertools
 import multiprocessing
 import os
 import random
@@ -15,7 +14,8 @@ from conftest import TEXT
 from safetensors.torch import load_file, save_file
 
 import contrastive
-from contrastive import Batch, Config, batch_gradient, info_nce, same_texts
+from contrastive import Batch, Config, batch_gradient, diagnostics, effective_dimension
+from contrastive import info_nce, same_texts
 from lora import LoraConfig, add_lora, lora_layers
 from model import EncoderConfig, flat_ids, plain_encoder
 from training import Ranks, reduce_gradients, start_ranks, trained_of
@@ -81,13 +81,12 @@ def plain_loss(queries, keys, temperature: float, texts: list) -> torch.Tensor:
     """InfoNCE by loops: key j is left out for row i where it has the text of i's positive."""
     total = 0.0
     for i, query in enumerate(queries):
-        shares = []
+        shares = {}
         for j, key in enumerate(keys):
             if j == i or texts[j] != texts[i]:
                 cosine = (query @ key) / (query.norm() * key.norm())
-                shares.append((cosine / temperature).exp())
-                own = shares[-1] if j == i else (own if j > i else None)
-        total = total - (own / sum(shares)).log()
+                shares[j] = (cosine / temperature).exp()
+        total = total - (shares[i] / sum(shares.values())).log()
     return total / len(queries)
 
 
@@ -238,3 +237,42 @@ def test_any_number_of_processes_gives_the_gradient_of_one(
     expected = gradient(encoder, make_batch(encoder, stage, rows), Config(**settings))
     found = over_processes(size, tiny, stage, rows, dropout, settings, tmp_path / "gradient")
     assert_equal(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is logged of a batch
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_effective_dimension_is_the_participation_ratio_of_the_eigenvalues():
+    draw = np.random.default_rng(0)
+    for n, d in ((50, 8), (8, 50), (200, 20)):
+        x = draw.normal(size=(n, d)) * draw.exponential(size=d)
+        eigenvalues = np.linalg.eigvalsh(np.cov(x.T))
+        expected = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+        assert abs(effective_dimension(torch.from_numpy(x)) - expected) < 1e-9 * expected
+    line = torch.outer(torch.arange(5.0), torch.tensor([1.0, -2.0, 3.0]))
+    assert abs(effective_dimension(line + 7) - 1) < 1e-5
+    assert effective_dimension(torch.ones(4, 3)) == 0
+    axes = torch.cat((torch.eye(6), -torch.eye(6)))
+    assert abs(effective_dimension(axes) - 6) < 1e-5
+
+
+def test_alignment_uniformity_and_accuracy_are_the_plain_loops():
+    draw = torch.Generator().manual_seed(5)
+    queries = torch.randn(9, 4, generator=draw, dtype=torch.float64)
+    keys = torch.randn(14, 4, generator=draw, dtype=torch.float64)
+    keys[:5] = 3 * queries[:5] + 0.1 * keys[:5]  # five pairs are near
+    excluded = torch.zeros(9, 14, dtype=torch.bool)
+    found = diagnostics(queries, keys, 0.05, excluded)
+    q = [x / x.norm() for x in queries]
+    k = [x / x.norm() for x in keys]
+    assert abs(found["alignment"] - sum((q[i] - k[i]).norm() ** 2 for i in range(9)) / 9) < 1e-12
+    pairs = [(-2 * (k[i] - k[j]).norm() ** 2).exp() for i in range(9) for j in range(i)]
+    assert abs(found["uniformity"] - (sum(pairs) / len(pairs)).log()) < 1e-12
+    hits = [max(range(14), key=lambda j: q[i] @ k[j]) == i for i in range(9)]
+    assert 5 / 9 <= found["accuracy"] == sum(hits) / 9 < 1
+    for i in range(9):  # whatever else is nearest is left out: now all are right
+        for j in range(14):
+            excluded[i, j] = j != i and q[i] @ k[j] > q[i] @ k[i]
+    assert diagnostics(queries, keys, 0.05, excluded)["accuracy"] == 1

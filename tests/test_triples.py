@@ -1,0 +1,434 @@
+"""Triples by their offset, Wiki1M from a server on the loopback; nothing here has a network."""
+
+import gzip
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data import dead_url, hub_environment, hub_file, loopback
+
+from data import UserError, corpora, triples
+from data.triples import DEMO_TRIPLES, Triple, Triples
+
+E5 = ["allnli", "dureader", "eli5_question_answer", "fever", "hotpot_qa", "miracl", "mrtydi",
+      "msmarco_document", "msmarco_passage", "nq", "quora_duplicates", "squad", "t2ranking",
+      "trivia_qa"]
+ROWS = [  # rows as they stand in a file, and what is read of them
+    ({"query": "one", "positive": "uno", "negative": "due"}, ("one", "uno", ["due"])),
+    ({"query": "töw 二 🐦", "positive": "zwei", "negative": None}, ("töw 二 🐦", "zwei", [])),
+    ({"query": "three", "positive": "drei"}, ("three", "drei", [])),
+    ({"negative": ["a", "b", "c"], "positive": "vier", "query": "four"},
+     ("four", "vier", ["a", "b", "c"])),
+    ({"query": "five", "positive": "fünf", "negative": []}, ("five", "fünf", [])),
+    ({"query": " six\t", "positive": "\nsechs", "negative": [" x ", "y"], "id": 6, "score": [1.5]},
+     ("six", "sechs", ["x", "y"])),
+    ({"query": "line\u2028one\x85two\x0b", "positive": "a\nb", "negative": "c\r\nd"},
+     ("line\u2028one\x85two", "a\nb", ["c\r\nd"])),
+]
+EXPECTED = [row for _, row in ROWS]
+LINES = [json.dumps(row, ensure_ascii=False).encode() for row, _ in ROWS]
+
+
+def plain(data: Triples) -> list[tuple]:
+    """All rows without their instructions."""
+    return [(data[i].query, data[i].positive, data[i].negatives) for i in range(len(data))]
+
+
+def make(path: Path, count: int, word: str) -> Path:
+    """A file of `count` rows that all differ."""
+    rows = [{"query": f"{word} {i}", "positive": f"{word} positive {i}"} for i in range(count)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", b"\n".join(LINES) + b"\n"),
+    ("no-newline-at-the-end.jsonl", b"\n".join(LINES)),
+    ("byte-order-mark.jsonl", b"\xef\xbb\xbf" + b"\n".join(LINES)),
+    ("carriage-returns.jsonl", b"\r\n".join(LINES) + b"\r\n"),
+    ("blank-lines.jsonl", b"\n \n" + b"\n\r\n\t\n".join(LINES) + b"\n\n  "),
+    ("escaped.jsonl", "\n".join(json.dumps(row) for row, _ in ROWS).encode()),
+    ("a.jsonl.gz", gzip.compress(b"\n".join(LINES) + b"\n")),
+    ("mark-in-a-gzip.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + b"\r\n".join(LINES))),
+    ("two-gzips.jsonl.gz", gzip.compress(LINES[0] + b"\n") + gzip.compress(b"\n".join(LINES[1:]))),
+    ("zipped-without-the-suffix.jsonl", gzip.compress(b"\n".join(LINES))),
+    ("suffix-without-the-zip.jsonl.gz", b"\n".join(LINES)),
+    ("with.dots and spaces.jsonl", b"\n".join(LINES)),
+])
+def test_rows_are_those_of_the_file(name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    data = Triples(path)
+    assert len(data) == len(ROWS) and data.sizes == [len(ROWS)]
+    assert plain(data) == EXPECTED
+    assert data[0] == Triple("one", "", "uno", ["due"]) == Triples(str(path))[0]
+    assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_rows_are_read_in_any_order_and_again(tmp_path):
+    for name, count in (("a.jsonl", 7), ("b.jsonl.gz", 300), ("c.jsonl", 40)):
+        make(tmp_path / name, count, name[0])
+    data = Triples(tmp_path)
+    expected = [f"{name} {i}" for name, n in (("a", 7), ("b", 300), ("c", 40)) for i in range(n)]
+    order = random.Random(0).choices(range(347), k=1000)
+    assert [data[i].query for i in order] == [expected[i] for i in order]
+    assert [data[i].query for i in (346, 0, 306, 307, 6, 7)] == [
+        expected[i] for i in (346, 0, 306, 307, 6, 7)]
+    assert data[np.int64(346)].positive == "c positive 39"
+    with pytest.raises(IndexError):
+        data[347]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    for name, count in (("b.jsonl", 3), ("a.jsonl.gz", 2), ("Z.jsonl", 1), ("b2.jsonl", 4)):
+        make(tmp_path / name, count, name[0])
+    (tmp_path / "empty.jsonl").write_bytes(b"\n")
+    for name in ("notes.txt", "c.json", "d.jsonl.bak", "e.gz"):
+        (tmp_path / name).write_text("not a triple")
+    data = Triples(tmp_path)
+    assert [file.path.name for file in data.files] == [
+        "Z.jsonl", "a.jsonl.gz", "b.jsonl", "b2.jsonl", "empty.jsonl"]
+    assert data.sizes == [1, 2, 3, 4, 0] and len(data) == 10
+    assert [row[0] for row in plain(data)] == [
+        "Z 0", "a 0", "a 1", "b 0", "b 1", "b 2", "b 0", "b 1", "b 2", "b 3"]
+
+
+def test_only_offsets_are_kept(tmp_path):
+    path, rows = tmp_path / "a.jsonl", 1500
+    with open(path, "w") as file:
+        for i in range(rows):
+            row = {"query": f"zebra {i} " * 50, "positive": f"heron {i} " * 100}
+            file.write(json.dumps({**row, "negative": ["otter " * 100]}) + "\n")
+    tracemalloc.start()
+    try:
+        data = Triples(path)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    (file,) = data.files
+    assert file.offsets.dtype == np.int64 and file.offsets.nbytes == 8 * rows
+    held = repr(vars(data)) + repr(vars(file))
+    assert not any(word in held for word in ("zebra", "heron", "otter"))
+    assert path.stat().st_size > 3_000_000 and kept < 100_000 and peak < 500_000
+    assert data[rows - 1].query == (f"zebra {rows - 1} " * 50).strip()
+
+
+def test_the_sha256_tells_one_content_from_another(tmp_path):
+    path = make(tmp_path / "a.jsonl", 5, "a")
+    first, content = Triples(path).sha256, path.read_bytes()
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    copy, zipped = tmp_path / "b.jsonl", tmp_path / "c.jsonl.gz"
+    copy.write_bytes(content)
+    zipped.write_bytes(gzip.compress(content))
+    assert Triples(copy).sha256 == Triples(zipped).sha256 == first
+    others = [content.replace(b"positive 3", b"positive 4"), content + LINES[0] + b"\n",
+              content[: content.index(b"\n") + 1], b"".join(content.splitlines(True)[::-1])]
+    others[2] += LINES[1]
+    digests = set()
+    for other in others:
+        path.write_bytes(other)
+        digests.add(Triples(path).sha256)
+    assert len(digests) == len(others) and first not in digests
+
+
+def write_files(folder: Path, sizes: dict[str, int]) -> Triples:
+    """The same ten rows, so many of them in each file."""
+    folder.mkdir()
+    lines = make(folder / "rows", 10, "a").read_bytes().splitlines(keepends=True)
+    for name, size in sizes.items():
+        (folder / f"{name}.jsonl").write_bytes(b"".join(lines[:size]))
+        del lines[:size]
+    return Triples(folder)
+
+
+@pytest.mark.parametrize("sizes, same", [
+    ({"x": 5, "y": 5}, True), ({"squad": 5, "z": 5}, False), ({"a": 6, "b": 4}, False),
+], ids=["other names", "another instruction", "other sizes"])
+def test_the_sha256_tells_instructions_and_sizes_of_files_apart(sizes, same, tmp_path):
+    """A resumed run would give a row another instruction, or lay it in another batch."""
+    first = write_files(tmp_path / "first", {"a": 5, "b": 5})
+    other = write_files(tmp_path / "other", sizes)
+    assert plain(first) == plain(other) and (first.sha256 == other.sha256) == same
+
+
+# ---------------------------------------------------------------------------------------------
+# Instructions
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_instructions_are_those_of_the_public_e5_files():
+    assert sorted(triples.INSTRUCTIONS) == E5
+    two = [name for name, texts in triples.INSTRUCTIONS.items() if len(texts) == 2]
+    assert two == ["allnli", "quora_duplicates"]
+    texts = [text for texts in triples.INSTRUCTIONS.values() for text in texts]
+    assert len(texts) == 16
+    assert all(text == text.strip() and text and text[-1].isalpha() for text in texts)
+    assert triples.INSTRUCTIONS["fever"] == [
+        "Given a claim, retrieve documents that support or refute the claim"]
+    assert triples.INSTRUCTIONS["allnli"] == [
+        "Given a premise, retrieve a hypothesis that is entailed by the premise",
+        "Retrieve semantically similar text"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_files_named_like_e5s_get_their_instructions(ending, tmp_path):
+    for name in E5:
+        make(tmp_path / (name + ending), 5, name)
+    data = Triples(tmp_path, "never used")
+    assert data.sizes == [5] * 14
+    for place, name in enumerate(E5):
+        texts = triples.INSTRUCTIONS[name]
+        found = [data[5 * place + i].instruction for i in range(5)]
+        assert found == [texts[i % len(texts)] for i in range(5)]
+        assert data[5 * place].query == f"{name} 0"
+
+
+def test_other_files_get_the_instruction_that_is_given(tmp_path):
+    for name in ("allnli.jsonl", "allnli2.jsonl", "nq.v1.jsonl", "my_nq.jsonl"):
+        make(tmp_path / name, 3, name)
+    names, given = ["allnli", "allnli2", "my_nq", "nq.v1"], "Find it"
+    first, second = triples.INSTRUCTIONS["allnli"]
+    for instruction, other in ((given, given), ("", "")):
+        data = Triples(tmp_path, instruction)
+        assert [triples.stem(file.path) for file in data.files] == names
+        assert [data[i].instruction for i in range(12)] == [first, second, first, *[other] * 9]
+    assert [row.instruction for row in map(Triples(tmp_path, None).__getitem__, range(12))] == (
+        [""] * 12)
+    assert Triples(tmp_path)[3].instruction == ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------
+
+GOOD = b'{"query": "a", "positive": "b"}\n{"query": "c", "positive": "d"}\n'
+
+
+@pytest.mark.parametrize("line, fragment", [
+    (b'{"positive": "b"}', "has no query"),
+    (b'{"query": null, "positive": "b"}', "has no query"),
+    (b'{"query": "a", "negative": "b"}', "has no positive"),
+    (b'{"query": "a", "pos": "b"}', "has no positive"),
+    (b'{"query": "", "positive": "b"}', "query is empty"),
+    (b'{"query": " \\n\\t", "positive": "b"}', "query is empty"),
+    (b'{"query": "a", "positive": ""}', "positive is empty"),
+    (b'{"query": "a", "positive": "\\u3000"}', "positive is empty"),
+    (b'{"query": "a", "positive": "b", "negative": ""}', "negative is empty"),
+    (b'{"query": "a", "positive": "b", "negative": ["c", " "]}', "negative is empty"),
+    (b'{"query": "a", "positive": "b", "negative": ["c", null]}', "has no negative"),
+    (b'{"query": 5, "positive": "b"}', "query is '5', a text is expected"),
+    (b'{"query": ["a"], "positive": "b"}', "query is \"['a']\", a text is expected"),
+    (b'{"query": "a", "positive": {"text": "b"}}', "positive is "),
+    (b'{"query": "a", "positive": true}', "positive is 'True', a text is expected"),
+    (b'{"query": "a", "positive": "b", "negative": 1.5}', "negative is '1.5'"),
+    (b'{"query": "a", "positive": "b", "negative": {"text": "c"}}', "negative is "),
+    (b'{"query": "a", "positive": "b", "negative": ["c", ["d"]]}', "negative is "),
+    (b'{"query": "a", "positive": "b", "negative": [0]}', "negative is '0'"),
+    (b"{'query': 'a', 'positive': 'b'}", "Expecting property name"),
+    (b'{"query": "a", "positive": "b"', "Expecting"),
+    (b'{"query": "a", "positive": "b"} {"query": "a", "positive": "b"}', "Extra data"),
+    (b"query,positive", "Expecting value"),
+    (b"[" * 100_000, "recursion"),
+    (b'["a", "b"]', "not a JSON object"),
+    (b'"a"', "not a JSON object"),
+    (b"null", "not a JSON object"),
+    (b'{"query": "caf\xe9", "positive": "b"}', "utf-8"),
+    (b'{"query": "a", "positive": "half an emoji \\ud83d"}', "surrogate"),
+    (b'{"query": "a", "positive": "b", "negative": ["\\udc26"]}', "surrogate"),
+])
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
+def test_a_bad_row_is_named_with_file_and_line(line, fragment, zipped, tmp_path):
+    make(tmp_path / "a.jsonl", 3, "a")
+    path = tmp_path / f"b.jsonl{'.gz' * zipped}"
+    content = GOOD + b"\n" + line + b"\n" + GOOD
+    content = gzip.compress(content) if zipped else content
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        Triples(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line 4: ") and fragment in message
+    assert "a row needs query and positive" in message
+    assert "\n" not in message and len(message) < 400
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ['{"query": "a", "positive": "b"}\n'.encode("utf-16"),
+                                     b"\x00\x01\x02" * 50, b"\xef\xbb\xbf{\n"])
+def test_a_file_that_is_bad_from_the_start_is_named_with_line_1(content, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        Triples(path)
+    assert str(caught.value).startswith(f"{path}, line 1: ") and "\n" not in str(caught.value)
+
+
+CUT = gzip.compress(random.Random(0).randbytes(9999).hex().encode())
+
+
+@pytest.mark.parametrize("name, content, fragments", [
+    ("empty.jsonl", b"", ["no rows", '"query"', '"positive"']),
+    ("blank.jsonl", b"\n \r\n\n", ["no rows", '"query"', '"positive"']),
+    ("zipped-nothing.jsonl.gz", gzip.compress(b""), ["no rows", '"query"', '"positive"']),
+    ("cut.jsonl.gz", CUT[:-3000], ["cannot be read", "end-of-stream", "fetch it again"]),
+    ("damaged.jsonl.gz", CUT[:200] + b"\xff\xff\xff" + CUT[203:], ["cannot be read", "again"]),
+    ("head.jsonl.gz", b"\x1f\x8b", ["cannot be read", "fetch it again"]),
+    ("one-row.jsonl", b'{"query": "a", "positive": "b"}', ["all 1 rows", "the same positive"]),
+    ("same.jsonl", b'{"query": "a", "positive": "b"}\n{"query": "c", "positive": " b"}',
+     ["all 2 rows", "the same positive", "different ones"]),
+    ("a.json", GOOD, ["unknown kind of file", ".jsonl or .jsonl.gz"]),
+    ("a.csv", GOOD, ["unknown kind of file", ".jsonl or .jsonl.gz"]),
+    ("a.gz", gzip.compress(GOOD), ["unknown kind of file", ".jsonl or .jsonl.gz"]),
+    ("a.jsonl.zip", GOOD, ["unknown kind of file", ".jsonl or .jsonl.gz"]),
+])
+def test_a_bad_file_is_named_with_the_fix_and_left_alone(name, content, fragments, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        Triples(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+    assert [p.name for p in tmp_path.iterdir()] == [name] and path.read_bytes() == content
+
+
+@pytest.mark.parametrize("names", [[], ["notes.txt", "a.json", "b.csv.gz"], ["a.jsonl.bak"]],
+                         ids=["empty", "other files", "backup"])
+def test_a_folder_without_triples_is_named(names, tmp_path):
+    for name in names:
+        (tmp_path / name).write_bytes(GOOD)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path)) + ": no .jsonl") as caught:
+        Triples(tmp_path)
+    assert "put the triples there" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_of_empty_files_or_of_equal_positives_is_named(tmp_path):
+    for content, fragment in ((b"", "no rows"), (b'{"query": "a", "positive": "b"}\n', "all 2")):
+        for name in ("a.jsonl", "b.jsonl"):
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=re.escape(str(tmp_path)) + f": {fragment}"):
+            Triples(tmp_path)
+
+
+def test_a_file_that_lies_there_twice_is_refused(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "b.jsonl.gz"):
+        make(tmp_path / name, 3, name)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "b.jsonl")) + ": .*twice.*gz"):
+        Triples(tmp_path)
+    (tmp_path / "b.jsonl").unlink()
+    assert Triples(tmp_path).sizes == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.jsonl.gz", "missing", "no/where.jsonl"])
+def test_a_missing_path_is_told_with_what_triples_takes(name, tmp_path):
+    path = str(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(path) + ": no such file or folder; --triples"):
+        Triples(path)
+
+
+def test_a_folder_named_like_a_file_of_triples_is_a_user_error(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "a.jsonl"))):
+        Triples(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# The embedded triples
+# ---------------------------------------------------------------------------------------------
+
+
+def texts_of(path: Path, *fields: str) -> list[str]:
+    """The values of these fields over the rows of a .jsonl file."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row[field] for row in rows for field in fields]
+
+
+def test_the_embedded_triples_are_texts_of_their_own():
+    data = Triples("demo")
+    assert len(data) >= 300 and data.files[0].path == DEMO_TRIPLES
+    rows = [data[i] for i in range(len(data))]
+    assert all(len(row.negatives) == 1 and row.instruction == "" for row in rows)
+    ours = [text for row in rows for text in (row.query, row.positive, *row.negatives)]
+    ours = [text.casefold() for text in ours]
+    assert len(set(ours)) == len(ours) == 3 * len(data)
+    demo = DEMO_TRIPLES.parent
+    corpus = demo / "demo-retrieval/corpus.jsonl"
+    tests = [*texts_of(demo / "demo-sts/test.jsonl", "sentence1", "sentence2"),
+             *texts_of(demo / "demo-retrieval/queries.jsonl", "text"),
+             *texts_of(corpus, "title", "text")]
+    tests += [" ".join(pair) for pair in zip(texts_of(corpus, "title"), texts_of(corpus, "text"))]
+    assert len(tests) == 2 * 325 + 76 + 3 * 98
+    assert not set(ours) & {text.strip().casefold() for text in tests}
+
+
+# ---------------------------------------------------------------------------------------------
+# Wiki1M
+# ---------------------------------------------------------------------------------------------
+
+REPOSITORY, NAME = corpora.WIKI1M
+HUB_PATH = f"/datasets/{REPOSITORY}/resolve/main/{NAME}"
+READ = """
+import json, sys, time
+time.sleep = lambda _: None  # the hub's client sleeps long before it gives up
+from data import UserError, corpora
+for _ in range(2):
+    try:
+        print(json.dumps(corpora.read_texts("wiki1m")))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def read_twice(home: Path, endpoint: str, **environment) -> list:
+    """What two readings of wiki1m give in a process whose hub is `endpoint`."""
+    done = subprocess.run(
+        [sys.executable, "-c", READ], capture_output=True, text=True, timeout=100,
+        env=hub_environment(home, endpoint) | environment,
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_wiki1m_is_downloaded_once_from_the_hub(tmp_path):
+    content = " YMCA in South Australia \n\nSenjō no Valkyria 3 .\r\n  last one".encode()
+    texts = ["YMCA in South Australia", "Senjō no Valkyria 3 .", "last one"]
+    with loopback({HUB_PATH: hub_file(content, "c" * 40)}) as server:
+        assert read_twice(tmp_path, server.url) == [texts, texts]
+        assert server.requests.count(f"GET {HUB_PATH}") == 1
+    cached = [p for p in (tmp_path / "hf").rglob("*") if p.name == NAME]
+    assert len(cached) == 1
+    assert hashlib.sha256(cached[0].read_bytes()).digest() == hashlib.sha256(content).digest()
+    assert read_twice(tmp_path, dead_url(), HF_HUB_OFFLINE="1") == [texts, texts]
+
+
+def offline_message(said: list) -> str:
+    """The one clear line that both readings gave."""
+    assert len(said) == 2 and said[0] == said[1]
+    assert "\n" not in said[0]
+    for fragment in ("wiki1m cannot be downloaded", REPOSITORY, NAME, f"--text {NAME}"):
+        assert fragment in said[0]
+    return said[0]
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no server", "offline"])
+def test_without_the_hub_wiki1m_is_one_clear_line(environment, tmp_path):
+    offline_message(read_twice(tmp_path, dead_url(), **environment))
+
+
+def test_a_hub_that_lacks_wiki1m_is_one_clear_line(tmp_path):
+    with loopback({}) as server:
+        assert "EntryNotFound" in offline_message(read_twice(tmp_path, server.url))
+        assert server.requests
