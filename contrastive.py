@@ -253,33 +253,45 @@ def batch_gradient(
 # ---------------------------------------------------------------------------------------------
 
 
-def open_data(config: Config, encoder: Encoder, progress: bool) -> list[np.ndarray] | Triples:
-    """The texts of ucl as token ids, or the triples of scl; UserError if they make no batch."""
-    if config.stage == "ucl":
-        data = source = config.text
-        texts = read_texts(str(DEMO_PASSAGES) if source == "demo" else source)
-        if source == "demo":  # its passages' sentences
-            texts = [s for text in texts for s in re.split(r"(?<=[.?!])\s+", text)]
-        data = encoder.tokenize(texts[: config.num_texts or None])[0]
-        if len({ids.tobytes() for ids in data}) < 2:
-            raise UserError(f"{source}: all {len(data):,} texts are the same (after {len(data[0])}"
-                            f" tokens), nothing tells them apart; give different ones")
-        sizes = {source: len(data)}
-    else:
-        instruction = None if config.instruction == "none" else config.instruction
-        data = Triples(config.triples, instruction, progress)
-        sizes = {config.triples: len(data)}
-        if config.batches == "single-dataset":
-            sizes = {str(file.path): size for file, size in zip(data.files, data.sizes)}
-    for source, size in sizes.items():
-        if size < config.batch_size:
-            raise UserError(f"{source}: {size:,} rows, fewer than --batch-size "
-                            f"{config.batch_size}; lower it or give more rows")
-    for text in {text for file in getattr(data, "files", []) for text in file.instructions if text}:
+def open_texts(config: Config, encoder: Encoder) -> list[np.ndarray]:
+    """The texts of ucl as token ids (of the embedded passages, the sentences)."""
+    texts = read_texts(str(DEMO_PASSAGES) if config.text == "demo" else config.text)
+    if config.text == "demo":
+        texts = [s for text in texts for s in re.split(r"(?<=[.?!])\s+", text)]
+    data, _ = encoder.tokenize(texts[: config.num_texts or None])
+    if len({ids.tobytes() for ids in data}) < 2:
+        raise UserError(f"{config.text}: all {len(data):,} texts are the same (after "
+                        f"{len(data[0])} tokens), nothing tells them apart; give different ones")
+    return data
+
+
+def open_triples(config: Config, encoder: Encoder, progress: bool) -> Triples:
+    """The triples of scl; UserError for an instruction that the encoder has no room for."""
+    instruction = None if config.instruction == "none" else config.instruction
+    data = Triples(config.triples, instruction, progress)
+    for text in data.instructions:
         try:
             encoder.tokenize(["a"], text)
         except UserError as error:  # no place in the template, or no room in its length
             raise UserError(f"{error}, with --instruction none, or raise --max-tokens")
+    return data
+
+
+def sources(data: list[np.ndarray] | Triples, config: Config) -> dict[str, int]:
+    """The parts of the data that no batch mixes, by name, and their sizes."""
+    if config.stage == "scl" and config.batches == "single-dataset":
+        return {str(file.path): len(file.offsets) for file in data.files}
+    return {config.text if config.stage == "ucl" else config.triples: len(data)}
+
+
+def open_data(config: Config, encoder: Encoder, progress: bool) -> list[np.ndarray] | Triples:
+    """The data of the stage; UserError if they make no batch."""
+    ucl = config.stage == "ucl"
+    data = open_texts(config, encoder) if ucl else open_triples(config, encoder, progress)
+    for name, size in sources(data, config).items():
+        if size < config.batch_size:
+            raise UserError(f"{name}: {size:,} rows, fewer than --batch-size {config.batch_size}; "
+                            f"lower it or give more rows")
     return data
 
 
@@ -291,7 +303,8 @@ def read_batch(
         rows = global_batch(config.seed, step, config.batch_size, len(data))
         queries = keys = [data[i] for i in rows]
         return Batch(queries, keys, same_texts(keys, len(rows)), rows)
-    rows = one_source_batch(config.seed, step, config.batch_size, sources(data, config))
+    sizes = list(sources(data, config).values())
+    rows = one_source_batch(config.seed, step, config.batch_size, sizes)
     triples = [data[i] for i in rows]
     queries: list = [None] * len(rows)
     for instruction in dict.fromkeys(triple.instruction for triple in triples):
@@ -305,12 +318,6 @@ def read_batch(
         texts += [triple.negatives[n] for n in order[: config.negatives]]
     keys, _ = encoder.tokenize(texts, document=True, max_tokens=config.document_tokens)
     return Batch(queries, keys, same_texts(keys, len(rows)), rows)
-
-
-def sources(data: list[np.ndarray] | Triples, config: Config) -> list[int]:
-    """The sizes of the parts of the data that a batch may not mix."""
-    one_file = config.stage == "scl" and config.batches == "single-dataset"
-    return data.sizes if one_file else [len(data)]
 
 
 def one_source_batch(seed: int, step: int, batch: int, sizes: list[int]) -> list[int]:
@@ -431,9 +438,9 @@ def train(config: Config, ranks: Ranks) -> int:
                 data = open_data(config, encoder, progress=first)
                 for task in eval_tasks(config):  # complain before the training, not after
                     evaluate.read_task(evaluate.TASKS[task], config.data_dir or None)
-    if config.stage == "scl" and any(any(file.instructions) for file in data.files):
+    if config.stage == "scl" and data.instructions:
         encoder.config = replace(encoder.config, template=INSTRUCTED)
-    steps = config.steps or sum(n // config.batch_size for n in sources(data, config))
+    steps = config.steps or sum(n // config.batch_size for n in sources(data, config).values())
     schedule, tasks = config.schedule_steps or steps, eval_tasks(config)
     trained = trained_of(encoder)
     parameters = list(trained.values())
@@ -502,9 +509,9 @@ def describe(data: list[np.ndarray] | Triples, config: Config) -> str:
     if config.stage == "ucl":
         tokens = sum(map(len, data)) / len(data)
         return f"{config.text}: {len(data):,} texts, {tokens:.0f} tokens each"
-    kinds = [f"\n  {size:>9,}  {file.path.name}: "
+    kinds = [f"\n  {len(file.offsets):>9,}  {file.path.name}: "
              f"{' | '.join(filter(None, file.instructions)) or 'no instruction'}"
-             for file, size in zip(data.files, data.sizes)]
+             for file in data.files]
     return f"{config.triples}: {len(data):,} rows, {config.batches}{''.join(kinds)}"
 
 

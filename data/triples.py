@@ -128,9 +128,9 @@ class Triples:
         return Triple(query, instruction, positive, negatives)
 
     @property
-    def sizes(self) -> list[int]:
-        """The number of rows of each file."""
-        return [len(file.offsets) for file in self.files]
+    def instructions(self) -> set[str]:
+        """All instructions that queries have."""
+        return {text for file in self.files for text in file.instructions if text}
 
 
 def stem(path: Path) -> str:

@@ -41,6 +41,11 @@ def plain(data: Triples) -> list[tuple]:
     return [(data[i].query, data[i].positive, data[i].negatives) for i in range(len(data))]
 
 
+def sizes(data: Triples) -> list[int]:
+    """The rows of each file."""
+    return [len(file.offsets) for file in data.files]
+
+
 def make(path: Path, count: int, word: str) -> Path:
     """A file of `count` rows that all differ."""
     rows = [{"query": f"{word} {i}", "positive": f"{word} positive {i}"} for i in range(count)]
@@ -72,7 +77,7 @@ def test_rows_are_those_of_the_file(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     data = Triples(path)
-    assert len(data) == len(ROWS) and data.sizes == [len(ROWS)]
+    assert len(data) == len(ROWS) and sizes(data) == [len(ROWS)]
     assert plain(data) == EXPECTED
     assert data[0] == Triple("one", "", "uno", ["due"]) == Triples(str(path))[0]
     assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == [name]
@@ -101,7 +106,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     data = Triples(tmp_path)
     assert [file.path.name for file in data.files] == [
         "Z.jsonl", "a.jsonl.gz", "b.jsonl", "b2.jsonl", "empty.jsonl"]
-    assert data.sizes == [1, 2, 3, 4, 0] and len(data) == 10
+    assert sizes(data) == [1, 2, 3, 4, 0] and len(data) == 10
     assert [row[0] for row in plain(data)] == [
         "Z 0", "a 0", "a 1", "b 0", "b 1", "b 2", "b 0", "b 1", "b 2", "b 3"]
 
@@ -188,7 +193,7 @@ def test_files_named_like_e5s_get_their_instructions(ending, tmp_path):
     for name in E5:
         make(tmp_path / (name + ending), 5, name)
     data = Triples(tmp_path, "never used")
-    assert data.sizes == [5] * 14
+    assert sizes(data) == [5] * 14
     for place, name in enumerate(E5):
         texts = triples.INSTRUCTIONS[name]
         found = [data[5 * place + i].instruction for i in range(5)]
@@ -329,7 +334,7 @@ def test_a_file_that_lies_there_twice_is_refused(tmp_path):
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "b.jsonl")) + ": .*twice.*gz"):
         Triples(tmp_path)
     (tmp_path / "b.jsonl").unlink()
-    assert Triples(tmp_path).sizes == [3, 3]
+    assert sizes(Triples(tmp_path)) == [3, 3]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.jsonl.gz", "missing", "no/where.jsonl"])
