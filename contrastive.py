@@ -36,12 +36,12 @@ from data import UserError
 from data.corpora import digest_ids, read_texts
 from data.triples import Triples
 from lora import LoraConfig, add_lora, merge_lora
-from model import DEMO_LLAMA, INSTRUCTED, Encoder, EncoderConfig, encoder_of, find_model
+from model import INSTRUCTED, Encoder, EncoderConfig, encoder_of, find_model
 from model import flat_ids, is_encoder, load_encoder, plain_encoder, save_encoder, token_batches
 from training import (
-    Metrics, Ranks, check_numbers, exchange, flag, generator, global_batch, learning_rate, open_run,
-    parse_config, pick_dtype, print_header, reduce_gradients, run_stage, save_checkpoint, setting,
-    settings_of, start_run, stop_on_signals, trained_of,
+    Metrics, Ranks, asked_to_stop, check_numbers, flag, generator, global_batch, learning_rate,
+    open_run, parse_config, pick_dtype, print_header, reduce_gradients, run_stage, save_checkpoint,
+    setting, settings_of, start_run, stop_on_signals, trained_of,
 )
 
 FREE = ("resume", "save_every", "timeout", "base", "data_dir")  # may change on --resume
@@ -70,13 +70,13 @@ class Config:
                            ("auto", "memory", "last", "mean", "weighted-mean"))
     attention: str = setting("auto", "of a plain Llama; auto = bidirectional; an encoder knows "
                              "its own", ("auto", "bidirectional", "causal"))
-    memory_tokens: int = setting(8, "K, of a plain Llama with pooling memory")
+    memory_tokens: int = setting(0, "K, of a plain Llama with pooling memory; 0 = 8")
     template: str = setting("", "of a plain Llama's texts, like 'query: {text}</s>'")
     document_template: str = setting("", "of a plain Llama's documents")
     max_tokens: int = setting(512, "cut texts and queries to this, BOS and K counted")
     document_tokens: int = setting(1024, "scl: cut documents to this")
     batch_size: int = setting(128, "rows a step, over all ranks")
-    micro_tokens: int = setting(8192, "tokens embedded at a time; more micro-batches than "
+    micro_tokens: int = setting(2048, "tokens embedded at a time; more micro-batches than "
                                 "processes keep all of them busy")
     temperature: float = setting(0.05, "cosines are divided by it")
     attention_dropout: float = setting(0.2, "of the attention weights")
@@ -105,11 +105,11 @@ class Config:
 
 SCL = {  # the paper's stage 3; its schedule is made for 2,000 steps, the best point is at 200
     "stage": "scl", "model": "runs/ucl", "out": "runs/scl", "num_texts": 0, "batch_size": 1024,
-    "steps": 1000, "schedule_steps": 2000, "lr": 1e-4, "weight_decay": 3e-4, "clip": 0.0,
-    "attention_dropout": 0.0,
+    "micro_tokens": 8192, "steps": 1000, "schedule_steps": 2000, "lr": 1e-4, "weight_decay": 3e-4,
+    "clip": 0.0, "attention_dropout": 0.0,
 }
-DEMO = {"max_tokens": 256, "batch_size": 64, "micro_tokens": 4096, "lr": 3e-4,
-        "eval_tasks": "demo-sts demo-retrieval", "eval_every": 25, "save_every": 50}
+DEMO = {"max_tokens": 256, "batch_size": 64, "micro_tokens": 4096, "num_texts": 0,
+        "eval_tasks": "demo-sts demo-retrieval", "eval_every": 10, "save_every": 30}
 PRESETS = {
     "ucl": {},
     "scl": SCL,
@@ -117,11 +117,10 @@ PRESETS = {
                  "template": "query: {text}</s>", "document_template": "passage: {text}</s>",
                  "model": "meta-llama/Llama-2-7b-hf", "out": "runs/repllama"},
     "ucl-demo": {**DEMO, "model": "runs/ctkd-demo", "text": "demo", "out": "runs/ucl-demo",
-                 "num_texts": 0, "steps": 50},
-    "scl-demo": {**SCL, **DEMO, "model": "runs/ucl-demo", "triples": "demo", "steps": 50,
-                 "out": "runs/scl-demo", "schedule_steps": 0, "document_tokens": 256},
+                 "steps": 60, "lr": 1e-4},
+    "scl-demo": {**SCL, **DEMO, "model": "runs/ucl-demo", "triples": "demo", "steps": 30,
+                 "out": "runs/scl-demo", "schedule_steps": 0, "lr": 3e-4, "document_tokens": 256},
 }
-DEMO_PASSAGES = DEMO_LLAMA.parent / "passages.jsonl.gz"
 
 # ---------------------------------------------------------------------------------------------
 # The objective
@@ -255,7 +254,7 @@ def batch_gradient(
 
 def open_texts(config: Config, encoder: Encoder) -> list[np.ndarray]:
     """The texts of ucl as token ids (of the embedded passages, the sentences)."""
-    texts = read_texts(str(DEMO_PASSAGES) if config.text == "demo" else config.text)
+    texts = read_texts(config.text)
     if config.text == "demo":
         texts = [s for text in texts for s in re.split(r"(?<=[.?!])\s+", text)]
     data, _ = encoder.tokenize(texts[: config.num_texts or None])
@@ -269,11 +268,12 @@ def open_triples(config: Config, encoder: Encoder, progress: bool) -> Triples:
     """The triples of scl; UserError for an instruction that the encoder has no room for."""
     instruction = None if config.instruction == "none" else config.instruction
     data = Triples(config.triples, instruction, progress)
-    for text in data.instructions:
-        try:
+    try:
+        for text in ["", *data.instructions]:
             encoder.tokenize(["a"], text)
-        except UserError as error:  # no place in the template, or no room in its length
-            raise UserError(f"{error}, with --instruction none, or raise --max-tokens")
+        encoder.tokenize(["a"], document=True, max_tokens=config.document_tokens)
+    except UserError as error:  # no place in a template, or no room in its length
+        raise UserError(f"{error} (--instruction none, --max-tokens or --document-tokens)")
     return data
 
 
@@ -355,27 +355,31 @@ def new_encoder(config: Config, ranks: Ranks) -> tuple[Encoder, Path | None]:
                         f"interrupted one), or name an encoder or a Llama")
     folder = find_model(name, config.revision or None)
     dtype, random = pick_dtype(config.dtype, ranks.device), torch.Generator()
-    random.manual_seed(config.seed)
     if is_encoder(folder):
         encoder = load_encoder(folder, config.base or None, dtype, ranks.device)
-        for key in ("pooling", "attention", "template", "document_template"):
-            given, trained = getattr(config, key), getattr(encoder.config, key)
-            if given not in ("", "auto", trained):
-                raise UserError(f"{flag(key)} {given}: {name} was trained with {trained!r}; leave "
-                                f"it out")
+        own = {"pooling": encoder.config.pooling, "attention": encoder.config.attention,
+               "memory_tokens": encoder.config.num_memory_tokens,
+               "template": encoder.config.template,
+               "document_template": encoder.config.document_template}
+        for key, trained in own.items():
+            if getattr(config, key) not in ("", "auto", 0, trained):
+                raise UserError(f"{flag(key)} {getattr(config, key)}: {name} was trained with "
+                                f"{trained!r}; leave it out")
         merge_lora(encoder.llama)
         encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
     else:
         pooling = "memory" if config.pooling == "auto" else config.pooling
         shape = EncoderConfig(
-            config.memory_tokens if pooling == "memory" else 0, pooling,
+            (config.memory_tokens or 8) if pooling == "memory" else 0, pooling,
             "bidirectional" if config.attention == "auto" else config.attention,
             config.max_tokens, config.template or "{text}", config.document_template)
         encoder = plain_encoder(name, shape, config.revision or None, dtype, ranks.device)
         check_special_tokens(encoder)
         encoder.requires_grad_(False)
-        if pooling == "memory":
-            encoder.add_memory("normal", train_table=False, generator=random)
+    # every stage draws anew: an adapter that began like the merged one would repeat its directions
+    random.manual_seed(int(generator(config.seed, 5, len(encoder.history)).integers(2**62)))
+    if encoder.config.num_memory_tokens and not encoder.history:
+        encoder.add_memory("normal", train_table=False, generator=random)
     encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout)
     add_lora(encoder.llama, encoder.lora_config, random)
     encoder.adapters = True
@@ -438,7 +442,7 @@ def train(config: Config, ranks: Ranks) -> int:
                 data = open_data(config, encoder, progress=first)
                 for task in eval_tasks(config):  # complain before the training, not after
                     evaluate.read_task(evaluate.TASKS[task], config.data_dir or None)
-    if config.stage == "scl" and data.instructions:
+    if config.stage == "scl" and data.instructions and encoder.config.template == "{text}":
         encoder.config = replace(encoder.config, template=INSTRUCTED)
     steps = config.steps or sum(n // config.batch_size for n in sources(data, config).values())
     schedule, tasks = config.schedule_steps or steps, eval_tasks(config)
@@ -473,9 +477,9 @@ def train(config: Config, ranks: Ranks) -> int:
             loss, queries, keys = batch_gradient(encoder, batch, config, step, ranks)
             reduce_gradients(parameters, ranks)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            _, stop = exchange(torch.zeros(0), signals, ranks)
+            stop = asked_to_stop(signals, ranks)
             if not (loss.isfinite() and norm.isfinite()):
-                raise UserError(describe_non_finite(config, step, loss, norm, batch))
+                raise UserError(describe_non_finite(config, step, loss, norm, queries, batch))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             # everything below is diagnostics and saving
@@ -515,12 +519,14 @@ def describe(data: list[np.ndarray] | Triples, config: Config) -> str:
     return f"{config.triples}: {len(data):,} rows, {config.batches}{''.join(kinds)}"
 
 
-def describe_non_finite(config: Config, step: int, loss, norm, batch: Batch) -> str:
-    """The message for a loss or gradient that is not finite."""
+def describe_non_finite(config: Config, step: int, loss, norm, queries, batch: Batch) -> str:
+    """The message for a loss or gradient that is not finite: the step and the rows to look at."""
+    finite = queries.isfinite().all(dim=1).tolist()
+    rows = [row for row, fine in zip(batch.rows, finite) if not fine] or batch.rows
     return (f"step {step}: the loss ({loss.item():.4g}) or the gradient's norm ({norm.item():.4g}) "
-            f"is not finite; nothing was updated. Its rows (from 0): "
-            f"{', '.join(map(str, batch.rows[:8]))}... Lower --lr or use --dtype float32; "
-            f"checkpoints are in {config.out}/checkpoints")
+            f"is not finite; nothing was updated. Rows (from 0): "
+            f"{', '.join(map(str, rows[:8]))}{'...' * (len(rows) > 8)}. Lower --lr or use --dtype "
+            f"float32; checkpoints are in {config.out}/checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -542,6 +548,7 @@ def report(config: Config, ranks: Ranks):
                                               revision=config.revision or None, **options)
         stages = " + ".join(entry["stage"] for entry in encoder.history) or f"untrained, {method}"
         print(f"  {name:<12}{stages:<26}{evaluate.demo_sts(encoder):6.2f}")
+        del encoder  # before the next copy of the weights is loaded
     again = f"\n  torchrun contrastive.py --stage scl --model {folder}"
     print(f"\nthe encoder is in {folder}/encoder; next:"
           f"{again if config.stage == 'ucl' else ''}\n"
@@ -550,7 +557,7 @@ def report(config: Config, ranks: Ranks):
 
 def check(config: Config):
     """Raise UserError for values that no run can have."""
-    check_numbers(config, {"batch_size": 2, "memory_tokens": 1, "negatives": 0, "eval_every": 1,
+    check_numbers(config, {"batch_size": 2, "memory_tokens": 0, "negatives": 0, "eval_every": 1,
                            "max_tokens": 10, "document_tokens": 10, "schedule_steps": 0,
                            "attention_dropout": 0}, below_one=("attention_dropout",))
     if config.temperature <= 0:

@@ -408,8 +408,10 @@ def evaluate_task(task: str | dict, encode: Encode, data_dir: str | Path | None 
 
 
 def demo_sts(encoder: Encoder) -> float:
-    """Spearman x 100 on the embedded STS set."""
-    return 100 * evaluate_task("demo-sts", encoder.encode)["main_score"]
+    """Spearman x 100 on the embedded STS set, with its instruction if the encoder had some."""
+    instruction = instruction_for("demo-sts", "auto", encoder)
+    encode = partial(encoder.encode, instruction=instruction)
+    return 100 * evaluate_task("demo-sts", encode)["main_score"]
 
 
 def find_task(name: str) -> dict:
@@ -532,9 +534,11 @@ def paper_row(encoder: Encoder, method: str) -> str | None:
     """The row of data/published.json that an encoder or a method corresponds to."""
     if not encoder.history:
         return METHODS[method]["paper"]
-    first, last = encoder.history[0].get("objective"), encoder.history[-1]["stage"]
-    row = "LLM2Comp " + {"ctkd": "KL", "nll": "NLL", "rc": "RC"}.get(first, "")
-    row += {"ucl": " + UCL", "scl": " + SCL"}.get(last, "")
+    objective = encoder.history[0].get("objective")
+    row = "LLM2Comp " + {"ctkd": "KL", "nll": "NLL", "rc": "RC"}.get(objective, "")
+    stages = tuple(entry["stage"] for entry in encoder.history)
+    recipes = {("ctkd",): "", ("ctkd", "ucl"): " + UCL", ("ctkd", "ucl", "scl"): " + SCL"}
+    row += recipes.get(stages, " in another order")
     return row if row in PUBLISHED["rows"] else None
 
 

@@ -582,7 +582,11 @@ class Encoder(nn.Module):
         At most `max_tokens` (default: the encoder's) with BOS and the K memory tokens to come.
         """
         template = self.template(instruction, document)
-        room = (max_tokens or self.config.max_tokens) - self.config.num_memory_tokens
+        limit = max_tokens or self.config.max_tokens
+        room = limit - self.config.num_memory_tokens
+        if room <= len(self.tokenizer.bos):
+            raise UserError(f"{limit} tokens leave no room for a text beside BOS and "
+                            f"{self.config.num_memory_tokens} memory tokens; raise the limit")
         if template == "{text}":
             ids = self.tokenizer.encode(texts, room)
             return ids, [len(i) for i in ids]

@@ -34,10 +34,10 @@ from data import UserError
 from data.corpora import digest_ids, read_texts
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, add_lora
-from model import DEMO_LLAMA, Encoder, EncoderConfig, Llama, flat_ids
+from model import Encoder, EncoderConfig, Llama, flat_ids
 from model import is_encoder, load_encoder, pack, plain_encoder, save_encoder
 from training import (
-    Metrics, Ranks, check_numbers, exchange, generator, global_batch, learning_rate, open_run,
+    Metrics, Ranks, asked_to_stop, check_numbers, generator, global_batch, learning_rate, open_run,
     parse_config, pick_dtype, print_header, reduce_gradients, run_stage, save_checkpoint, setting,
     settings_of, start_run, stop_on_signals, trained_of,
 )
@@ -93,7 +93,6 @@ PRESETS = {
         "batch_size": 8, "lr": 1e-3, "max_tokens": 256, "save_every": 100,
     },
 }
-DEMO_PASSAGES = DEMO_LLAMA.parent / "passages.jsonl.gz"
 
 # ---------------------------------------------------------------------------------------------
 # Objectives
@@ -225,7 +224,7 @@ def prepare_texts(config: Config, tokenizer: Tokenizer) -> list[np.ndarray]:
     min_characters, max_text_tokens = config.min_characters, config.max_text_tokens
     min_characters = min_characters if min_characters >= 0 else 1000 * paper
     max_text_tokens = max_text_tokens if max_text_tokens >= 0 else 512 * paper
-    texts = read_texts(str(DEMO_PASSAGES) if config.text == "demo" else config.text)
+    texts = read_texts(config.text)
     long = [text for text in texts if len(text) >= min_characters]
     kept, dropped = [], {f"under {min_characters} characters": len(texts) - len(long)}
     shorter = longer = 0
@@ -349,7 +348,8 @@ def train(config: Config, ranks: Ranks) -> int:
             losses, counts = batch_gradient(encoder, corpus, config, step, ranks)
             reduce_gradients(parameters, ranks)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-            losses, stop = exchange(losses, signals, ranks)
+            losses = ranks.sum(losses.to(ranks.device)).cpu()
+            stop = asked_to_stop(signals, ranks)
             if not (losses.isfinite().all() and norm.isfinite()):
                 raise UserError(describe_non_finite(config, step, losses, norm, corpus))
             optimizer.step()

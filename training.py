@@ -346,8 +346,7 @@ def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer, run: di
         state = {key.rpartition("/")[2]: value for key, value in moments.items()
                  if key.rpartition("/")[0] == name}
         if state:
-            optimizer.state[p] = {key: value.to(p.device) if key != "step" else value
-                                  for key, value in state.items()}
+            optimizer.state[p] = {key: value.to(p.device) for key, value in state.items()}
     return step
 
 
@@ -395,15 +394,10 @@ def stop_on_signals():
             signal.signal(number, handler)
 
 
-def exchange(values: Tensor, signals: list[int], ranks: Ranks) -> tuple[Tensor, int]:
-    """Sum `values` (n,) over the ranks, and find the signal by which any of them was told to stop.
-
-    One message for both; float64 on the CPU, and the signal's number or 0.
-    """
-    asked = torch.tensor([float(number in signals) for number in STOPS], dtype=torch.float64)
-    message = ranks.sum(torch.cat((values, asked)).to(ranks.device)).cpu()
-    values, asked = message.split([len(values), len(STOPS)])
-    return values, max(int(number) * bool(n) for number, n in zip(STOPS, asked))
+def asked_to_stop(signals: list[int], ranks: Ranks) -> int:
+    """The number of the signal by which any rank was told to stop, or 0."""
+    asked = ranks.sum(torch.tensor([float(s in signals) for s in STOPS], device=ranks.device))
+    return max(int(number) * bool(n) for number, n in zip(STOPS, asked.tolist()))
 
 
 def run_stage(config, check, train, report) -> int:
@@ -412,11 +406,11 @@ def run_stage(config, check, train, report) -> int:
     check(config); train(config, ranks) -> the signal that ended it, or 0, on all ranks;
     report(config, ranks) on the first one after a complete run.
     """
-    rank = "0"
+    rank, checked = os.environ.get("RANK", "0"), False
     try:
         check(config)
+        checked = True
         ranks = start_ranks(config.device, config.threads, config.timeout)
-        rank = str(ranks.rank)
         stopped = train(config, ranks)
         if stopped and ranks.rank == 0:
             print(f"\nstopped by signal {stopped}, saved; go on with the same command and --resume",
@@ -427,5 +421,6 @@ def run_stage(config, check, train, report) -> int:
             report(config, ranks)
         return 128 + stopped if stopped else 0
     except UserError as error:
-        print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
+        if checked or rank == "0":  # all ranks have the same settings, one complains
+            print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
         return 2

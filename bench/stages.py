@@ -35,7 +35,8 @@ KINDS = ("none", "rc", "nll", "ctkd")  # of a start, in the order of the table
 def rates_of(given: list[str], start: str) -> list[str]:
     """The rates for a start: those of its kind (none=3e-4), else those without a kind."""
     own = [rate.partition("=")[2] for rate in given if rate.startswith(start.split("-")[0] + "=")]
-    return own or [rate for rate in given if "=" not in rate]
+    rates = own or [rate for rate in given if "=" not in rate]
+    return rates or sys.exit(f"no rate is given for {start}")
 
 
 def train(stage: str, start: str, lr: str, model: str, args: argparse.Namespace) -> Path:
@@ -51,9 +52,9 @@ def train(stage: str, start: str, lr: str, model: str, args: argparse.Namespace)
     if (out / "encoder" / "encoder.json").is_file():
         before = json.loads((out / "config.json").read_text())
         for key, value in contrastive.settings_of(wanted).items():
-            if key not in (*contrastive.FREE, "out", "threads") and before[key] != value:
-                sys.exit(f"{out}: was run with {key}={before[key]!r}, now {value!r}; name another "
-                         f"--out")
+            if key not in (*contrastive.FREE, "out", "threads") and before.get(key) != value:
+                sys.exit(f"{out}: was run with {key}={before.get(key)!r}, now {value!r}; name "
+                         f"another --out")
         return out
     flags += ["--resume"] if (out / "config.json").is_file() else []
     if code := contrastive.main(flags):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data import UserError
 
+DEMO_PASSAGES = Path(__file__).parent / "demo" / "passages.jsonl.gz"
 # WikiText-103 (Merity et al. 2016), the raw zip; the first address wants a User-Agent.
 WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
 WIKITEXT_MIRROR = ("mattdangerw/wikitext-103-raw", "wikitext-103-raw-v1.zip")  # a hub data set
@@ -32,19 +33,19 @@ WIKI1M = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt")  # a hub
 def read_texts(source: str) -> list[str]:
     """The texts of `source`, stripped, empty ones left out.
 
-    `source` is `wikitext103`, `wiki1m`, a .txt(.gz) with one text a line, or a .jsonl(.gz) with a
-    field `text`. Raises UserError with file and line number for whatever cannot be read.
+    `source` is `demo`, `wikitext103`, `wiki1m`, a .txt(.gz) with one text a line, or a .jsonl(.gz)
+    with a field `text`. Raises UserError with file and line number for whatever cannot be read.
     """
     if source == "wikitext103":
         lines = wikitext_lines(wikitext_zip())
     elif source == "wiki1m":
         lines = read_lines(wiki1m_file())
     else:
-        path = Path(source)
+        path = DEMO_PASSAGES if source == "demo" else Path(source)
         kind = path.name.removesuffix(".gz").rpartition(".")[2]
         if not path.is_file():
             raise UserError(f"{source}: no such file; --text takes a .txt, a .jsonl (both may be "
-                            f".gz), wikitext103 or wiki1m")
+                            f".gz), wikitext103, wiki1m or demo")
         if kind not in ("txt", "jsonl"):
             raise UserError(f"{source}: unknown kind of file; rename it to .txt or .jsonl")
         lines = read_lines(path)

@@ -1,7 +1,8 @@
 """Triples for stage 3: rows {query, positive, negative} of .jsonl files, read by their offset.
 
 Only the offsets are kept, so the files may be larger than memory. Every row is checked once, before
-the training starts. A gzipped file has no offsets: it is unpacked to a temporary file (TMPDIR).
+the training starts. A gzipped file has no offsets: each process unpacks it to a temporary file of
+its own (in TMPDIR).
 """
 
 import gzip
@@ -79,7 +80,8 @@ class Triples:
         positives: set[str] = set()  # two of them suffice
         for path in find_files(source):
             known = {} if instruction is None else INSTRUCTIONS
-            file = File(path, known.get(stem(path), [instruction or ""]), open_plain(path))
+            own = (instruction or "").strip().removesuffix(":")  # the template brings the colon
+            file = File(path, known.get(stem(path), [own]), open_plain(path))
             self._index(file, digest, positives, progress)
             self.files.append(file)
         self.sha256 = digest.hexdigest()
@@ -149,7 +151,9 @@ def find_files(source: str | Path) -> list[Path]:
         twice = [p for p in files if p.with_name(p.name + ".gz") in files]
         if twice:
             raise UserError(f"{twice[0]}: lies there twice, also as .gz; remove one of them")
-        return files
+        whole = {stem(p) for p in files} & {"allnli", "quora_duplicates"}
+        halves = {f"{name}_split{i}" for name in whole for i in (1, 2)}  # E5's folder has both
+        return [p for p in files if stem(p) not in halves]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; --triples takes a .jsonl(.gz) or a "
                         f"folder of them")

@@ -217,6 +217,19 @@ def test_the_scores_before_the_first_step_are_those_of_the_earlier_encoder(ctkd,
     assert scores(ucl)[-1]["demo-sts"] == pytest.approx(last, abs=0.01)
 
 
+def test_the_adapter_of_each_stage_starts_from_its_own_draw(ctkd, ucl, tiny):
+    """An adapter that began like the merged one of the same seed would repeat its directions."""
+    draws = []
+    for folder in (tiny, ctkd, ucl):
+        encoder, _ = contrastive.new_encoder(
+            Config(model=str(folder), max_tokens=40, dtype="float32"), ALONE)
+        draws.append(encoder.llama.model["layers"][0].self_attn.q_proj.lora_A.detach().flatten())
+    first = pretrain_ctkd.new_encoder(pretrain_ctkd.Config(model=str(tiny), lora_r=16), ALONE)
+    draws.append(first.llama.model["layers"][0].self_attn.q_proj.lora_A.detach().flatten())
+    cosines = np.corrcoef(torch.stack(draws))
+    assert np.abs(cosines - np.eye(4)).max() < 0.2
+
+
 @pytest.mark.parametrize("stage", ["ucl", "scl"])
 def test_the_loss_falls(stage, run, tmp_path):
     flags = ["--steps", 20, "--lr", 0.02, "--micro-tokens", 2000]
@@ -455,6 +468,13 @@ def test_a_template_without_a_place_for_an_instruction_is_not_replaced(
     error(code, capsys, "query: {text}</s>", "instruction")
     assert run("run", *flags, "--instruction", "none", stage="scl", model=tiny) == 0
     assert load_encoder(tmp_path / "run/encoder").config.template == "query: {text}</s>"
+
+
+def test_a_template_with_its_own_place_for_an_instruction_is_kept(run, home, tiny, tmp_path):
+    template = "Do: {instruction}. Text: {text}"
+    flags = ["--triples", home / "folder/squad.jsonl", "--pooling", "last", *LONG]
+    assert run("run", *flags, "--template", template, stage="scl", model=tiny) == 0
+    assert load_encoder(tmp_path / "run/encoder").config.template == template
 
 
 @pytest.mark.parametrize("negatives, keys", [(0, 8), (1, 16), (2, 24), (5, 24)])
@@ -710,6 +730,7 @@ def test_a_setting_that_no_run_can_have_is_refused(stage, flags, fragments, run,
     ("ucl", ["--attention", "causal"], ["--attention causal", "'bidirectional'", "leave it out"]),
     ("scl", ["--template", "q: {text}"], ["--template q: {text}", "'{text}'", "leave it out"]),
     ("scl", ["--document-template", "d: {text}"], ["--document-template d:", "leave it out"]),
+    ("ucl", ["--memory-tokens", 8], ["--memory-tokens 8", "trained with 2", "leave it out"]),
     ("ucl", ["--model", "HOME/nowhere"], ["HOME/nowhere", "no such folder"]),
     ("ucl", ["--model", "runs/nowhere"], ["--model runs/nowhere", "no encoder there", "the stage "
                                           "before"]),
@@ -744,6 +765,11 @@ def test_a_template_that_the_tokenizer_cannot_read_is_refused(
 ):
     error(run("run", "--pooling", "last", *flags, model=tiny), capsys, flags[1], *fragments)
     assert files(tmp_path) == {}
+
+
+def test_a_limit_without_room_beside_the_memory_tokens_is_refused(run, tiny, tmp_path, capsys):
+    flags = ["--memory-tokens", 12, "--document-tokens", 12]
+    error(run("run", *flags, stage="scl", model=tiny), capsys, "12 tokens", "12 memory", "raise")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(run, tmp_path, capsys):

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1504,3 +1505,14 @@ def test_mteb_gives_an_encoder_the_same_score(name, tolerance, mteb, tiny):
               "demo-retrieval": ["ndcg_at_10", "map_at_10", "recall_at_100"]}[name]
     for key in others:
         assert scores[key] == pytest.approx(ours[key], abs=tolerance)
+
+
+@pytest.mark.parametrize("objective, stages, row", [
+    ("ctkd", "ctkd", "LLM2Comp KL"), ("nll", "ctkd ucl", "LLM2Comp NLL + UCL"),
+    ("rc", "ctkd ucl scl", "LLM2Comp RC + SCL"), ("ctkd", "ctkd scl", None),
+    ("ctkd", "ctkd ucl scl scl_2", None), ("ctkd", "ctkd scl ucl", None), (None, "ucl", None),
+])
+def test_a_row_of_the_paper_is_named_for_its_recipe_only(objective, stages, row):
+    history = [{"stage": stage} for stage in stages.split()]
+    history[0]["objective"] = objective
+    assert evaluate.paper_row(SimpleNamespace(history=history), "memory") == row

@@ -17,6 +17,7 @@ from test_data import dead_url, hub_environment, hub_file, loopback
 from data import UserError, corpora, triples
 from data.triples import DEMO_TRIPLES, Triple, Triples
 
+HALVES = ["allnli_split1", "allnli_split2", "quora_duplicates_split1", "quora_duplicates_split2"]
 E5 = ["allnli", "dureader", "eli5_question_answer", "fever", "hotpot_qa", "miracl", "mrtydi",
       "msmarco_document", "msmarco_passage", "nq", "quora_duplicates", "squad", "t2ranking",
       "trivia_qa"]
@@ -437,3 +438,15 @@ def test_a_hub_that_lacks_wiki1m_is_one_clear_line(tmp_path):
     with loopback({}) as server:
         assert "EntryNotFound" in offline_message(read_twice(tmp_path, server.url))
         assert server.requests
+
+
+def test_the_halves_of_a_set_are_left_out_where_the_whole_is(tmp_path):
+    for name in [*HALVES, "allnli", "nq", "nq_split1"]:
+        make(tmp_path / f"{name}.jsonl", 3, name)
+    names = [file.path.name.removesuffix(".jsonl") for file in Triples(tmp_path).files]
+    assert names == ["allnli", "nq", "nq_split1", *HALVES[2:]]
+
+
+def test_an_instruction_loses_its_colon_which_the_template_brings(tmp_path):
+    make(tmp_path / "mine.jsonl", 3, "a")
+    assert Triples(tmp_path, " Find the text: ")[1].instruction == "Find the text"
