@@ -340,34 +340,16 @@ def one_source_batch(seed: int, step: int, batch: int, sizes: list[int]) -> list
 # ---------------------------------------------------------------------------------------------
 
 
-def new_encoder(config: Config, ranks: Ranks) -> tuple[Encoder, Path | None]:
-    """An earlier stage's encoder with its adapters merged, or a plain Llama; with a fresh adapter.
-
-    Also returns the folder of the earlier stage. Memory tokens and table of an earlier stage are
-    frozen; those that a plain Llama gets here have never been trained, and are.
-    """
+def open_base(config: Config, ranks: Ranks) -> tuple[Encoder, Path | None]:
+    """An earlier stage's encoder with its adapters merged, and its folder; or a plain Llama."""
     name = encoder_of(config.model)
-    unfinished = Path(name).is_dir() and (
-        (Path(name) / "environment.json").is_file() or not any(Path(name).iterdir()))
-    if unfinished or name.startswith("runs/") and not Path(name).exists():
+    if missing_stage(Path(name)):
         raise UserError(f"--model {name}: no encoder there; run the stage before this one first "
                         f"(pretrain_ctkd.py, then contrastive.py; --resume goes on with an "
                         f"interrupted one), or name an encoder or a Llama")
     folder = find_model(name, config.revision or None)
-    dtype, random = pick_dtype(config.dtype, ranks.device), torch.Generator()
-    if is_encoder(folder):
-        encoder = load_encoder(folder, config.base or None, dtype, ranks.device)
-        own = {"pooling": encoder.config.pooling, "attention": encoder.config.attention,
-               "memory_tokens": encoder.config.num_memory_tokens,
-               "template": encoder.config.template,
-               "document_template": encoder.config.document_template}
-        for key, trained in own.items():
-            if getattr(config, key) not in ("", "auto", 0, trained):
-                raise UserError(f"{flag(key)} {getattr(config, key)}: {name} was trained with "
-                                f"{trained!r}; leave it out")
-        merge_lora(encoder.llama)
-        encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
-    else:
+    dtype = pick_dtype(config.dtype, ranks.device)
+    if not is_encoder(folder):
         pooling = "memory" if config.pooling == "auto" else config.pooling
         shape = EncoderConfig(
             (config.memory_tokens or 8) if pooling == "memory" else 0, pooling,
@@ -375,22 +357,50 @@ def new_encoder(config: Config, ranks: Ranks) -> tuple[Encoder, Path | None]:
             config.max_tokens, config.template or "{text}", config.document_template)
         encoder = plain_encoder(name, shape, config.revision or None, dtype, ranks.device)
         check_special_tokens(encoder)
-        encoder.requires_grad_(False)
+        return encoder.requires_grad_(False), None
+    encoder = load_encoder(folder, config.base or None, dtype, ranks.device)
+    own = {"pooling": encoder.config.pooling, "attention": encoder.config.attention,
+           "memory_tokens": encoder.config.num_memory_tokens, "template": encoder.config.template,
+           "document_template": encoder.config.document_template}
+    for key, trained in own.items():
+        if getattr(config, key) not in ("", "auto", 0, trained):
+            raise UserError(f"{flag(key)} {getattr(config, key)}: {name} was trained with "
+                            f"{trained!r}; leave it out, or start from its base")
+    merge_lora(encoder.llama)
+    encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
+    return encoder, folder
+
+
+def missing_stage(folder: Path) -> bool:
+    """Whether this is the place of a run that has no encoder (yet)."""
+    if folder.is_dir():
+        return (folder / "environment.json").is_file() or not any(folder.iterdir())
+    return folder.parts[:1] == ("runs",)
+
+
+def new_encoder(config: Config, ranks: Ranks) -> tuple[Encoder, Path | None]:
+    """The encoder that the stage trains, with a fresh adapter, and the folder it came from.
+
+    Memory tokens and table of an earlier stage are frozen; memory tokens that a plain Llama gets
+    here have never been trained, and are.
+    """
+    encoder, folder = open_base(config, ranks)
+    before = [entry["stage"] for entry in encoder.history]
     # every stage draws anew: an adapter that began like the merged one would repeat its directions
-    random.manual_seed(int(generator(config.seed, 5, len(encoder.history)).integers(2**62)))
-    if encoder.config.num_memory_tokens and not encoder.history:
+    random = torch.Generator()
+    random.manual_seed(int(generator(config.seed, 5, len(before)).integers(2**62)))
+    if encoder.config.num_memory_tokens and not before:
         encoder.add_memory("normal", train_table=False, generator=random)
     encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout)
     add_lora(encoder.llama, encoder.lora_config, random)
     encoder.adapters = True
-    before = [entry["stage"] for entry in encoder.history]
     again = sum(name.partition("_")[0] == config.stage for name in before)
     stage = f"{config.stage}_{again + 1}" if again else config.stage  # its adapter's folder
     encoder.history = [*encoder.history, {**settings_of(config), "stage": stage}]
     if ranks.rank == 0 and (config.stage in before or "scl" in before):
-        print(f"note: {name} has been through {', '.join(before)}; these adapters are merged, and "
-              f"{config.stage} trains a new one after them")
-    return encoder.train(), folder if before else None
+        print(f"note: {config.model} has been through {', '.join(before)}; these adapters are "
+              f"merged, and {config.stage} trains a new one after them")
+    return encoder.train(), folder
 
 
 def check_special_tokens(encoder: Encoder):
@@ -418,16 +428,16 @@ def eval_tasks(config: Config) -> list[str]:
     return config.eval_tasks.replace(",", " ").split()
 
 
-def score_and_keep(encoder: Encoder, config: Config, done: int, scores: Metrics | None,
+def score_and_keep(encoder: Encoder, config: Config, done: int, score_log: Metrics | None,
                    earlier: Path | None, ranks: Ranks):
     """Log the scores after `done` steps; keep the encoder in OUT/best if it is the best so far."""
     found = score(encoder, config, ranks)
     with ranks.together():
-        if scores is not None:
-            best = max((row["mean"] for row in scores.rows if row["step"]), default=-np.inf)
+        if score_log is not None:
+            best = max((row["mean"] for row in score_log.rows if row["step"]), default=-np.inf)
             if done and found["mean"] > best:
                 save_encoder(encoder, Path(config.out) / "best", earlier)
-            scores.write(step=done, **found)
+            score_log.write(step=done, **found)
 
 
 def train(config: Config, ranks: Ranks) -> int:
@@ -446,6 +456,7 @@ def train(config: Config, ranks: Ranks) -> int:
         encoder.config = replace(encoder.config, template=INSTRUCTED)
     steps = config.steps or sum(n // config.batch_size for n in sources(data, config).values())
     schedule, tasks = config.schedule_steps or steps, eval_tasks(config)
+    warmup = int(config.warmup * schedule)
     trained = trained_of(encoder)
     parameters = list(trained.values())
     optimizer = torch.optim.AdamW(
@@ -455,7 +466,9 @@ def train(config: Config, ranks: Ranks) -> int:
            "texts": digest_ids(data) if config.stage == "ucl" else data.sha256}
     start = start_run(config, encoder, optimizer, run, ranks)
     metrics = Metrics(out / "metrics.jsonl", start) if first else None
-    scores = Metrics(out / "scores.jsonl", start + 1 if start else 0) if first and tasks else None
+    score_log = None
+    if first and tasks:
+        score_log = Metrics(out / "scores.jsonl", start + 1 if start else 0)
     if first:
         print_header(config, encoder, f"{config.stage}, {encoder.config.pooling} pooling, "
                      f"{encoder.config.attention}", ranks)
@@ -466,10 +479,9 @@ def train(config: Config, ranks: Ranks) -> int:
 
     with stop_on_signals() as signals, bar:
         if tasks and start == 0:
-            score_and_keep(encoder, config, 0, scores, earlier, ranks)
+            score_and_keep(encoder, config, 0, score_log, earlier, ranks)
         for step in range(start, steps):
             clock = time.perf_counter()
-            warmup = int(config.warmup * schedule)
             rate = learning_rate(step, schedule, warmup, config.min_lr, config.lr)
             optimizer.param_groups[0]["lr"] = rate
             # forward, backward, reduce, clip, step
@@ -495,7 +507,7 @@ def train(config: Config, ranks: Ranks) -> int:
                                     f"{tokens / seconds:,.0f} tokens/s", refresh=False)
                 bar.update()
             if tasks and (done == steps or done % config.eval_every == 0):
-                score_and_keep(encoder, config, done, scores, earlier, ranks)
+                score_and_keep(encoder, config, done, score_log, earlier, ranks)
             if done == steps or stop or done % config.save_every == 0:
                 with ranks.together():
                     if first:
@@ -578,10 +590,11 @@ def check(config: Config):
 
 
 def parse_arguments(argv: list[str] | None) -> Config:
-    """The command line; the preset is the stage's demo unless a model is named."""
+    """The command line; the preset is the stage's demo unless a model other than it is named."""
 
     def pick(given: dict) -> str:
-        return given.get("stage", "ucl") + ("" if "model" in given else "-demo")
+        demo = given.get("model", "demo") == "demo"
+        return given.get("stage", "ucl") + ("-demo" if demo else "")
 
     return parse_config(Config, PRESETS, pick, argv, __doc__)
 

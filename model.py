@@ -600,7 +600,6 @@ class Encoder(nn.Module):
         """Texts -> (n, D) float32, in their order; long texts are cut, memory tokens never.
 
         `instruction` goes before each text; `document` says that they are documents to be found.
-
         Batches hold texts of similar length, at most `batch_tokens` tokens each (at least a text).
         `progress` shows a bar, a string before it.
         """
