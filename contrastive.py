@@ -561,9 +561,10 @@ def report(config: Config, ranks: Ranks):
         stages = " + ".join(entry["stage"] for entry in encoder.history) or f"untrained, {method}"
         print(f"  {name:<12}{stages:<26}{evaluate.demo_sts(encoder):6.2f}")
         del encoder  # before the next copy of the weights is loaded
-    again = f"\n  torchrun contrastive.py --stage scl --model {folder}"
-    print(f"\nthe encoder is in {folder}/encoder; next:"
-          f"{again if config.stage == 'ucl' else ''}\n"
+    demo = str(folder) == PRESETS["ucl-demo"]["out"]  # what stage 3's demo goes on from
+    flags = "" if demo else f" --model {folder} --triples FOLDER --out FOLDER"
+    after = f"\n  torchrun contrastive.py --stage scl{flags}" * (config.stage == "ucl")
+    print(f"\nthe encoder is in {folder}/encoder; next (evaluate.py downloads 250 pairs):{after}\n"
           f"  python evaluate.py --task sts17 --model {folder}")
 
 

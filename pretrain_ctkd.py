@@ -432,7 +432,10 @@ def report(config: Config, ranks: Ranks):
           f"{'':<5}{evaluate.demo_sts(encoder):6.2f}")
     show_continuations(encoder, prepare_texts(replace(config, num_texts=2, batch_size=1),
                                               encoder.tokenizer))
-    print(f"\nthe encoder is in {folder}; next (downloads 250 pairs):\n"
+    demo = config.out == PRESETS["demo"]["out"]  # what stage 2's demo goes on from
+    flags = "" if demo else f" --model {config.out} --out FOLDER"
+    print(f"\nthe encoder is in {folder}; next (evaluate.py downloads 250 pairs):\n"
+          f"  torchrun contrastive.py{flags}\n"
           f"  python evaluate.py --task sts17 --model {folder}")
 
 
