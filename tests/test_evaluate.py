@@ -739,7 +739,8 @@ def test_a_plain_llama_is_read_by_the_weighted_mean_unless_told_otherwise(tiny):
     ("scifact", "auto", INSTRUCTED,
      "Given a scientific claim, retrieve documents that support or refute the claim"),
     ("sts17", "auto", INSTRUCTED, "Retrieve semantically similar text"),
-    ("demo-sts", "auto", INSTRUCTED, ""), ("my-folder", "auto", INSTRUCTED, ""),
+    ("demo-sts", "auto", INSTRUCTED, "Retrieve semantically similar text"),
+    ("my-folder", "auto", INSTRUCTED, ""),
     ("sts17", " Say it: ", "{text}", "Say it"), ("my-folder", "Say it", INSTRUCTED, "Say it"),
 ])
 def test_the_instruction_is_the_tasks_or_the_given_one(task, wanted, template, instruction, tiny):
