@@ -248,7 +248,8 @@ def test_what_a_run_prints(home, ctkd, tmp_path, capsys):
         f"model  {ctkd}: ", "; ucl, memory pooling, bidirectional",
         f"data   {home}/texts.txt: 40 texts, ", f"steps  2 of 8 rows -> {out}",
         "embedded STS set (325 pairs)", "before      ctkd ", "ucl         ctkd + ucl ",
-        "ucl, best   ctkd + ucl ", f"torchrun contrastive.py --stage scl --model {out}\n",
+        "ucl, best   ctkd + ucl ", f"torchrun contrastive.py --stage scl --model {out} "
+        "--triples FOLDER --out FOLDER\n",
     ]:
         assert fragment in printed
     assert "note:" not in printed
@@ -667,7 +668,7 @@ def test_two_processes_have_the_losses_of_one_with_dropout(run, home, ctkd, tmp_
     assert [row["mean"] for row in scores(out)] == pytest.approx(
         [row["mean"] for row in scores(one)], abs=0.05)
     printed = Path(f"{out}.stdout").read_text()
-    assert "2 process(es) on cpu" in printed and printed.count("; next:") == 1
+    assert "2 process(es) on cpu" in printed and printed.count("; next (") == 1
     assert history(out) == ["ctkd", "scl"]
     difference = load_encoder(out / "encoder").encode(words(5, 9))
     difference -= load_encoder(one / "encoder").encode(words(5, 9))
