@@ -298,7 +298,7 @@ def open_data(config: Config, encoder: Encoder, progress: bool) -> list[np.ndarr
 def read_batch(
     encoder: Encoder, data: list[np.ndarray] | Triples, config: Config, step: int
 ) -> Batch:
-    """The global batch of a step: the one place where ucl and scl differ."""
+    """The global batch of a step: all by which the training of ucl and scl differs."""
     if config.stage == "ucl":
         rows = global_batch(config.seed, step, config.batch_size, len(data))
         queries = keys = [data[i] for i in rows]

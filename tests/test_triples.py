@@ -23,7 +23,8 @@ E5 = ["allnli", "dureader", "eli5_question_answer", "fever", "hotpot_qa", "mirac
       "trivia_qa"]
 ROWS = [  # rows as they stand in a file, and what is read of them
     ({"query": "one", "positive": "uno", "negative": "due"}, ("one", "uno", ["due"])),
-    ({"query": "töw 二 🐦", "positive": "zwei", "negative": None}, ("töw 二 🐦", "zwei", [])),
+    ({"query": "töw 二 🐦", "positive": "zwei", "negative": None},
+     ("töw 二 🐦", "zwei", [])),
     ({"query": "three", "positive": "drei"}, ("three", "drei", [])),
     ({"negative": ["a", "b", "c"], "positive": "vier", "query": "four"},
      ("four", "vier", ["a", "b", "c"])),
