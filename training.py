@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before any process group: see start_ranks
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -138,6 +139,10 @@ def start_ranks(device: str, threads: int, timeout_minutes: float) -> Ranks:
     """Join the process group that torchrun describes; without torchrun this is the only process.
 
     gloo on the CPU, nccl on CUDA. threads = 0 shares the cores among the processes of the machine.
+
+    torch.distributed.nn.functional has the default group among its default arguments. torch.optim
+    imports it at its first use; a group that existed by then would outlive its destruction, and its
+    threads the interpreter, which aborts the process. So this module imports it first.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_size = (int(os.environ.get(f"LOCAL_{k}", d)) for k, d in
