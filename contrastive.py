@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record  # tracebacks for torchrun
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -39,12 +40,14 @@ from lora import LoraConfig, add_lora, merge_lora
 from model import INSTRUCTED, Encoder, EncoderConfig, encoder_of, find_model
 from model import flat_ids, is_encoder, load_encoder, plain_encoder, save_encoder, token_batches
 from training import (
-    Metrics, Ranks, asked_to_stop, check_numbers, flag, generator, global_batch, learning_rate,
-    open_run, parse_config, pick_dtype, print_header, reduce_gradients, run_stage, save_checkpoint,
-    setting, settings_of, start_run, stop_on_signals, trained_of,
+    Metrics, Ranks, agree, check_numbers, flag, generator, global_batch, learning_rate,
+    parse_config, pick_dtype, print_header, reduce_gradients, run_stage, setting,
+    settings_of, start_run, stop_on_signals, trained_of,
 )
 
-FREE = ("resume", "save_every", "timeout", "base", "data_dir")  # may change on --resume
+FREE = (  # may change when a run is resumed
+    "resume", "save_every", "save_minutes", "timeout", "base", "data_dir",
+)
 
 
 @dataclass
@@ -98,8 +101,10 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda")
     threads: int = setting(0, "CPU threads a process; 0 = the cores shared among processes")
     seed: int = setting(0, "of order, negatives, initialisation and dropout")
+    deterministic: bool = setting(False, "on CUDA: the same bits from the same input, slower")
     save_every: int = setting(100, "steps between checkpoints")
-    timeout: float = setting(30.0, "minutes that a rank waits for the others")
+    save_minutes: float = setting(0.0, "also save when the last checkpoint is so old; 0 = off")
+    timeout: float = setting(30.0, "minutes that a rank waits for the others in a step")
     resume: bool = setting(False, "go on from the newest checkpoint in --out")
 
 
@@ -188,13 +193,15 @@ def diagnostics(queries: Tensor, keys: Tensor, temperature: float, excluded: Ten
 class Batch(NamedTuple):
     """A global batch as token ids with BOS: B queries, M keys (the B positives first).
 
-    excluded (B, M) marks the keys that are no negatives; `rows` are places in the data.
+    excluded (B, M) marks the keys that are no negatives; `rows` are places in the data, of the
+    queries, and `key_rows` those of the keys.
     """
 
     queries: list[np.ndarray]
     keys: list[np.ndarray]
     excluded: Tensor
     rows: list[int]
+    key_rows: list[int]
 
     @property
     def real_tokens(self) -> int:
@@ -302,7 +309,7 @@ def read_batch(
     if config.stage == "ucl":
         rows = global_batch(config.seed, step, config.batch_size, len(data))
         queries = keys = [data[i] for i in rows]
-        return Batch(queries, keys, same_texts(keys, len(rows)), rows)
+        return Batch(queries, keys, same_texts(keys, len(rows)), rows, rows)
     sizes = list(sources(data, config).values())
     rows = one_source_batch(config.seed, step, config.batch_size, sizes)
     triples = [data[i] for i in rows]
@@ -312,12 +319,13 @@ def read_batch(
         ids, _ = encoder.tokenize([triples[j].query for j in places], instruction)
         for j, query in zip(places, ids):
             queries[j] = query
-    texts = [triple.positive for triple in triples]
+    texts, key_rows = [triple.positive for triple in triples], list(rows)
     for j, triple in enumerate(triples):
         order = generator(config.seed, 3, step * len(rows) + j).permutation(len(triple.negatives))
         texts += [triple.negatives[n] for n in order[: config.negatives]]
+        key_rows += [rows[j]] * len(order[: config.negatives])
     keys, _ = encoder.tokenize(texts, document=True, max_tokens=config.document_tokens)
-    return Batch(queries, keys, same_texts(keys, len(rows)), rows)
+    return Batch(queries, keys, same_texts(keys, len(rows)), rows, key_rows)
 
 
 def one_source_batch(seed: int, step: int, batch: int, sizes: list[int]) -> list[int]:
@@ -440,14 +448,12 @@ def score_and_keep(encoder: Encoder, config: Config, done: int, score_log: Metri
             score_log.write(step=done, **found)
 
 
-def train(config: Config, ranks: Ranks) -> int:
-    """Run a contrastive stage; returns the number of the signal that ended it early, or 0."""
+def train(config: Config, ranks: Ranks, going_on: bool) -> int:
+    """Run a stage, or go on with it; returns the number of the signal that ended it early, or 0."""
     out, first = Path(config.out), ranks.rank == 0
     for turn in (first, not first):  # rank 0 first: it checks, downloads and caches
         with ranks.together():
             if turn:
-                if first:
-                    open_run(config, free=FREE)
                 encoder, earlier = new_encoder(config, ranks)
                 data = open_data(config, encoder, progress=first)
                 for task in eval_tasks(config):  # complain before the training, not after
@@ -457,14 +463,13 @@ def train(config: Config, ranks: Ranks) -> int:
     steps = config.steps or sum(n // config.batch_size for n in sources(data, config).values())
     schedule, tasks = config.schedule_steps or steps, eval_tasks(config)
     warmup = int(config.warmup * schedule)
-    trained = trained_of(encoder)
-    parameters = list(trained.values())
+    parameters = list(trained_of(encoder).values())
     optimizer = torch.optim.AdamW(
         parameters, config.lr, weight_decay=config.weight_decay, fused=True
     )
     run = {"base": encoder.sha256 or encoder.base["sha256"],
            "texts": digest_ids(data) if config.stage == "ucl" else data.sha256}
-    start = start_run(config, encoder, optimizer, run, ranks)
+    start, checkpoints = start_run(config, encoder, optimizer, run, ranks, going_on)
     metrics = Metrics(out / "metrics.jsonl", start) if first else None
     score_log = None
     if first and tasks:
@@ -489,9 +494,10 @@ def train(config: Config, ranks: Ranks) -> int:
             loss, queries, keys = batch_gradient(encoder, batch, config, step, ranks)
             reduce_gradients(parameters, ranks)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            stop = asked_to_stop(signals, ranks)
+            stop, late = agree(signals, checkpoints.late(), ranks)
             if not (loss.isfinite() and norm.isfinite()):
-                raise UserError(describe_non_finite(config, step, loss, norm, queries, batch))
+                raise UserError(describe_non_finite(config, step, loss, norm,
+                                                    torch.cat((queries, keys)), data, batch))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             # everything below is diagnostics and saving
@@ -508,10 +514,10 @@ def train(config: Config, ranks: Ranks) -> int:
                 bar.update()
             if tasks and (done == steps or done % config.eval_every == 0):
                 score_and_keep(encoder, config, done, score_log, earlier, ranks)
-            if done == steps or stop or done % config.save_every == 0:
+            if done == steps or stop or late or done % config.save_every == 0:
                 with ranks.together():
                     if first:
-                        save_checkpoint(out, done, trained, optimizer, run)
+                        checkpoints.save(done)
             if stop:
                 return stop
         with ranks.together():
@@ -531,14 +537,21 @@ def describe(data: list[np.ndarray] | Triples, config: Config) -> str:
     return f"{config.triples}: {len(data):,} rows, {config.batches}{''.join(kinds)}"
 
 
-def describe_non_finite(config: Config, step: int, loss, norm, queries, batch: Batch) -> str:
+def describe_non_finite(
+    config: Config, step: int, loss: Tensor, norm: Tensor, embeddings: Tensor, data, batch: Batch
+) -> str:
     """The message for a loss or gradient that is not finite: the step and the rows to look at."""
-    finite = queries.isfinite().all(dim=1).tolist()
-    rows = [row for row, fine in zip(batch.rows, finite) if not fine] or batch.rows
+    finite = embeddings.isfinite().all(dim=1).tolist()
+    rows = sorted({row for row, fine in zip(batch.rows + batch.key_rows, finite) if not fine})
+    rows = rows or batch.rows
+    if isinstance(data, Triples):
+        named = (f"{file.path.name} {row}" for file, row in map(data.locate, rows[:8]))
+    else:
+        named = (f"{config.text} {row}" for row in rows[:8])
     return (f"step {step}: the loss ({loss.item():.4g}) or the gradient's norm ({norm.item():.4g}) "
-            f"is not finite; nothing was updated. Rows (from 0): "
-            f"{', '.join(map(str, rows[:8]))}{'...' * (len(rows) > 8)}. Lower --lr or use --dtype "
-            f"float32; checkpoints are in {config.out}/checkpoints")
+            f"is not finite; nothing was updated. Rows (from 0): {', '.join(named)}"
+            f"{', ...' * (len(rows) > 8)}. Lower --lr or use --dtype float32; checkpoints are in "
+            f"{config.out}/checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -602,8 +615,8 @@ def parse_arguments(argv: list[str] | None) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a contrastive stage from its command line; returns the exit code (see run_stage)."""
-    return run_stage(parse_arguments(argv), check, train, report)
+    return run_stage(parse_arguments(argv), check, FREE, train, report)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())

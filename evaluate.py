@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import UserError
@@ -35,7 +34,7 @@ from data.results import GROUPS, PAPER, PUBLISHED, compare, summary
 from data.results import finished, label_of, result_of, write_result
 from data.tasks import LAYOUT, TASKS, folder_task, read_task, task_place
 from model import PLAIN, Encoder, encoder_of, find_model, is_encoder, load_encoder, plain_encoder
-from training import Ranks, start_ranks
+from training import LostRank, Ranks, leave_ranks, start_ranks
 
 DATA = Path(__file__).parent / "data"
 METHODS = json.loads((DATA / "prompts.json").read_text())  # training-free: prompts and pooling
@@ -630,10 +629,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> int:
-    """Evaluate the tasks of the command line, print the table, write the JSON files."""
-    tasks = chosen_tasks(args)
-    ranks = start_ranks(args.device, args.threads, args.timeout)
+def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
+    """Evaluate the tasks, print the table, write the JSON files."""
     say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
     name = args.model or newest_encoder()
     dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
@@ -685,24 +682,26 @@ def run(args: argparse.Namespace) -> int:
         say(f"{title:<43}{'-' if mean is None else f'{mean:.2f}':>7}")
     if scores:
         say(f"\nwritten to {folder}/")
-    if ranks.size > 1:
-        dist.destroy_process_group()
     return 2 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 after a UserError."""
-    args = parse_arguments(argv)
+    args, ranks = parse_arguments(argv), None
     try:
         if args.list:
             list_tasks()
         elif args.compare:
             compare(args.compare, Path(args.results))
         else:
-            return run(args)
-    except UserError as error:
+            tasks = chosen_tasks(args)
+            ranks = start_ranks(args.device, args.threads, args.timeout)
+            return run(args, tasks, ranks)
+    except (UserError, LostRank) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
+    finally:
+        leave_ranks(ranks)
     return 0
 
 

@@ -65,13 +65,13 @@ class LlamaConfig:
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`; UserError if there is none."""
+def read_json(path: Path, whole: str = "a complete model folder") -> dict:
+    """The JSON object in `path`; UserError if there is none. `whole`: what its folder should be."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; is {path.parent} a complete model folder?")
-    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing; is {path.parent} {whole}?")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); fetch it again")
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
@@ -653,26 +653,58 @@ def plain_encoder(
 
 @contextmanager
 def write_folder(target: Path):
-    """Yield a folder beside `target` to fill; then sync it to disk and rename it into place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.writing"
-    old = target.parent / f".{target.name}.old"
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir()
+    """Yield a folder beside `target` to fill; then sync it to disk and rename it into place.
+
+    UserError if the disk is full or read-only; what was at `target` is then still there.
+    """
+    aside, old = (target.parent / f".{target.name}.{part}" for part in ("writing", "old"))
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        finish_renaming(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
         yield aside
         for path in [*aside.rglob("*"), aside]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    except BaseException:
+            sync(path)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(aside, target)
+        sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: cannot be written ({error}); make room or name another place, "
+                        f"what was saved before is intact")
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if target.exists():
-        os.rename(target, old)
-    os.rename(aside, target)
+        finish_renaming(target)
+
+
+def finish_renaming(target: Path):
+    """Put back what write_folder had set aside if nothing came in its place; else remove it."""
+    old = target.parent / f".{target.name}.old"
+    if old.exists() and not target.exists():
+        os.rename(old, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(path: Path, text: str):
+    """Write a file beside its place, sync it and rename it: at no moment is it half a file."""
+    aside = path.parent / f".{path.name}.writing"
+    try:
+        aside.write_text(text)
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})")
+
+
+def sync(path: Path):
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_encoder(encoder: Encoder, folder: Path, earlier: Path | None = None):

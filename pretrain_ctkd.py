@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record  # tracebacks for torchrun
 from tqdm import tqdm
 
 import evaluate
@@ -37,13 +38,13 @@ from lora import LoraConfig, add_lora
 from model import Encoder, EncoderConfig, Llama, flat_ids
 from model import is_encoder, load_encoder, pack, plain_encoder, save_encoder
 from training import (
-    Metrics, Ranks, asked_to_stop, check_numbers, generator, global_batch, learning_rate, open_run,
-    parse_config, pick_dtype, print_header, reduce_gradients, run_stage, save_checkpoint, setting,
-    settings_of, start_run, stop_on_signals, trained_of,
+    Metrics, Ranks, agree, check_numbers, generator, global_batch, learning_rate, parse_config,
+    pick_dtype, print_header, reduce_gradients, run_stage, setting, settings_of, start_run,
+    stop_on_signals, trained_of,
 )
 
 MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
-FREE = ("resume", "save_every", "timeout")  # settings that may change when a run is resumed
+FREE = ("resume", "save_every", "save_minutes", "timeout")  # may change when a run is resumed
 
 
 @dataclass
@@ -81,8 +82,10 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda")
     threads: int = setting(0, "CPU threads a process; 0 = the cores shared among processes")
     seed: int = setting(0, "of order, splits, initialisation and dropout")
+    deterministic: bool = setting(False, "on CUDA: the same bits from the same input, slower")
     save_every: int = setting(500, "steps between checkpoints")
-    timeout: float = setting(30.0, "minutes that a rank waits for the others")
+    save_minutes: float = setting(0.0, "also save when the last checkpoint is so old; 0 = off")
+    timeout: float = setting(30.0, "minutes that a rank waits for the others in a step")
     resume: bool = setting(False, "go on from the newest checkpoint in --out")
 
 
@@ -308,8 +311,8 @@ def new_encoder(config: Config, ranks: Ranks) -> Encoder:
     return encoder.train()
 
 
-def train(config: Config, ranks: Ranks) -> int:
-    """Run stage 1; returns the number of the signal that ended it early, or 0."""
+def train(config: Config, ranks: Ranks, going_on: bool) -> int:
+    """Run stage 1, or go on with it; returns the number of the signal that ended it early, or 0."""
     if config.batch_size < ranks.size:
         raise UserError(f"--batch-size {config.batch_size}: {ranks.size} processes need at least "
                         f"one text each; start fewer with --nproc-per-node")
@@ -317,18 +320,15 @@ def train(config: Config, ranks: Ranks) -> int:
     for turn in (ranks.rank == 0, ranks.rank > 0):  # rank 0 first: it checks, downloads and caches
         with ranks.together():
             if turn:
-                if ranks.rank == 0:
-                    open_run(config, free=FREE)
                 encoder = new_encoder(config, ranks)
                 corpus = prepare_texts(config, encoder.tokenizer)
     steps = config.steps or len(corpus) // config.batch_size
-    trained = trained_of(encoder)
-    parameters = list(trained.values())
+    parameters = list(trained_of(encoder).values())
     optimizer = torch.optim.AdamW(
         parameters, config.lr, weight_decay=config.weight_decay, fused=True
     )
     run = {"base": encoder.base["sha256"], "texts": digest_ids(corpus)}
-    start = start_run(config, encoder, optimizer, run, ranks)
+    start, checkpoints = start_run(config, encoder, optimizer, run, ranks, going_on)
     if ranks.rank == 0:
         print_header(config, encoder, f"K = {config.memory_tokens}, {config.attention}, objective "
                      f"{config.objective}", ranks)
@@ -349,7 +349,7 @@ def train(config: Config, ranks: Ranks) -> int:
             reduce_gradients(parameters, ranks)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
             losses = ranks.sum(losses.to(ranks.device)).cpu()
-            stop = asked_to_stop(signals, ranks)
+            stop, late = agree(signals, checkpoints.late(), ranks)
             if not (losses.isfinite().all() and norm.isfinite()):
                 raise UserError(describe_non_finite(config, step, losses, norm, corpus))
             optimizer.step()
@@ -364,10 +364,10 @@ def train(config: Config, ranks: Ranks) -> int:
                 about = f"loss {loss:.3f}, rate {rate:.1e}, {speed:,.0f} tokens/s"
                 bar.set_postfix_str(about, refresh=False)
                 bar.update()
-            if done == steps or stop or done % config.save_every == 0:
+            if done == steps or stop or late or done % config.save_every == 0:
                 with ranks.together():
                     if ranks.rank == 0:
-                        save_checkpoint(out, done, trained, optimizer, run)
+                        checkpoints.save(done)
             if stop:
                 return stop
         with ranks.together():
@@ -459,8 +459,8 @@ def parse_arguments(argv: list[str] | None) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Run stage 1 from its command line; returns the exit code (see run_stage)."""
-    return run_stage(parse_arguments(argv), check, train, report)
+    return run_stage(parse_arguments(argv), check, FREE, train, report)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())

@@ -4,13 +4,16 @@ The loops themselves, with forward, backward, reduce, clip and step, stand in th
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import platform
 import shutil
 import signal
+import socket
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
@@ -25,7 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import UserError
-from model import Encoder, find_device, read_json, write_folder
+from model import Encoder, digest, find_device, finish_renaming, read_json, sync
+from model import write_file, write_folder
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing keeps two jobs from writing to one folder
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------
 # Configuration: one dataclass a stage, one field a line; the command line is made from it
@@ -65,7 +74,7 @@ def parse_config(config_class, presets: dict, pick_preset, argv: list[str] | Non
 LEAST = {  # of settings that all stages have
     "batch_size": 1, "lora_r": 1, "save_every": 1, "steps": 0, "num_texts": 0, "threads": 0,
     "lr": 0, "min_lr": 0, "weight_decay": 0, "clip": 0, "seed": 0, "warmup": 0, "lora_dropout": 0,
-    "timeout": 0,
+    "save_minutes": 0, "timeout": 0.01,
 }
 
 
@@ -104,29 +113,45 @@ def settings_of(config) -> dict:
 # ---------------------------------------------------------------------------------------------
 
 
+class LostRank(Exception):
+    """Another rank has died, or has not answered within --timeout."""
+
+
 @dataclass
 class Ranks:
-    """This process among all: its index, their number, its device."""
+    """This process among all: its index, their number, its device.
+
+    `patient` is a second process group, in which nothing times out but a dead rank is noticed.
+    """
 
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Add the tensor over all ranks, in place."""
+    def sum(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Add the tensor over all ranks, in place; LostRank if they do not all come to it."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            try:
+                dist.all_reduce(tensor, group=group)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise LostRank(f"another rank has died, whose own message says why, or has not "
+                               f"answered within --timeout ({reason})") from None
         return tensor
 
     @contextmanager
     def together(self):
-        """Wait for all ranks at the block's end; a UserError in it on one rank ends them all."""
+        """Wait for all ranks at the block's end; a UserError in it on one rank ends them all.
+
+        The block may be the work of one rank and last as long as it likes.
+        """
         error = None
         try:
             yield
         except UserError as raised:
             error = raised
-        failed = self.sum(torch.tensor([float(error is not None)], device=self.device)).item()
+        failed = self.sum(torch.tensor([float(error is not None)]), self.patient).item()
         if failed:
             raise error or UserError("another rank has stopped, see its message")
 
@@ -135,10 +160,13 @@ class Ranks:
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
 
-def start_ranks(device: str, threads: int, timeout_minutes: float) -> Ranks:
+def start_ranks(
+    device: str, threads: int, timeout_minutes: float, deterministic: bool = False
+) -> Ranks:
     """Join the process group that torchrun describes; without torchrun this is the only process.
 
     gloo on the CPU, nccl on CUDA. threads = 0 shares the cores among the processes of the machine.
+    deterministic: only operations that give equal bits for equal input (the CPU's all do).
 
     torch.distributed.nn.functional has the default group among its default arguments. torch.optim
     imports it at its first use; a group that existed by then would outlive its destruction, and its
@@ -147,16 +175,31 @@ def start_ranks(device: str, threads: int, timeout_minutes: float) -> Ranks:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_size = (int(os.environ.get(f"LOCAL_{k}", d)) for k, d in
                          (("RANK", 0), ("WORLD_SIZE", 1)))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(deterministic)
     place = find_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or max(1, cores // local_size))
     if place.type == "cuda":
         place = torch.device("cuda", local if place.index is None else place.index)
         torch.cuda.set_device(place)
-    if size > 1:
-        backend = "nccl" if place.type == "cuda" else "gloo"
+    if size == 1:
+        return Ranks(rank, size, place)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    try:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    return Ranks(rank, size, place)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    except RuntimeError as error:
+        raise LostRank(f"the ranks did not find each other within --timeout ({error})") from None
+    return Ranks(rank, size, place, patient)
+
+
+def leave_ranks(ranks: Ranks | None):
+    """End the process groups, so that none of their threads is left when the interpreter ends."""
+    if ranks is not None and ranks.patient is not None:
+        ranks.patient = None
+        dist.destroy_process_group()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -227,33 +270,77 @@ def global_batch(seed: int, step: int, batch: int, n: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 
 
-def open_run(config, free: tuple[str, ...]):
-    """Make the folder config.out, or look whether it can be resumed.
+@contextmanager
+def open_run(config, free: tuple[str, ...], ranks: Ranks):
+    """Make the folder config.out, or take up the run in it; it is this job's until the block ends.
 
-    Raises UserError if the folder has something in it and --resume is not given, if it cannot be
-    written, or if a resumed configuration differs in fields other than `free`.
+    Yields whether the run goes on (on rank 0): with --resume, or because torchrun has started a
+    crashed worker of this very run again (--max-restarts). Raises UserError if the folder has
+    something else in it, if it cannot be written, if another process writes to it, or if a resumed
+    configuration differs in fields other than `free`.
     """
+    out, going_on, lock = Path(config.out), False, None
+    with ranks.together():
+        if ranks.rank == 0:
+            try:
+                going_on = goes_on(config, free)
+                out.mkdir(parents=True, exist_ok=True)
+                (out / ".writable").write_text("")
+                (out / ".writable").unlink()
+            except OSError as error:
+                raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out")
+            lock = lock_folder(out)
+    try:
+        yield going_on
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def goes_on(config, free: tuple[str, ...]) -> bool:
+    """Whether the folder config.out has a run to go on with; see open_run."""
     out = Path(config.out)
-    saved, now = out / "config.json", asdict(config)
-    if config.resume:
-        if not saved.is_file():
-            raise UserError(f"{saved}: missing, nothing to resume; leave --resume out")
-        before = read_json(saved)
+    saved = out / "config.json"
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if config.resume and not saved.is_file():
+        raise UserError(f"{saved}: missing, nothing to resume; leave --resume out")
+    if config.resume or restarted and saved.is_file() and (
+        read_json(out / "environment.json").get("torchrun") == launch_id()
+    ):
+        before, now = read_json(saved), asdict(config)
         changed = [f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in now
                    if key not in free and before.get(key) != now[key]]
         if changed:
             raise UserError(f"{saved}: --resume with a changed configuration ({'; '.join(changed)})"
                             f"; give the first run's values, or another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return True
+    found = [p.name for p in out.iterdir()] if out.is_dir() else [out.name] * out.exists()
+    if any(name[0] != "." and name != "environment.json" for name in found):  # of a broken start
         raise UserError(f"{out}: exists and is not an empty folder; continue that run with "
                         f"--resume, or name another folder with --out")
+    return False
+
+
+def launch_id() -> str | None:
+    """What a torchrun and its restarts have in common with each other only; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"none {socket.gethostname()} {os.getppid()}" if name == "none" else name
+
+
+def lock_folder(folder: Path) -> int | None:
+    """An open descriptor that keeps other processes from locking the folder; UserError if taken."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process writes to it; end that one (also what a killed "
+                        f"torchrun may have left behind), or name another --out")
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def environment(model_dtype: torch.dtype, ranks: Ranks) -> dict:
@@ -278,28 +365,47 @@ def print_header(config, encoder: Encoder, about: str, ranks: Ranks):
           flush=True)
 
 
-def start_run(config, encoder: Encoder, optimizer, run: dict, ranks: Ranks) -> int:
-    """The step to start from: 0, or that of the checkpoint that --resume puts in place.
+def start_run(
+    config, encoder: Encoder, optimizer, run: dict, ranks: Ranks, going_on: bool
+) -> tuple[int, "Checkpoints"]:
+    """The step to start from and the run's checkpoints, the newest of them put in place.
 
-    Rank 0 writes config.json and environment.json. Raises UserError if the ranks do not agree on
-    the step and the data; `run` is what save_checkpoint stores.
+    `run` has the sha256 of the frozen `base` and of the `texts` that the run depends on. Rank 0
+    decides, and writes config.json and environment.json. Raises UserError if a rank has other data.
     """
-    out, start = Path(config.out), 0
+    out, about = Path(config.out), environment(encoder.llama.head.dtype, ranks)
+    saved = Checkpoints(config, trained_of(encoder), optimizer, run)
+    start = 0
     with ranks.together():
-        if config.resume and checkpoints(out):
-            start = load_checkpoint(checkpoints(out)[-1], trained_of(encoder), optimizer, run)
-    mine = torch.tensor([start, int(run["texts"][:12], 16)], device=ranks.device)
-    agreed = torch.equal(ranks.sum(mine.clone()), mine * ranks.size)
+        if going_on:
+            start = saved.newest_step()
+            note_changes(out / "environment.json", about)
+            for name in ("encoder", "best"):
+                finish_renaming(out / name)
+    mine = torch.tensor([start, int(run["texts"][:12], 16)])
+    theirs = ranks.sum(mine * (ranks.rank == 0), ranks.patient)
     with ranks.together():
-        if not agreed:
-            raise UserError(f"rank {ranks.rank} starts at step {start} with the texts "
-                            f"{run['texts'][:12]}..., others do not; do all machines see the same "
-                            f"--out and the same data?")
+        if mine[1] != theirs[1]:
+            raise UserError(f"rank {ranks.rank} has the texts {run['texts'][:12]}..., rank 0 has "
+                            f"others; do all machines see the same data?")
+        start = int(theirs[0])
+        if start:
+            saved.load(start)
     if ranks.rank == 0:
-        (out / "config.json").write_text(json.dumps(settings_of(config), indent=2) + "\n")
-        about = environment(encoder.llama.head.dtype, ranks)
-        (out / "environment.json").write_text(json.dumps(about) + "\n")
-    return start
+        about["torchrun"] = launch_id()
+        write_file(out / "environment.json", json.dumps(about) + "\n")
+        write_file(out / "config.json", json.dumps(settings_of(config), indent=2) + "\n")
+    return start, saved
+
+
+def note_changes(path: Path, now: dict):
+    """Print what differs from the environment in which the run was before."""
+    before = read_json(path) if path.is_file() else now
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now
+               if before.get(key) != now[key]]
+    if changed:
+        print(f"note: {', '.join(changed)}: the same samples in the same steps, other bits than "
+              f"without the interruption", flush=True)
 
 
 def trained_of(encoder: Encoder) -> dict[str, Tensor]:
@@ -307,52 +413,115 @@ def trained_of(encoder: Encoder) -> dict[str, Tensor]:
     return {name: p for name, p in encoder.named_parameters() if p.requires_grad}
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted((out / "checkpoints").glob("step-*"))
+class Checkpoints:
+    """OUT/checkpoints/step-*: weights, optimiser moments and the step; the last two are kept.
 
-
-def save_checkpoint(out: Path, step: int, trained: dict[str, Tensor], optimizer, run: dict):
-    """Write checkpoints/step-<step>: weights, optimiser moments, the step; keep the last two.
-
-    `run` has the sha256 of the frozen `base` and of the `texts` that the run depends on.
+    A folder is written beside its place, synced and renamed. Its state.json has the size and sha256
+    of the other files and of itself: what is not as it was written is never loaded.
     """
-    with write_folder(out / "checkpoints" / f"step-{step:07d}") as folder:
-        save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()},
-                  folder / "weights.safetensors")
-        moments = {f"{name}/{key}": value.cpu().contiguous() for name, p in trained.items()
-                   for key, value in optimizer.state[p].items()}
-        save_file(moments, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": step, **run}) + "\n")
-    for old in checkpoints(out)[:-2]:
-        shutil.rmtree(old)
+
+    def __init__(self, config, trained: dict[str, Tensor], optimizer, run: dict):
+        self.folder, self.every = Path(config.out) / "checkpoints", config.save_every
+        self.seconds = 60 * config.save_minutes or float("inf")
+        self.trained, self.optimizer, self.run = trained, optimizer, run
+        self.clock = time.monotonic()
+
+    def place(self, step: int) -> Path:
+        """The folder of the checkpoint after so many steps."""
+        return self.folder / f"step-{step:07d}"
+
+    def all(self) -> list[Path]:
+        """The checkpoints that are there, oldest first."""
+        return sorted(self.folder.glob("step-*"))
+
+    def late(self) -> bool:
+        """Whether the last checkpoint is --save-minutes old."""
+        return time.monotonic() - self.clock >= self.seconds
+
+    def save(self, step: int):
+        """Write the checkpoint after so many steps and remove all but it and the one before."""
+        place = self.place(step)
+        with write_folder(place) as folder:
+            sync(self.folder.parent / "metrics.jsonl")  # has all steps of the checkpoint
+            save_file({k: p.detach().cpu().contiguous() for k, p in self.trained.items()},
+                      folder / "weights.safetensors")
+            moments = {f"{name}/{key}": value.cpu().contiguous()
+                       for name, p in self.trained.items()
+                       for key, value in self.optimizer.state[p].items()}
+            save_file(moments, folder / "optimizer.safetensors")
+            seal(folder, {"step": step, **self.run})
+        before = [old for old in self.all() if old < place]
+        for other in self.all():
+            if other not in (place, *before[-1:]):  # also a damaged one of a later step
+                shutil.rmtree(other)
+        self.clock = time.monotonic()
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint that is whole, 0 if there is none at all.
+
+        A damaged one is told and passed over. Raises UserError if all are damaged, or if they
+        belong to another base or to other texts.
+        """
+        folders = self.all()
+        for folder in reversed(folders):
+            try:
+                state = unseal(folder)
+            except UserError as error:
+                if folder == folders[0]:
+                    raise UserError(f"{error}; no checkpoint before it is left, remove "
+                                    f"{self.folder} to start this run from its beginning")
+                print(f"note: {error}; going on from the checkpoint before it", flush=True)
+                continue
+            for key, now in self.run.items():
+                if state.get(key) != now:
+                    raise UserError(f"{folder}: the {key} of this run changed since (sha256 "
+                                    f"{str(state.get(key))[:12]}..., now {now[:12]}...); bring the "
+                                    f"first {key} back, or start anew with another --out")
+            return state["step"]
+        return 0
+
+    @torch.no_grad()
+    def load(self, step: int):
+        """Put the weights and moments of the checkpoint after so many steps in place."""
+        folder = self.place(step)
+        try:
+            weights = load_file(folder / "weights.safetensors")
+            moments = load_file(folder / "optimizer.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: not readable on every rank ({error}); do all machines see "
+                            f"the same --out?")
+        for name, p in self.trained.items():
+            p.copy_(weights[name])
+            state = {key.rpartition("/")[2]: value for key, value in moments.items()
+                     if key.rpartition("/")[0] == name}
+            if state:
+                self.optimizer.state[p] = {key: value.to(p.device) for key, value in state.items()}
 
 
-@torch.no_grad()
-def load_checkpoint(folder: Path, trained: dict[str, Tensor], optimizer, run: dict) -> int:
-    """Put a checkpoint's weights and moments in place; returns the number of steps done."""
-    try:
-        weights = load_file(folder / "weights.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
-        state = read_json(folder / "state.json")
-        step, before = state["step"], {key: state[key] for key in run}
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{folder}: damaged checkpoint ({error}); remove this folder and resume "
-                        f"from the one before")
-    for key in run:
-        if before[key] != run[key]:
-            raise UserError(f"{folder}: the {key} of this run changed since (sha256 "
-                            f"{before[key][:12]}..., now {run[key][:12]}...); bring the first "
-                            f"{key} back, or start anew with another --out")
-    if weights.keys() != trained.keys():
-        raise UserError(f"{folder}: holds other tensors than this run trains; remove the folder")
-    for name, p in trained.items():
-        p.copy_(weights[name])
-        state = {key.rpartition("/")[2]: value for key, value in moments.items()
-                 if key.rpartition("/")[0] == name}
-        if state:
-            optimizer.state[p] = {key: value.to(p.device) for key, value in state.items()}
-    return step
+def seal(folder: Path, about: dict):
+    """Write folder/state.json: `about`, size and sha256 of the files beside it, its own sha256."""
+    files = {path.name: [path.stat().st_size, digest([path])] for path in sorted(folder.iterdir())
+             if path.name != "state.json"}
+    state = {**about, "files": files}
+    state["sha256"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def unseal(folder: Path) -> dict:
+    """What `seal` was told about the folder; UserError if it is not as it was written."""
+    path = folder / "state.json"
+    state = read_json(path, "a complete checkpoint")
+    own = state.pop("sha256", None)
+    if own != hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest():
+        raise UserError(f"{path}: damaged, not what was written")
+    for name, (size, sha256) in state.pop("files").items():
+        path = folder / name
+        try:
+            if path.stat().st_size != size or digest([path]) != sha256:
+                raise UserError(f"{path}: damaged, not what was written")
+        except OSError as error:
+            raise UserError(f"{path}: not readable ({error.strerror})")
+    return state
 
 
 class Metrics:
@@ -365,23 +534,26 @@ class Metrics:
         self.path, self.rows = path, []
         kept = []
         if path.is_file():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:  # the line that a crash cut off
-                    break
-                if row["step"] < first_step:
+                    early = row["step"] < first_step
+                except (ValueError, KeyError, TypeError):  # the line that a crash cut off
+                    continue
+                if early:
                     self.rows.append(row)
                     kept.append(line + "\n")
-        aside = path.with_suffix(".writing")
-        aside.write_text("".join(kept))
-        os.replace(aside, path)
+        write_file(path, "".join(kept))
 
     def write(self, **values):
         """Append one step."""
         self.rows.append(values)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); mend that and go "
+                            f"on with --resume")
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run early, after saving
@@ -399,33 +571,40 @@ def stop_on_signals():
             signal.signal(number, handler)
 
 
-def asked_to_stop(signals: list[int], ranks: Ranks) -> int:
-    """The number of the signal by which any rank was told to stop, or 0."""
-    asked = ranks.sum(torch.tensor([float(s in signals) for s in STOPS], device=ranks.device))
-    return max(int(number) * bool(n) for number, n in zip(STOPS, asked.tolist()))
+def agree(signals: list[int], late: bool, ranks: Ranks) -> tuple[int, bool]:
+    """The number of the signal by which any rank was told to stop, or 0; and rank 0's `late`."""
+    mine = [float(s in signals) for s in STOPS] + [float(late and ranks.rank == 0)]
+    *asked, late = ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
+    return max(int(number) * bool(n) for number, n in zip(STOPS, asked)), bool(late)
 
 
-def run_stage(config, check, train, report) -> int:
-    """A stage from its configuration to the exit code: 0, 2 after a UserError, 128 + a signal.
+def run_stage(config, check, free: tuple[str, ...], train, report) -> int:
+    """A stage from its configuration to the exit code.
 
-    check(config); train(config, ranks) -> the signal that ended it, or 0, on all ranks;
-    report(config, ranks) on the first one after a complete run.
+    check(config); train(config, ranks, going_on) -> the signal that ended it, or 0, on all ranks;
+    report(config, ranks) on the first one after a complete run. Settings in `free` may change when
+    the run is resumed. Returns 0, 2 after a UserError, 1 if another rank was lost, 128 + a signal.
     """
-    rank, checked = os.environ.get("RANK", "0"), False
+    rank, ranks, checked = os.environ.get("RANK", "0"), None, False
     try:
         check(config)
         checked = True
-        ranks = start_ranks(config.device, config.threads, config.timeout)
-        stopped = train(config, ranks)
+        ranks = start_ranks(config.device, config.threads, config.timeout, config.deterministic)
+        with open_run(config, free, ranks) as going_on:
+            stopped = train(config, ranks, going_on)
         if stopped and ranks.rank == 0:
             print(f"\nstopped by signal {stopped}, saved; go on with the same command and --resume",
                   flush=True)
-        if ranks.size > 1:
-            dist.destroy_process_group()
         if ranks.rank == 0 and not stopped:
+            leave_ranks(ranks)
             report(config, ranks)
         return 128 + stopped if stopped else 0
-    except UserError as error:
+    except (UserError, LostRank) as error:
         if checked or rank == "0":  # all ranks have the same settings, one complains
             print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:  # before the first step, or in the report
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        leave_ranks(ranks)

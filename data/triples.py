@@ -119,11 +119,14 @@ class Triples:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def locate(self, i: int) -> tuple[File, int]:
+        """The file of row i over all files, in their order, and the row's place in it, from 0."""
+        place = int(np.searchsorted(self.ends, i, side="right"))
+        return self.files[place], i - (int(self.ends[place - 1]) if place else 0)
+
     def __getitem__(self, i: int) -> Triple:
         """Row i over all files, in their order."""
-        place = int(np.searchsorted(self.ends, i, side="right"))
-        file = self.files[place]
-        row = i - (int(self.ends[place - 1]) if place else 0)
+        file, row = self.locate(i)
         file.handle.seek(int(file.offsets[row]))
         query, positive, negatives = parse_row(file.handle.readline())
         instruction = file.instructions[row % len(file.instructions)]
