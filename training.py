@@ -9,11 +9,13 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
 import sys
 import time
+import uuid
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
@@ -135,7 +137,7 @@ class Ranks:
             try:
                 dist.all_reduce(tensor, group=group)
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = re.sub(r"^\[\S+\] |\. .*", "", str(error).strip().splitlines()[0])
                 raise LostRank(f"another rank has died, whose own message says why, or has not "
                                f"answered within --timeout ({reason})") from None
         return tensor
@@ -186,13 +188,37 @@ def start_ranks(
         torch.cuda.set_device(place)
     if size == 1:
         return Ranks(rank, size, place)
-    backend = "nccl" if place.type == "cuda" else "gloo"
+    backend, wait = "nccl" if place.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(backend, store=meet(rank, size, wait), rank=rank, world_size=size,
+                                timeout=wait)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     except RuntimeError as error:
         raise LostRank(f"the ranks did not find each other within --timeout ({error})") from None
     return Ranks(rank, size, place, patient)
+
+
+def meet(rank: int, size: int, wait: timedelta) -> dist.Store:
+    """torchrun's store, under a prefix that only the processes of this start have.
+
+    When torchrun starts crashed workers again its store still has the addresses of the dead, and
+    who reads one waits for ever. So rank 0 calls out a new name, the others answer it with names of
+    their own, and an old call is known by the guests it was answered by.
+    """
+    store, *_ = next(dist.rendezvous("env://", rank, size, timeout=wait))
+    own, deadline = uuid.uuid4().hex, time.monotonic() + wait.total_seconds()
+    if rank == 0:
+        store.set("call", own)
+        guests = [store.get(f"{own}/{guest}").decode() for guest in range(1, size)]
+        store.set(f"{own}/guests", " ".join(guests))
+        return dist.PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        call = store.get("call").decode()
+        store.set(f"{call}/{rank}", own)
+        if store.check([f"{call}/guests"]) and own in store.get(f"{call}/guests").decode():
+            return dist.PrefixStore(call, store)
+        time.sleep(0.02)
+    raise RuntimeError("rank 0 did not call")
 
 
 def leave_ranks(ranks: Ranks | None):

@@ -1,0 +1,82 @@
+"""One of two processes that run the stages' command lines together, one job after another.
+
+A job is a line of JSON on stdin: stage, argv, and the fault that one rank shall suffer. The
+answer is a line of JSON with exit code, stdout and stderr. Starting two interpreters for each case
+would take longer than the cases.
+"""
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import contrastive
+import pretrain_ctkd
+import training
+
+RANK = int(os.environ.get("RANK", 0))
+STAGES = {"ctkd": pretrain_ctkd, "ucl": contrastive, "scl": contrastive}
+
+
+def faulty(stage, kind: str, rank: int, at: int):
+    """batch_gradient of a stage, with a fault of this kind on one rank in one step."""
+    whole = stage.batch_gradient
+
+    def batch_gradient(encoder, batch, config, step, ranks):
+        here = RANK == rank and step == at
+        trained = [p for p in encoder.parameters() if p.requires_grad]
+        if here and kind == "raise":
+            raise RuntimeError("injected")
+        if here and kind in ("SIGTERM", "SIGINT"):
+            signal.raise_signal(getattr(signal, kind))
+        if here and kind == "hang":
+            time.sleep(8)
+        if here and kind == "loss":
+            with torch.no_grad():
+                trained[-1].fill_(float("nan"))
+        found = whole(encoder, batch, config, step, ranks)
+        if here and kind == "gradient":
+            trained[0].grad.view(-1)[0] = float("inf")
+        return found
+
+    return mock.patch.object(stage, "batch_gradient", batch_gradient)
+
+
+def slow(*_):
+    """Hours of work for rank 0, shortened."""
+    time.sleep(8)
+    return save(*_)
+
+
+save = training.Checkpoints.save
+
+
+def run(job: dict) -> dict:
+    """A job's exit code and output; an exception is told as the interpreter would."""
+    stage, out, err = STAGES[job["stage"]], io.StringIO(), io.StringIO()
+    kind, *place = job["fault"] or ("none", 0, 0)
+    with (redirect_stdout(out), redirect_stderr(err), faulty(stage, kind, *place),
+          mock.patch.object(stage, "report", lambda *_: None),
+          mock.patch.object(training.Checkpoints, "save", slow if kind == "slow save" else save)):
+        try:
+            code = stage.main(job["argv"])
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
