@@ -138,8 +138,8 @@ class Ranks:
                 dist.all_reduce(tensor, group=group)
             except RuntimeError as error:
                 reason = re.sub(r"^\[\S+\] |\. .*", "", str(error).strip().splitlines()[0])
-                raise LostRank(f"another rank has died, whose own message says why, or has not "
-                               f"answered within --timeout ({reason})") from None
+                raise LostRank(f"another rank has died (see its own message), or has not answered "
+                               f"within --timeout: {reason}") from None
         return tensor
 
     @contextmanager

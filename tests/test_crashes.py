@@ -498,6 +498,18 @@ def test_an_incomplete_batch_is_dropped_on_every_rank(pair, run, tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
+def test_killed_at_drawn_moments_a_run_ends_with_the_undisturbed_bits(tmp_path):
+    """bench/crash.py, short: one SIGKILL in each phase, to a rank or to the whole job."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench/crash.py", "--kills", "4", "--steps-per-kill", "4",
+         "--out", tmp_path / "crash"], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "crash/crash.json").read_text())
+    assert result["hits"] == {"forward": 1, "backward": 1, "save": 1, "rename": 1}
+    assert {kill["whom"] for kill in result["kills"]} >= {"job"}
+    assert result["differences"] == [] and len(losses(tmp_path / "crash/crashed")) == 16
+
+
 def test_torchrun_tells_the_traceback_of_the_rank_that_died(argv, tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(
