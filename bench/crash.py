@@ -153,7 +153,10 @@ class Job:
         """SIGKILL to one rank or to all; returns the phase in which `rank` died."""
         processes = [note.read()[0] for note in self.notes]
         if whom == "job":
-            for process in (self.torchrun.pid, processes[rank], *processes):
+            agent = self.torchrun.pid
+            os.kill(agent, signal.SIGSTOP)  # it must not start a process while they are counted
+            children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+            for process in (processes[rank], *map(int, children), agent):
                 kill(process)
             self.torchrun.wait()
         else:
