@@ -96,7 +96,8 @@ def draw_batch(args, turn: int) -> Batch:
     if excluded.any():
         raise UserError("two documents are equal, which sentence-transformers would not exclude; "
                         "make --documents longer")
-    return Batch(queries, keys, excluded, list(range(args.batch)))
+    rows = list(range(args.batch))
+    return Batch(queries, keys, excluded, rows, 2 * rows)
 
 
 class Contestant:

@@ -18,7 +18,7 @@ from contrastive import Batch, Config, batch_gradient, diagnostics, effective_di
 from contrastive import info_nce, same_texts
 from lora import LoraConfig, add_lora, lora_layers
 from model import EncoderConfig, flat_ids, plain_encoder
-from training import Ranks, reduce_gradients, start_ranks, trained_of
+from training import Ranks, leave_ranks, reduce_gradients, start_ranks, trained_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -55,7 +55,7 @@ def make_batch(encoder, stage: str, rows: int) -> Batch:
         keys = encoder.tokenize(positives + negatives)[0]
     else:
         queries[1] = queries[0]
-    return Batch(queries, keys, same_texts(keys, rows), list(range(rows)))
+    return Batch(queries, keys, same_texts(keys, rows), list(range(rows)), list(range(len(keys))))
 
 
 def gradient(encoder, batch, config, ranks=ALONE) -> dict[str, torch.Tensor]:
@@ -205,7 +205,7 @@ def rank_gradient(rank, size, port, folder, stage, rows, dropout, settings, out)
     found = gradient(encoder, make_batch(encoder, stage, rows), Config(**settings), ranks)
     if rank == 0:
         save_file(found, out)
-    torch.distributed.destroy_process_group()
+    leave_ranks(ranks)
     threads = [Path(task, "comm").read_text() for task in Path("/proc/self/task").glob("*")]
     assert not any("gloo" in name for name in threads)  # one that is left may abort the exit
 
