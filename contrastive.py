@@ -470,10 +470,9 @@ def train(config: Config, ranks: Ranks, going_on: bool) -> int:
     run = {"base": encoder.sha256 or encoder.base["sha256"],
            "texts": digest_ids(data) if config.stage == "ucl" else data.sha256}
     start, checkpoints = start_run(config, encoder, optimizer, run, ranks, going_on)
-    metrics = Metrics(out / "metrics.jsonl", start) if first else None
-    score_log = None
-    if first and tasks:
-        score_log = Metrics(out / "scores.jsonl", start + 1 if start else 0)
+    with ranks.together():
+        metrics = Metrics(out / "metrics.jsonl", start) if first else None
+        score_log = Metrics(out / "scores.jsonl", start + 1) if first and tasks else None
     if first:
         print_header(config, encoder, f"{config.stage}, {encoder.config.pooling} pooling, "
                      f"{encoder.config.attention}", ranks)
@@ -483,8 +482,11 @@ def train(config: Config, ranks: Ranks, going_on: bool) -> int:
                mininterval=0.2 if sys.stderr.isatty() else 15)  # few lines in a log file
 
     with stop_on_signals() as signals, bar:
-        if tasks and start == 0:
-            score_and_keep(encoder, config, 0, score_log, earlier, ranks)
+        # a crash may have come between saving and scoring
+        scored = ranks.from_first(any(row["step"] == start for row in score_log.rows)
+                                  if score_log else 0)
+        if tasks and not scored and (start == steps or start % config.eval_every == 0):
+            score_and_keep(encoder, config, start, score_log, earlier, ranks)
         for step in range(start, steps):
             clock = time.perf_counter()
             rate = learning_rate(step, schedule, warmup, config.min_lr, config.lr)
@@ -512,14 +514,14 @@ def train(config: Config, ranks: Ranks, going_on: bool) -> int:
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {about['accuracy']:.2f}, "
                                     f"{tokens / seconds:,.0f} tokens/s", refresh=False)
                 bar.update()
-            if tasks and (done == steps or done % config.eval_every == 0):
-                score_and_keep(encoder, config, done, score_log, earlier, ranks)
             if done == steps or stop or late or done % config.save_every == 0:
                 with ranks.together():
                     if first:
                         checkpoints.save(done)
             if stop:
                 return stop
+            if tasks and (done == steps or done % config.eval_every == 0):
+                score_and_keep(encoder, config, done, score_log, earlier, ranks)
         with ranks.together():
             if first and not (start == steps and is_encoder(out / "encoder")):
                 save_encoder(encoder, out / "encoder", earlier)

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -675,7 +675,8 @@ def write_folder(target: Path):
                         f"what was saved before is intact")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        finish_renaming(target)
+        with suppress(OSError):
+            finish_renaming(target)
 
 
 def finish_renaming(target: Path):
@@ -695,6 +696,8 @@ def write_file(path: Path, text: str):
         os.replace(aside, path)
         sync(path.parent)
     except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror})")
 
 

@@ -335,7 +335,8 @@ def train(config: Config, ranks: Ranks, going_on: bool) -> int:
         print(f"text   {config.text}: {len(corpus):,} texts, "
               f"{sum(map(len, corpus)) / len(corpus):.0f} tokens each; "
               f"{steps:,} steps of {config.batch_size} -> {out}")
-        metrics = Metrics(out / "metrics.jsonl", start)
+    with ranks.together():
+        metrics = Metrics(out / "metrics.jsonl", start) if ranks.rank == 0 else None
     bar = tqdm(total=steps, initial=start, disable=ranks.rank > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stderr.isatty() else 15)  # few lines in a log file
 

@@ -4,6 +4,7 @@ The loops themselves, with forward, backward, reduce, clip and step, stand in th
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -12,11 +13,10 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -25,18 +25,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # before any process group: see start_ranks
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import UserError
 from model import Encoder, digest, find_device, finish_renaming, read_json, sync
 from model import write_file, write_folder
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nothing keeps two jobs from writing to one folder
-    fcntl = None
 
 # ---------------------------------------------------------------------------------------------
 # Configuration: one dataclass a stage, one field a line; the command line is made from it
@@ -123,13 +117,15 @@ class LostRank(Exception):
 class Ranks:
     """This process among all: its index, their number, its device.
 
-    `patient` is a second process group, in which nothing times out but a dead rank is noticed.
+    `patient` is a second process group, which waits for a day, but notices a dead process.
+    `launch` is what the starts of a process by the same torchrun have in common, and no other.
     """
 
     rank: int
     size: int
     device: torch.device
     patient: dist.ProcessGroup | None = None
+    launch: str | None = None
 
     def sum(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """Add the tensor over all ranks, in place; LostRank if they do not all come to it."""
@@ -137,10 +133,16 @@ class Ranks:
             try:
                 dist.all_reduce(tensor, group=group)
             except RuntimeError as error:
+                if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                    raise  # this rank's own defect
                 reason = re.sub(r"^\[\S+\] |\. .*", "", str(error).strip().splitlines()[0])
                 raise LostRank(f"another rank has died (see its own message), or has not answered "
                                f"within --timeout: {reason}") from None
         return tensor
+
+    def from_first(self, number: int) -> int:
+        """Rank 0's number, on all ranks."""
+        return int(self.sum(torch.tensor(number * (self.rank == 0)), self.patient))
 
     @contextmanager
     def together(self):
@@ -186,26 +188,32 @@ def start_ranks(
     if place.type == "cuda":
         place = torch.device("cuda", local if place.index is None else place.index)
         torch.cuda.set_device(place)
-    if size == 1:
-        return Ranks(rank, size, place)
+    patient, launch, by_torchrun = None, None, "TORCHELASTIC_RUN_ID" in os.environ
     backend, wait = "nccl" if place.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group(backend, store=meet(rank, size, wait), rank=rank, world_size=size,
-                                timeout=wait)
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        if size > 1 or by_torchrun:
+            store, *_ = next(dist.rendezvous("env://", rank, size, timeout=wait))
+        if by_torchrun:  # its store lives as long as it does: the first name stays
+            launch = store.compare_set("launch", "", uuid.uuid4().hex).decode()
+        if size > 1:
+            dist.init_process_group(backend, store=meet(store, rank, size, wait), rank=rank,
+                                    world_size=size, timeout=wait)
+            patient = dist.new_group(backend="gloo", timeout=wait)  # to connect
+            dist.distributed_c10d._set_pg_timeout(timedelta(days=1), patient)
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, but {error}; start with torchrun")
     except RuntimeError as error:
         raise LostRank(f"the ranks did not find each other within --timeout ({error})") from None
-    return Ranks(rank, size, place, patient)
+    return Ranks(rank, size, place, patient, launch)
 
 
-def meet(rank: int, size: int, wait: timedelta) -> dist.Store:
+def meet(store: dist.Store, rank: int, size: int, wait: timedelta) -> dist.Store:
     """torchrun's store, under a prefix that only the processes of this start have.
 
     When torchrun starts crashed workers again its store still has the addresses of the dead, and
     who reads one waits for ever. So rank 0 calls out a new name, the others answer it with names of
     their own, and an old call is known by the guests it was answered by.
     """
-    store, *_ = next(dist.rendezvous("env://", rank, size, timeout=wait))
     own, deadline = uuid.uuid4().hex, time.monotonic() + wait.total_seconds()
     if rank == 0:
         store.set("call", own)
@@ -221,10 +229,14 @@ def meet(rank: int, size: int, wait: timedelta) -> dist.Store:
     raise RuntimeError("rank 0 did not call")
 
 
-def leave_ranks(ranks: Ranks | None):
-    """End the process groups, so that none of their threads is left when the interpreter ends."""
-    if ranks is not None and ranks.patient is not None:
+def leave_ranks(ranks: Ranks | None, clean: bool = True):
+    """End the process groups, so that none of their threads is left when the interpreter ends.
+
+    clean: all ranks leave. One that leaves alone does not end NCCL, which would wait for the rest.
+    """
+    if ranks is not None:
         ranks.patient = None
+    if dist.is_initialized() and (clean or dist.get_backend() == "gloo"):
         dist.destroy_process_group()
 
 
@@ -296,12 +308,15 @@ def global_batch(seed: int, step: int, batch: int, n: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 
 
+LOCK = ".lock"  # hidden, as what is written aside: such names do not make a folder a run's
+
+
 @contextmanager
 def open_run(config, free: tuple[str, ...], ranks: Ranks):
     """Make the folder config.out, or take up the run in it; it is this job's until the block ends.
 
-    Yields whether the run goes on (on rank 0): with --resume, or because torchrun has started a
-    crashed worker of this very run again (--max-restarts). Raises UserError if the folder has
+    Yields whether the run goes on (on rank 0): with --resume, or because torchrun has started the
+    crashed workers of this very run again (--max-restarts). Raises UserError if the folder has
     something else in it, if it cannot be written, if another process writes to it, or if a resumed
     configuration differs in fields other than `free`.
     """
@@ -309,30 +324,28 @@ def open_run(config, free: tuple[str, ...], ranks: Ranks):
     with ranks.together():
         if ranks.rank == 0:
             try:
-                going_on = goes_on(config, free)
+                going_on = goes_on(config, free, ranks.launch)
                 out.mkdir(parents=True, exist_ok=True)
-                (out / ".writable").write_text("")
-                (out / ".writable").unlink()
+                lock = lock_folder(out)
             except OSError as error:
                 raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out")
-            lock = lock_folder(out)
     try:
         yield going_on
     finally:
         if lock is not None:
+            with suppress(OSError):
+                (out / LOCK).unlink()
             os.close(lock)
 
 
-def goes_on(config, free: tuple[str, ...]) -> bool:
+def goes_on(config, free: tuple[str, ...], launch: str | None) -> bool:
     """Whether the folder config.out has a run to go on with; see open_run."""
     out = Path(config.out)
     saved = out / "config.json"
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if config.resume and not saved.is_file():
         raise UserError(f"{saved}: missing, nothing to resume; leave --resume out")
-    if config.resume or restarted and saved.is_file() and (
-        read_json(out / "environment.json").get("torchrun") == launch_id()
-    ):
+    restarted = launch is not None and read_environment(out).get("launch") == launch
+    if config.resume or restarted and saved.is_file():
         before, now = read_json(saved), asdict(config)
         changed = [f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in now
                    if key not in free and before.get(key) != now[key]]
@@ -347,25 +360,20 @@ def goes_on(config, free: tuple[str, ...]) -> bool:
     return False
 
 
-def launch_id() -> str | None:
-    """What a torchrun and its restarts have in common with each other only; None without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"none {socket.gethostname()} {os.getppid()}" if name == "none" else name
-
-
-def lock_folder(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int:
     """An open descriptor that keeps other processes from locking the folder; UserError if taken."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
+            raise BlockingIOError  # it was removed, and another one may be locked
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(f"{folder}: another process writes to it; end that one (also what a killed "
                         f"torchrun may have left behind), or name another --out")
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        print(f"note: {folder} cannot be locked ({error.strerror}): see to it that no other job "
+              f"writes there", flush=True)
     return descriptor
 
 
@@ -397,7 +405,8 @@ def start_run(
     """The step to start from and the run's checkpoints, the newest of them put in place.
 
     `run` has the sha256 of the frozen `base` and of the `texts` that the run depends on. Rank 0
-    decides, and writes config.json and environment.json. Raises UserError if a rank has other data.
+    decides, and writes config.json and environment.json. Raises UserError if a rank has read other
+    files than rank 0.
     """
     out, about = Path(config.out), environment(encoder.llama.head.dtype, ranks)
     saved = Checkpoints(config, trained_of(encoder), optimizer, run)
@@ -405,30 +414,38 @@ def start_run(
     with ranks.together():
         if going_on:
             start = saved.newest_step()
-            note_changes(out / "environment.json", about)
+            note_changes(read_environment(out), about)
             for name in ("encoder", "best"):
                 finish_renaming(out / name)
-    mine = torch.tensor([start, int(run["texts"][:12], 16)])
-    theirs = ranks.sum(mine * (ranks.rank == 0), ranks.patient)
+    start = ranks.from_first(start)
     with ranks.together():
-        if mine[1] != theirs[1]:
-            raise UserError(f"rank {ranks.rank} has the texts {run['texts'][:12]}..., rank 0 has "
-                            f"others; do all machines see the same data?")
-        start = int(theirs[0])
-        if start:
-            saved.load(start)
-    if ranks.rank == 0:
-        about["torchrun"] = launch_id()
-        write_file(out / "environment.json", json.dumps(about) + "\n")
-        write_file(out / "config.json", json.dumps(settings_of(config), indent=2) + "\n")
+        state = saved.load(start) if start else {}
+    files = hashlib.sha256(json.dumps([run, state], sort_keys=True).encode())
+    mine = int(files.hexdigest()[:12], 16)
+    same = mine == ranks.from_first(mine)
+    with ranks.together():
+        if not same:
+            raise UserError(f"rank {ranks.rank} has read another base, other data or another "
+                            f"checkpoint than rank 0; do all machines see the same files?")
+        if ranks.rank == 0:
+            about["launch"] = ranks.launch
+            write_file(out / "environment.json", json.dumps(about) + "\n")
+            write_file(out / "config.json", json.dumps(settings_of(config), indent=2) + "\n")
     return start, saved
 
 
-def note_changes(path: Path, now: dict):
+def read_environment(out: Path) -> dict:
+    """The environment in which the run in this folder was last, empty if there is none."""
+    try:
+        return read_json(out / "environment.json")
+    except UserError:  # it serves notes and restarts only
+        return {}
+
+
+def note_changes(before: dict, now: dict):
     """Print what differs from the environment in which the run was before."""
-    before = read_json(path) if path.is_file() else now
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now
-               if before.get(key) != now[key]]
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now
+               if key in before and before[key] != now[key]]
     if changed:
         print(f"note: {', '.join(changed)}: the same samples in the same steps, other bits than "
               f"without the interruption", flush=True)
@@ -458,7 +475,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        return sorted(self.folder.glob("step-" + 7 * "[0-9]"))
 
     def late(self) -> bool:
         """Whether the last checkpoint is --save-minutes old."""
@@ -467,8 +484,9 @@ class Checkpoints:
     def save(self, step: int):
         """Write the checkpoint after so many steps and remove all but it and the one before."""
         place = self.place(step)
+        for log in self.folder.parent.glob("*.jsonl"):  # they have all steps of the checkpoint
+            sync(log)
         with write_folder(place) as folder:
-            sync(self.folder.parent / "metrics.jsonl")  # has all steps of the checkpoint
             save_file({k: p.detach().cpu().contiguous() for k, p in self.trained.items()},
                       folder / "weights.safetensors")
             moments = {f"{name}/{key}": value.cpu().contiguous()
@@ -477,9 +495,9 @@ class Checkpoints:
             save_file(moments, folder / "optimizer.safetensors")
             seal(folder, {"step": step, **self.run})
         before = [old for old in self.all() if old < place]
-        for other in self.all():
+        for other in [*self.all(), *self.folder.glob(".step-*.writing")]:
             if other not in (place, *before[-1:]):  # also a damaged one of a later step
-                shutil.rmtree(other)
+                shutil.rmtree(other, ignore_errors=True)
         self.clock = time.monotonic()
 
     def newest_step(self) -> int:
@@ -507,21 +525,20 @@ class Checkpoints:
         return 0
 
     @torch.no_grad()
-    def load(self, step: int):
-        """Put the weights and moments of the checkpoint after so many steps in place."""
+    def load(self, step: int) -> dict:
+        """Put the checkpoint after so many steps in place; returns its state."""
         folder = self.place(step)
-        try:
-            weights = load_file(folder / "weights.safetensors")
-            moments = load_file(folder / "optimizer.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: not readable on every rank ({error}); do all machines see "
-                            f"the same --out?")
+        state = unseal(folder)
+        weights = load_file(folder / "weights.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
         for name, p in self.trained.items():
             p.copy_(weights[name])
-            state = {key.rpartition("/")[2]: value for key, value in moments.items()
-                     if key.rpartition("/")[0] == name}
-            if state:
-                self.optimizer.state[p] = {key: value.to(p.device) for key, value in state.items()}
+            own = {key.rpartition("/")[2]: value for key, value in moments.items()
+                   if key.rpartition("/")[0] == name}
+            if own:  # copied, so that the file is no longer needed
+                self.optimizer.state[p] = {key: value.to(p.device, copy=True)
+                                           for key, value in own.items()}
+        return state
 
 
 def seal(folder: Path, about: dict):
@@ -618,11 +635,11 @@ def run_stage(config, check, free: tuple[str, ...], train, report) -> int:
         ranks = start_ranks(config.device, config.threads, config.timeout, config.deterministic)
         with open_run(config, free, ranks) as going_on:
             stopped = train(config, ranks, going_on)
+        leave_ranks(ranks)
         if stopped and ranks.rank == 0:
             print(f"\nstopped by signal {stopped}, saved; go on with the same command and --resume",
                   flush=True)
         if ranks.rank == 0 and not stopped:
-            leave_ranks(ranks)
             report(config, ranks)
         return 128 + stopped if stopped else 0
     except (UserError, LostRank) as error:
@@ -633,4 +650,4 @@ def run_stage(config, check, free: tuple[str, ...], train, report) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
-        leave_ranks(ranks)
+        leave_ranks(ranks, clean=False)

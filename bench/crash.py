@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 
 PHASES = ["start", "between", "forward", "backward", "save", "rename", "end"]
 AIMS = ["forward", "backward", "save", "rename", "any time"]
-STRETCH = 0.02  # seconds that a phase lasts at least
 NOTE = struct.Struct("=qqq")  # process id, step, phase
 SIZE = 2  # processes
 
@@ -60,7 +59,7 @@ class Note:
         self.memory[:] = NOTE.pack(process, step, PHASES.index(phase))
 
 
-def work(note: Note, argv: list[str]) -> int:
+def work(note: Note, stretch: float, argv: list[str]) -> int:
     """Stage 1 from its command line, with notes about its phases."""
     note.write(os.getpid(), -1, "start")
     import torch
@@ -74,11 +73,11 @@ def work(note: Note, argv: list[str]) -> int:
         def stretched(*inputs, **options):
             process, step, before = note.read()
             note.write(process, step, name)
-            time.sleep(STRETCH / 2)
+            time.sleep(stretch / 2)
             try:
                 return function(*inputs, **options)
             finally:
-                time.sleep(STRETCH / 2)
+                time.sleep(stretch / 2)
                 note.write(process, step, before)
 
         return stretched
@@ -106,8 +105,8 @@ def work(note: Note, argv: list[str]) -> int:
 class Job:
     """A torchrun with its two processes."""
 
-    def __init__(self, out: Path, notes: list[Path], settings: list[str]):
-        self.out, self.paths, self.settings = out, notes, settings
+    def __init__(self, out: Path, notes: list[Path], stretch: float, settings: list[str]):
+        self.out, self.paths, self.stretch, self.settings = out, notes, stretch, settings
         self.starts = 0
         self.start()
 
@@ -117,7 +116,8 @@ class Job:
         resume = ["--resume"] if (self.out / "config.json").is_file() else []
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    "--nproc-per-node", SIZE, "--max-restarts", 1000, "--monitor-interval", 0.1,
-                   __file__, "--work", self.paths[0].parent, "--", *self.settings, *resume]
+                   __file__, "--work", self.paths[0].parent, "--stretch", self.stretch, "--",
+                   *self.settings, *resume]
         with open(f"{self.out}.log", "a") as log:
             self.torchrun = subprocess.Popen(
                 list(map(str, command)), cwd=ROOT, stdout=log, stderr=log,
@@ -138,7 +138,7 @@ class Job:
         while not self.ended():
             found, step, phase = self.notes[rank].read()
             if found and alive(found):
-                if aim == "any time" and time.monotonic() - begun > 300 * delay:
+                if aim == "any time" and time.monotonic() - begun > 6 * delay / self.stretch:
                     return True
                 first = step if first is None and step >= 0 else first
                 if first is not None and step >= first + steps and phase == aim:
@@ -225,14 +225,15 @@ def compare_crashed(args: argparse.Namespace) -> dict:
     names = ("whole", "crashed")
     jobs = [[*settings, "--out", out / name] for name in names]
     notes = [out / f"note-{rank}" for rank in range(SIZE)]
-    job, began = Job(out / "whole", notes, jobs[0]), time.monotonic()
+    job, began = Job(out / "whole", notes, args.stretch, jobs[0]), time.monotonic()
     while not job.ended():
         time.sleep(0.1)
     print(f"{steps} steps on {SIZE} processes, undisturbed: {time.monotonic() - began:.0f} s\n"
           f"seed {args.seed}; {'kill':>4}  {'whom':<6}  {'aimed at':<10}  {'hit':<10}  step",
           flush=True)
 
-    job, began, hits, kills = Job(out / "crashed", notes, jobs[1]), time.monotonic(), Counter(), []
+    job, began = Job(out / "crashed", notes, args.stretch, jobs[1]), time.monotonic()
+    hits, kills = Counter(), []
     while not job.ended():
         if len(kills) == args.kills:
             time.sleep(0.1)
@@ -240,7 +241,8 @@ def compare_crashed(args: argparse.Namespace) -> dict:
         aim = AIMS[len(kills) % len(AIMS)]
         whom = draw.choice(["rank", "job"])
         rank = 0 if aim in ("save", "rename") else draw.randrange(SIZE)
-        moment = (aim, rank, draw.randrange(args.steps_per_kill), draw.uniform(0, STRETCH))
+        moment = (aim, rank, draw.randrange(args.steps_per_kill),
+                  draw.uniform(0, 0.75 * args.stretch))
         if not job.wait_for_moment(*moment):
             break
         step = job.notes[rank].read()[1]
@@ -275,13 +277,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--kills", type=int, default=36, help="SIGKILLs")
     parser.add_argument("--steps-per-kill", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--stretch", type=float, default=0.02, help="least seconds of a phase")
     parser.add_argument("--out", default="runs/crash", help="folder for both runs; must be new")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.work:
         note = Note(Path(args.work) / f"note-{os.environ['RANK']}")
-        sys.exit(work(note, args.settings))
+        sys.exit(work(note, args.stretch, args.settings))
     compare_crashed(args)
 
 

@@ -41,7 +41,7 @@ def faulty(stage, kind: str, rank: int, at: int):
         if here and kind in ("SIGTERM", "SIGINT"):
             signal.raise_signal(getattr(signal, kind))
         if here and kind == "hang":
-            time.sleep(5)
+            time.sleep(7)
         if here and kind == "loss":
             with torch.no_grad():
                 trained[-1].fill_(float("nan"))
@@ -58,7 +58,7 @@ save = training.Checkpoints.save
 
 def slow_save(checkpoints, step: int):
     """A save that takes rank 0 longer than the others' timeout."""
-    time.sleep(5)
+    time.sleep(7)
     save(checkpoints, step)
 
 

@@ -7,9 +7,9 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ import pretrain_ctkd
 import training
 from data import UserError
 from model import finish_renaming, write_folder
-from training import Metrics, Ranks, launch_id, open_run, seal, unseal
+from training import Metrics, Ranks, open_run, seal, unseal
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 STAGES = {"ctkd": pretrain_ctkd, "ucl": contrastive, "scl": contrastive}
@@ -78,15 +78,25 @@ def pair(argv):
 
     def job(stage: str, out: Path, *flags, fault=None) -> list[SimpleNamespace]:
         words = {"stage": stage, "argv": argv(stage, out, *flags), "fault": fault}
+        timer = threading.Timer(120, end_all, [processes])
+        timer.start()
         for process in processes:
             process.stdin.write(json.dumps(words) + "\n")
             process.stdin.flush()
-        return [SimpleNamespace(**json.loads(process.stdout.readline())) for process in processes]
+        answers = [process.stdout.readline() for process in processes]
+        timer.cancel()
+        return [SimpleNamespace(**json.loads(answer)) for answer in answers]
 
     yield job
     for process in processes:
         process.stdin.close()
         assert process.wait(60) == 0
+
+
+def end_all(processes: list[subprocess.Popen]):
+    """What hangs shall fail, not stall."""
+    for process in processes:
+        process.kill()
 
 
 def codes(results) -> list[int]:
@@ -317,8 +327,7 @@ def refused_resumable(run, tmp_path, capsys, code: int, *fragments):
     assert all(fragment in message for fragment in fragments), message
     out = tmp_path / "run"
     assert unseal(out / "checkpoints/step-0000004")["step"] == 4
-    hidden = [p for p in out.rglob(".*") if p.name != ".writable"]
-    assert hidden == [] and not (out / "encoder").exists()
+    assert list(out.rglob(".*")) == [] and not (out / "encoder").exists()
     assert run("run", "--steps", 9, "--save-every", 4, "--resume") == 0
     assert run("whole", "--steps", 9, "--save-every", 4) == 0
     assert_same_run(out, tmp_path / "whole", 9)
@@ -438,10 +447,10 @@ def test_what_is_not_finite_on_one_rank_stops_both_before_the_update(kind, stage
         assert line.startswith("error on rank 1: step 3: " if rank else "error: step 3: ")
         assert "not finite; nothing was updated" in line and str(out / "checkpoints") in line
     named = line.split("): " if stage == "ctkd" else "(from 0): ")[1].split(". Lower")[0]
-    assert len(named.split(", ")) == (6 if kind == "gradient" else 3 if stage == "ctkd" else
-                                      len(named.split(", ")))
-    if kind == "loss" and stage == "scl":  # some rows have a text that rank 1 has embedded
+    if stage == "scl":
         assert all(name.startswith("triples.jsonl ") for name in named.split(", "))
+    if kind == "gradient" or stage == "ctkd":  # in scl each row may have a text that rank 1 reads
+        assert len(named.split(", ")) == (6 if kind == "gradient" else 3)
     assert checkpoints(out) == ["step-0000002"] and not (out / "encoder").exists()
     assert [row["step"] for row in metrics(out)] == [0, 1, 2]
     assert codes(pair(stage, out, *flags, "--resume")) == [0, 0]  # the fault does not come again
@@ -473,14 +482,14 @@ def test_a_signal_to_one_rank_stops_both_after_the_step(stage, kind, code, pair,
 
 
 def test_a_silent_rank_is_given_up_after_the_timeout(pair, tmp_path):
-    results = pair("ctkd", tmp_path / "run", "--steps", 6, "--timeout", 0.03,
+    results = pair("ctkd", tmp_path / "run", "--steps", 6, "--timeout", 0.05,
                    fault=("hang", 1, 2))
     assert codes(results) == [1, 1]
-    assert "has not answered within --timeout" in results[0].err.splitlines()[-1]
+    assert "within --timeout: Timed out" in results[0].err.splitlines()[-1]
 
 
 def test_the_others_wait_for_rank_0_to_save_longer_than_the_timeout(pair, tmp_path):
-    results = pair("ctkd", tmp_path / "run", "--steps", 2, "--timeout", 0.03,
+    results = pair("ctkd", tmp_path / "run", "--steps", 2, "--timeout", 0.05,
                    fault=("slow save", 0, 0))
     assert codes(results) == [0, 0]
 
@@ -501,13 +510,14 @@ def test_an_incomplete_batch_is_dropped_on_every_rank(pair, run, tmp_path):
 def test_killed_at_drawn_moments_a_run_ends_with_the_undisturbed_bits(tmp_path):
     """bench/crash.py, short: one SIGKILL in each phase, to a rank or to the whole job."""
     done = subprocess.run(
-        [sys.executable, ROOT / "bench/crash.py", "--kills", "4", "--steps-per-kill", "4",
-         "--out", tmp_path / "crash"], capture_output=True, text=True, timeout=250)
+        [sys.executable, ROOT / "bench/crash.py", "--kills", "4", "--steps-per-kill", "3",
+         "--stretch", "0.1", "--seed", "2", "--out", tmp_path / "crash"],
+        capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "crash/crash.json").read_text())
-    assert result["hits"] == {"forward": 1, "backward": 1, "save": 1, "rename": 1}
-    assert {kill["whom"] for kill in result["kills"]} >= {"job"}
-    assert result["differences"] == [] and len(losses(tmp_path / "crash/crashed")) == 16
+    assert result["hits"].keys() >= {"forward", "backward", "save", "rename"}
+    assert {"job", "rank 0"} <= {kill["whom"] for kill in result["kills"]}
+    assert result["differences"] == [] and len(losses(tmp_path / "crash/crashed")) == 12
 
 
 def test_torchrun_tells_the_traceback_of_the_rank_that_died(argv, tmp_path):
@@ -529,11 +539,17 @@ def test_torchrun_tells_the_traceback_of_the_rank_that_died(argv, tmp_path):
 
 @pytest.fixture
 def torchrun(monkeypatch):
-    """torchrun(count, name): the environment of a worker that it has restarted so many times."""
+    """torchrun(): the environment of the workers of a new torchrun, which keeps its store."""
+    stores = []
 
-    def environment(count: int, name="4a1c"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    def environment():
+        stores.append(torch.distributed.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        for name, value in {
+            "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0",
+            "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port),
+        }.items():
+            monkeypatch.setenv(name, value)
 
     return environment
 
@@ -554,17 +570,15 @@ def fails_in(step: int):
     return batch_gradient
 
 
-@pytest.mark.parametrize("name", ["4a1c", "none"])
-def test_a_worker_that_torchrun_starts_again_goes_on(name, run, torchrun, tmp_path, monkeypatch):
+def test_a_worker_that_torchrun_starts_again_goes_on(run, torchrun, tmp_path, monkeypatch):
     """Its command is the first one's, without --resume."""
     flags = ["--steps", 6, "--save-every", 2]
     assert run("whole", *flags) == 0
-    torchrun(0, name)
+    torchrun()
     with monkeypatch.context() as patch, pytest.raises(Injected):
         patch.setattr(pretrain_ctkd, "batch_gradient", fails_in(3))
         run("run", *flags)
     assert len(losses(tmp_path / "run")) == 3 and checkpoints(tmp_path / "run") == ["step-0000002"]
-    torchrun(1, name)
     assert run("run", *flags) == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole", 6)
 
@@ -574,12 +588,11 @@ def test_a_worker_that_died_early_starts_again(moment, run, torchrun, tmp_path, 
     def dies(*_):
         raise Injected
 
-    torchrun(0)
+    torchrun()
     with monkeypatch.context() as patch, pytest.raises(Injected):
         patch.setattr(pretrain_ctkd, moment, dies)
         run("run", "--steps", 2)
     (tmp_path / "run/.config.json.writing").write_text("{")
-    torchrun(1)
     assert run("run", "--steps", 2) == 0 and len(losses(tmp_path / "run")) == 2
 
 
@@ -591,26 +604,21 @@ def test_a_worker_that_died_between_two_files_starts_again(run, torchrun, tmp_pa
             raise Injected
         write(path, text)
 
-    torchrun(0)
+    torchrun()
     with monkeypatch.context() as patch, pytest.raises(Injected):
         patch.setattr(training, "write_file", dies)
         run("run", "--steps", 2)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["environment.json"]
-    torchrun(1)
     assert run("run", "--steps", 2) == 0 and len(losses(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("name", ["4a1c", "none"])
-def test_a_restart_does_not_take_up_the_run_of_another_job(
-    name, run, torchrun, tmp_path, monkeypatch, capsys
-):
-    torchrun(0, name)
+def test_a_restart_does_not_take_up_the_run_of_another_job(run, torchrun, tmp_path, capsys):
+    torchrun()
     with signal_after(1, signal.SIGTERM):
         assert run("run", "--steps", 6) == 143
     before = files(tmp_path)
-    for count in (0, 1, 2):
-        torchrun(count, "another" if name == "4a1c" else name)
-        monkeypatch.setattr(os, "getppid", lambda: 1)
+    torchrun()
+    for _ in range(3):
         capsys.readouterr()
         assert run("run", "--steps", 6) == 2
         assert "exists and is not an empty folder" in capsys.readouterr().err
@@ -625,16 +633,50 @@ def test_one_process_at_a_time_writes_to_a_run(tmp_path):
         with pytest.raises(UserError, match="another process writes to it"):
             with open_run(config, (), ALONE):
                 raise AssertionError
-        assert list((tmp_path / "run").iterdir()) == []
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
     with open_run(config, (), ALONE) as going_on:
         assert not going_on
 
 
-def test_without_torchrun_there_is_no_launch(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert launch_id() is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert launch_id() == f"none {socket.gethostname()} {os.getppid()}"
+def test_a_damaged_environment_does_not_stop_a_resume(run, tmp_path):
+    with signal_after(1, signal.SIGTERM):
+        assert run("run", "--steps", 3) == 143
+    (tmp_path / "run/environment.json").write_text("{")
+    assert run("run", "--steps", 3, "--resume") == 0
+
+
+def test_ranks_without_an_address_are_told(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert run("run", "--steps", 3) == 2
+    assert "MASTER_ADDR expected, but not set" in capsys.readouterr().err
+
+
+def test_only_our_checkpoints_are_removed(run, tmp_path):
+    """What a killed save has left goes, what somebody has put there stays."""
+    folder = tmp_path / "run/checkpoints"
+    (folder / ".step-0000003.writing").mkdir(parents=True)
+    (folder / "step-0000001-keep").mkdir()
+    (folder / "step-0000001.tar").write_text("")
+    folder.parent.rename(tmp_path / "other")
+    handle = after(1, lambda: (tmp_path / "other/checkpoints").rename(folder))
+    assert run("run", "--steps", 5, "--save-every", 2) == 0
+    handle.remove()
+    assert checkpoints(tmp_path / "run") == [
+        "step-0000001-keep", "step-0000001.tar", "step-0000004", "step-0000005"]
+
+
+def test_scores_that_a_crash_has_prevented_are_made_up_for(run, tmp_path, monkeypatch):
+    """Saving comes before scoring: a signal shall not wait for an evaluation."""
+    flags = ["--steps", 4, "--eval-tasks", "demo-sts", "--eval-every", 2, "--save-every", 2]
+    assert run("whole", *flags, stage="ucl") == 0
+    with signal_after(1, signal.SIGTERM):
+        assert run("run", *flags, stage="ucl") == 143
+    rows = (tmp_path / "run/scores.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0]
+    assert run("run", *flags, "--resume", stage="ucl") == 0
+    for name in ("scores.jsonl", "best/ucl/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(run, tmp_path, monkeypatch, capsys):
