@@ -442,7 +442,8 @@ def score_and_keep(encoder: Encoder, config: Config, done: int, score_log: Metri
     found = score(encoder, config, ranks)
     with ranks.together():
         if score_log is not None:
-            best = max((row["mean"] for row in score_log.rows if row["step"]), default=-np.inf)
+            before = [row.get("mean", -np.inf) for row in score_log.rows if row["step"]]
+            best = max(before, default=-np.inf)
             if done and found["mean"] > best:
                 save_encoder(encoder, Path(config.out) / "best", earlier)
             score_log.write(step=done, **found)

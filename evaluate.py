@@ -34,7 +34,7 @@ from data.results import GROUPS, PAPER, PUBLISHED, compare, summary
 from data.results import finished, label_of, result_of, write_result
 from data.tasks import LAYOUT, TASKS, folder_task, read_task, task_place
 from model import PLAIN, Encoder, encoder_of, find_model, is_encoder, load_encoder, plain_encoder
-from training import LostRank, Ranks, leave_ranks, start_ranks
+from training import LostRank, Ranks, leave_ranks, show_all, start_ranks
 
 DATA = Path(__file__).parent / "data"
 METHODS = json.loads((DATA / "prompts.json").read_text())  # training-free: prompts and pooling
@@ -533,7 +533,7 @@ def paper_row(encoder: Encoder, method: str) -> str | None:
     """The row of data/published.json that an encoder or a method corresponds to."""
     if not encoder.history:
         return METHODS[method]["paper"]
-    objective = encoder.history[0].get("objective")
+    objective = str(encoder.history[0].get("objective"))
     row = "LLM2Comp " + {"ctkd": "KL", "nll": "NLL", "rc": "RC"}.get(objective, "")
     stages = tuple(entry["stage"] for entry in encoder.history)
     recipes = {("ctkd",): "", ("ctkd", "ucl"): " + UCL", ("ctkd", "ucl", "scl"): " + SCL"}
@@ -686,8 +686,10 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 after a UserError."""
+    """The command line; returns the exit code: 0, 2 after a UserError, or a file or folder that
+    cannot be used, 1 if another rank was lost."""
     args, ranks = parse_arguments(argv), None
+    show_all()
     try:
         if args.list:
             list_tasks()
@@ -697,9 +699,9 @@ def main(argv: list[str] | None = None) -> int:
             tasks = chosen_tasks(args)
             ranks = start_ranks(args.device, args.threads, args.timeout)
             return run(args, tasks, ranks)
-    except (UserError, LostRank) as error:
+    except (UserError, LostRank, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 1 if isinstance(error, LostRank) else 2
     finally:
         leave_ranks(ranks)
     return 0

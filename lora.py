@@ -126,8 +126,14 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         )
         if config.r < 1:
             raise ValueError(f"r is {config.r}")
+        if not 0 <= config.dropout < 1 or not abs(config.alpha) < 1e38:
+            raise ValueError(f"lora_dropout is {config.dropout}, lora_alpha {config.alpha}")
         tensors = load_file(weights_file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        for name, tensor in tensors.items():
+            if config.r not in tensor.shape or not tensor.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, r {config.r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+            RecursionError, SafetensorError) as error:
         raise UserError(f"{folder}: no readable LoRA adapter in adapter_config.json and "
                         f"adapter_model.safetensors ({error!r}); write it anew")
     unsupported = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")

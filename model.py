@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 
@@ -93,24 +93,26 @@ def read_config(path: Path) -> LlamaConfig:
         if raw.get(key):
             refuse(key, "a model without it")
 
-    def number(key, default=None):
+    def number(key, default=None, most=2**24):
         """The whole number above zero under `key`, or its default."""
         value = raw.get(key) if raw.get(key) is not None else default
         if value is None:
             raise UserError(f"{path}: the key {key} is missing; copy it from the model's page")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{path}: {key}={value!r} must be a whole number above zero")
+        if value > most:  # it would only fail later, or take for ever
+            raise UserError(f"{path}: {key}={value!r} must be at most {most}")
         return value
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
     bos, eps = raw.get("bos_token_id"), raw.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, float | int) or eps < 0:
-        raise UserError(f"{path}: rms_norm_eps={eps!r} must be a number, zero or above")
+    if not isinstance(eps, float | int) or not 0 <= eps < 1:
+        raise UserError(f"{path}: rms_norm_eps={eps!r} must be a number, zero or above, below 1")
     config = LlamaConfig(
         vocab_size=number("vocab_size"),
         hidden_size=hidden,
         intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"),
+        num_hidden_layers=number("num_hidden_layers", most=1000),
         num_attention_heads=heads,
         num_key_value_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", hidden // heads),
@@ -123,6 +125,9 @@ def read_config(path: Path) -> LlamaConfig:
         raise UserError(f"{path}: num_attention_heads={heads} must be a multiple of "
                         f"num_key_value_heads={config.num_key_value_heads}, and head_dim="
                         f"{config.head_dim} even")
+    if heads * config.head_dim > 2**24:
+        raise UserError(f"{path}: num_attention_heads={heads} times head_dim={config.head_dim} "
+                        f"must be at most {2**24}")
     return config
 
 
@@ -146,7 +151,7 @@ def read_rope(raw: dict, path: Path) -> dict:
     for key in ROPE_KEYS[kind]:
         rope[key] = given.get(key, raw.get("max_position_embeddings") if "max" in key else None)
     for key, value in rope.items():
-        if key != "rope_type" and (not isinstance(value, int | float) or value <= 0):
+        if key != "rope_type" and not (isinstance(value, int | float) and 0 < value < 1e30):
             raise UserError(f"{path}: rope setting {key}={value!r} must be a number above zero")
     return rope
 
@@ -401,7 +406,11 @@ def load_llama(
                     if shape != tuple(slots[key].shape):
                         raise UserError(f"{path}: {key} has the shape {shape}, config.json says "
                                         f"{tuple(slots[key].shape)}")
-                    seen[key] = file.get_tensor(key).to(device=device, dtype=dtype)
+                    tensor = file.get_tensor(key)
+                    if not tensor.is_floating_point():
+                        raise UserError(f"{path}: {key} is {tensor.dtype}; only floating-point "
+                                        f"weights are read")
+                    seen[key] = tensor.to(device=device, dtype=dtype)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or cut off ({error}); fetch it again")
     if missing := sorted(slots.keys() - seen.keys()):
@@ -433,6 +442,14 @@ POOLINGS = ("memory", "last", "mean", "weighted-mean", "echo")
 INSTRUCTED = "{instruction}:{text}\n"  # the one template with instructions (paper, official code)
 
 
+def check_text(text: str, name: str):
+    """UserError for what no tokenizer takes: half a surrogate pair, or bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} {text!r}: not a text in UTF-8 ({error.reason}); write it anew")
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """How texts become embeddings; stored with the encoder, so that no flag contradicts training.
@@ -453,6 +470,9 @@ class EncoderConfig:
     document_template: str = ""
 
     def __post_init__(self):
+        for one in fields(self):
+            if type(value := getattr(self, one.name)) is not one.type:
+                raise TypeError(f"{one.name}={value!r}: {one.type.__name__} expected")
         if self.pooling not in POOLINGS:
             raise UserError(f"pooling={self.pooling!r}: unknown; one of {', '.join(POOLINGS)}")
         if self.attention not in ("bidirectional", "causal"):
@@ -464,6 +484,7 @@ class EncoderConfig:
         for template in (self.template, self.document_template or "{text}"):
             if "{text}" not in template:
                 raise UserError(f"template={template!r}: must contain {{text}}")
+            check_text(template, "template")
         if self.max_tokens < self.num_memory_tokens + 2:
             raise UserError(f"max_tokens={self.max_tokens} leaves no room for a text beside BOS "
                             f"and {self.num_memory_tokens} memory tokens")
@@ -565,6 +586,7 @@ class Encoder(nn.Module):
         if document and self.config.document_template:
             return self.config.document_template
         template = self.config.template
+        check_text(instruction, "instruction")
         if not instruction:
             return "{text}" if "{instruction}" in template else template
         if template == "{text}":
@@ -757,8 +779,13 @@ def load_encoder(
         recorded = {key: about["base"][key] for key in ("name", "revision", "sha256")}
         stages = [str(stage["stage"]) for stage in about["history"]]
         source = base or recorded["name"]
+        if not stages or not all(isinstance(value, str) for key, value in recorded.items()
+                                 if key != "revision" or value is not None):
+            raise TypeError("base or history")
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'encoder.json'}: {error!r} is missing or odd; save it anew")
+    except UserError as error:
+        raise UserError(f"{folder / 'encoder.json'}: {error}")
     try:
         revision = None if base else recorded["revision"]
         encoder = plain_encoder(source, config, revision, dtype, device)
@@ -791,8 +818,9 @@ def load_embeddings(encoder: Encoder, path: Path):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: missing or damaged ({error}); save the encoder anew")
     for key, tensor in tensors.items():
-        if shapes.get(key) != tuple(tensor.shape):
-            raise UserError(f"{path}: {key} {tuple(tensor.shape)}, expected {shapes.get(key)}")
+        if shapes.get(key) != tuple(tensor.shape) or not tensor.is_floating_point():
+            raise UserError(f"{path}: {key} {tuple(tensor.shape)} of {tensor.dtype}, expected "
+                            f"{shapes.get(key)}, floating point; save the encoder anew")
     if "memory_tokens" not in tensors:
         raise UserError(f"{path}: memory_tokens is missing; save the encoder anew")
     device = encoder.table.device

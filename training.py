@@ -6,6 +6,7 @@ The loops themselves, with forward, backward, reduce, clip and step, stand in th
 import argparse
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -83,12 +84,12 @@ def check_numbers(config, least: dict[str, float], below_one: tuple[str, ...]):
         if not getattr(config, name) >= low:  # also true for nan
             raise UserError(f"{flag(name)} {getattr(config, name)}: must be at least {low}")
     for name, value in vars(config).items():
-        if isinstance(value, float) and not np.isfinite(value):
-            raise UserError(f"{flag(name)} {value}: must be finite")
+        if isinstance(value, float) and not abs(value) < 1e38:
+            raise UserError(f"{flag(name)} {value}: must be finite, and below 1e38")
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{flag(name)} {value}: must be below 2^63")
     if config.lr < config.min_lr:
         raise UserError(f"--lr {config.lr}: must be at least --min-lr {config.min_lr}; lower both")
-    if config.seed >= 2**63:
-        raise UserError(f"--seed {config.seed}: must be below 2^63")
     for name in ("warmup", "lora_dropout", *below_one):
         if getattr(config, name) >= 1:
             raise UserError(f"{flag(name)} {getattr(config, name)}: must be below 1")
@@ -183,13 +184,16 @@ def start_ranks(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(deterministic)
     place = find_device(device)
+    if threads > 1024:
+        raise UserError(f"--threads {threads}: must be at most 1024")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or max(1, cores // local_size))
     if place.type == "cuda":
         place = torch.device("cuda", local if place.index is None else place.index)
         torch.cuda.set_device(place)
     patient, launch, by_torchrun = None, None, "TORCHELASTIC_RUN_ID" in os.environ
-    backend, wait = "nccl" if place.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    wait = timedelta(minutes=min(timeout_minutes, 365 * 24 * 60))  # a year is for ever
     try:
         if size > 1 or by_torchrun:
             store, *_ = next(dist.rendezvous("env://", rank, size, timeout=wait))
@@ -581,7 +585,9 @@ class Metrics:
                 try:
                     row = json.loads(line)
                     early = row["step"] < first_step
-                except (ValueError, KeyError, TypeError):  # the line that a crash cut off
+                    if not all(isinstance(value, int | float) for value in row.values()):
+                        continue
+                except (ValueError, KeyError, TypeError, RecursionError):  # that a crash cut off
                     continue
                 if early:
                     self.rows.append(row)
@@ -621,13 +627,21 @@ def agree(signals: list[int], late: bool, ranks: Ranks) -> tuple[int, bool]:
     return max(int(number) * bool(n) for number, n in zip(STOPS, asked)), bool(late)
 
 
+def show_all():
+    """Let standard output escape what its encoding has no place for, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run_stage(config, check, free: tuple[str, ...], train, report) -> int:
     """A stage from its configuration to the exit code.
 
     check(config); train(config, ranks, going_on) -> the signal that ended it, or 0, on all ranks;
     report(config, ranks) on the first one after a complete run. Settings in `free` may change when
-    the run is resumed. Returns 0, 2 after a UserError, 1 if another rank was lost, 128 + a signal.
+    the run is resumed. Returns 0, 2 after a UserError, or a file or folder that cannot be used, 1
+    if another rank was lost, 128 + a signal.
     """
+    show_all()
     rank, ranks, checked = os.environ.get("RANK", "0"), None, False
     try:
         check(config)
@@ -642,10 +656,10 @@ def run_stage(config, check, free: tuple[str, ...], train, report) -> int:
         if ranks.rank == 0 and not stopped:
             report(config, ranks)
         return 128 + stopped if stopped else 0
-    except (UserError, LostRank) as error:
+    except (UserError, LostRank, OSError) as error:
         if checked or rank == "0":  # all ranks have the same settings, one complains
             print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 1 if isinstance(error, LostRank) else 2
     except KeyboardInterrupt:  # before the first step, or in the report
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT

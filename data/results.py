@@ -34,11 +34,19 @@ def read_result(path: Path) -> dict:
     """A file that `write_result` has written; UserError if it is something else or damaged."""
     try:
         result = json.loads(path.read_text())
-        float(result["scores"]["test"][0]["main_score"]), float(result["evaluation_time"])
-        types = {"task_name": str, "notes": list, "settings": dict}
-        if not all(isinstance(result[key], kind) for key, kind in types.items()):
-            raise ValueError(f"{', '.join(types)} of other types")
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        for value in (result["scores"]["test"][0]["main_score"], result["evaluation_time"]):
+            if not isinstance(value, int | float) or not abs(value) < 1e38:
+                raise ValueError(f"{str(value)[:50]!r} in place of a number")
+        settings = result["settings"]
+        for name, value, kind in (
+            ("task_name", result["task_name"], str), ("notes", result["notes"], list),
+            ("settings", settings, dict), ("base", settings.get("base") or {}, dict),
+            ("paper", settings.get("paper") or "", str),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is of another type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+            RecursionError) as error:
         raise UserError(f"{path}: damaged, or not a result of evaluate.py ({error!r}); remove it, "
                         f"or evaluate again with --force")
     return result

@@ -37,7 +37,18 @@ class Tokenizer:
         if largest >= vocab_size:
             raise UserError(f"{self.file}: token id {largest} is beyond the model's vocabulary of "
                             f"{vocab_size}; is it another model's tokenizer?")
-        self.bos = self._find_bos(bos_token_id)
+        try:
+            self.bos = self._find_bos(bos_token_id)
+        except BaseException as error:  # the library raises plain Exception, and panics
+            if isinstance(error, UserError) or not (
+                isinstance(error, Exception) or type(error).__name__ == "PanicException"
+            ):
+                raise
+            raise UserError(f"{self.file}: cannot tokenize ({error}); fetch it again")
+        if any(not 0 <= i < vocab_size for i in self.bos):
+            raise UserError(f"{self.file}: the BOS ids {self.bos} are not all in the model's "
+                            f"vocabulary of {vocab_size}; mend them, or bos_token_id in "
+                            f"config.json")
 
     def _find_bos(self, bos_token_id: int | None) -> list[int]:
         plain = self.backend.encode("a", add_special_tokens=False).ids

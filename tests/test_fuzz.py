@@ -1,0 +1,567 @@
+"""Whatever is given to the three commands: exit code 0 or 2 with one clear line, inputs untouched.
+
+FUZZ_CASES=300 python -m pytest tests/test_fuzz.py      so many random cases a test
+Without it the cases are few, and the same every time.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections import Counter
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, currently_in_test_context, given, note, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_contrastive_runs import ctkd, home  # noqa: F401  fixtures
+from test_tasks import FILES, SPELLINGS, write
+
+import contrastive
+import evaluate
+import pretrain_ctkd
+
+CASES = int(os.environ.get("FUZZ_CASES", 0))
+fuzz = settings(max_examples=CASES or 80, derandomize=not CASES, database=None, deadline=None,
+                phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+SECONDS = 60  # no case may take longer
+COUNT: Counter = Counter()  # exit codes of all cases
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted(request):
+    """No reports, which take longer than the runs; at the end the number of cases is printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (pretrain_ctkd, contrastive):
+            patch.setattr(stage, "report", lambda *_: None)
+        yield
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n{COUNT.total()} cases: {COUNT[0]} ended with 0, {COUNT[2]} with 2")
+
+
+# ---------------------------------------------------------------------------------------------
+# A case, and what must be true of it
+# ---------------------------------------------------------------------------------------------
+
+
+class Hang(BaseException):
+    """A case that takes too long; nothing in the code catches it."""
+
+
+def say(text: str):
+    """Show the text with a failing case."""
+    if currently_in_test_context():
+        note(text)
+
+
+def hashes(*folders: Path) -> dict[Path, str]:
+    """Every path below the folders, with the sha256 of its content."""
+    paths = sorted(path for folder in folders for path in (folder, *folder.rglob("*")))
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+            for path in paths}
+
+
+@contextmanager
+def time_limit():
+    """Raise Hang in the block after so many seconds."""
+    def ring(*_):
+        raise Hang(f"over {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(main, argv: list, *inputs: Path) -> int:
+    """The exit code of main(argv), 0 or 2; any other end, and any changed input, is an error.
+
+    Standard output refuses what is not UTF-8, as a terminal's does.
+    """
+    argv = list(map(str, argv))
+    say(f"{main.__module__} {argv}")
+    before = hashes(*inputs)
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True)
+                for errors in ("strict", "backslashreplace"))
+    try:
+        with time_limit(), redirect_stdout(out), redirect_stderr(err):
+            code = main(argv)
+    except SystemExit as end:  # argparse
+        code = end.code
+    finally:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(False)
+    said = err.buffer.getvalue().decode()
+    say(said[-2000:])
+    assert code in (0, 2), code
+    assert code == 0 or re.search(r"(^|[\r\n]|\.py: )error: .", said)
+    assert "Traceback" not in said
+    assert hashes(*inputs) == before
+    COUNT[code] += 1
+    return code
+
+
+@contextmanager
+def fresh():
+    """A new folder, which is the working directory until the block ends."""
+    with tempfile.TemporaryDirectory(prefix="llm2comp-fuzz-") as folder, chdir(folder):
+        yield Path(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Values of settings
+# ---------------------------------------------------------------------------------------------
+
+SMALL = [-(2**63), -1, 0, 1, 2, 3, 7]
+HUGE = [2**31, 2**63 - 1, 2**63, 10**30, 10**400]
+INTS = st.sampled_from([*SMALL, *HUGE, "", "1.5", "x"])
+FLOATS = st.sampled_from(["nan", "inf", "-inf", -1, -0.0, 0, 1e-30, 1e-9, 0.5, 0.999, 1, 1.5, 1e30,
+                          1e308, ""])
+# no NUL, which no command line can have; \udc80 to \udcff stand for bytes that are not UTF-8
+LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0") | st.sampled_from(
+    "\udc80\udcff")
+ODD = ["", " ", ".", "..", "/", "a/b", "none", "auto", "nowhere/at/all", "nowhere", "{text}",
+       "{text}</s>", "a: {text}", "{instruction}:{text}", "{", "%s", "-1", "x" * 300, "x\ny",
+       "\u202e\u6f22\u0301\U0001f600", "\udc80", "/dev/null", "~"]
+# random ones stay below the working directory
+STRINGS = st.sampled_from(ODD) | st.text(LETTERS, max_size=20).filter(
+    lambda s: not s.startswith("/") and ".." not in s)
+# Settings by which an honest user asks for much time or memory, and the device, stay small.
+BOUNDED = {
+    "steps": st.sampled_from([-1, 1, 2, 3]), "lora_r": st.sampled_from([-1, 0, 1, 64]),
+    "memory_tokens": st.sampled_from([-1, 0, 1, 2, 38, 64]),
+    "threads": st.sampled_from([-1, 0, 1, 10**30]), "device": st.sampled_from(["cpu", "", "tpu"]),
+}
+
+
+def value(field: dataclasses.Field, names: list[str]):
+    """Values for a setting; strings may also be one of `names`."""
+    if field.name in BOUNDED:
+        return BOUNDED[field.name]
+    if field.metadata["choices"]:
+        return st.sampled_from([*field.metadata["choices"], "", "nonsense"])
+    strings = st.sampled_from(names) | STRINGS
+    return {int: INTS, float: FLOATS, str: strings, bool: st.booleans()}[field.type]
+
+
+def some_settings(config, names: list[str]):
+    """A random subset of the settings of a stage, each with a random value."""
+    by_name = {f.name: value(f, names) for f in dataclasses.fields(config)}
+    return st.lists(st.sampled_from(sorted(by_name)), min_size=1, max_size=4, unique=True).flatmap(
+        lambda chosen: st.fixed_dictionaries({name: by_name[name] for name in chosen}))
+
+
+def flags(values: dict) -> list[str]:
+    """The command line of these settings."""
+    words = []
+    for name, given_value in values.items():
+        name = name.replace("_", "-")
+        if isinstance(given_value, bool):
+            words.append(f"--{name}" if given_value else f"--no-{name}")
+        else:
+            words.append(f"--{name}={given_value}")
+    return words
+
+
+FAST1 = {"steps": 2, "memory_tokens": 2, "max_tokens": 40, "batch_size": 2, "threads": 1,
+         "dtype": "float32", "device": "cpu", "lora_r": 4, "num_texts": 20, "out": "out"}
+FAST2 = {"steps": 2, "max_tokens": 40, "batch_size": 4, "threads": 1, "dtype": "float32",
+         "device": "cpu", "micro_tokens": 160, "lora_r": 4, "out": "out"}
+
+
+def names(home: Path, tiny: Path) -> list[str]:  # noqa: F811
+    """Places that are there, most of them of the wrong kind for most settings."""
+    return [str(p) for p in (home, tiny, home / "texts.txt", home / "triples.jsonl",
+                             home / "folder", home / "ctkd", tiny / "config.json")] + [
+        "demo-sts", "sts17, demo-sts", "wiki1m"]
+
+
+def data_of(stage: str, home: Path) -> dict:  # noqa: F811
+    """The settings that name a contrastive stage's data."""
+    if stage == "ucl":
+        return {"stage": stage, "text": home / "texts.txt"}
+    return {"stage": stage, "triples": home / "triples.jsonl", "document_tokens": 40}
+
+
+@fuzz
+@given(data=st.data())
+def test_settings_of_stage_1(data, home, ctkd, tiny):  # noqa: F811
+    drawn = data.draw(some_settings(pretrain_ctkd.Config, names(home, tiny)))
+    usual = {"model": tiny, "text": home / "texts.txt", **FAST1}
+    with fresh():
+        outcome(pretrain_ctkd.main, flags({**usual, **drawn}), home, tiny)
+
+
+@fuzz
+@given(data=st.data(), stage=st.sampled_from(["ucl", "scl"]), plain=st.booleans())
+def test_settings_of_stages_2_and_3(data, stage, plain, home, ctkd, tiny):  # noqa: F811
+    drawn = data.draw(some_settings(contrastive.Config, names(home, tiny)))
+    usual = {"model": tiny if plain else ctkd, **data_of(stage, home), **FAST2}
+    with fresh():
+        outcome(contrastive.main, flags({**usual, **drawn}), home, tiny)
+
+
+EVALUATE = {
+    "task": st.sampled_from(["demo-sts", "sts17", "all", "", "nonsense"]),
+    "task_dir": STRINGS, "kind": st.sampled_from([*FILES, "", "nonsense"]), "model": STRINGS,
+    "method": st.sampled_from(["memory", *evaluate.METHODS, "nonsense"]),
+    "max_tokens": INTS, "instruction": STRINGS, "data_dir": STRINGS, "revision": STRINGS,
+    "base": STRINGS, "device": BOUNDED["device"], "dtype": st.sampled_from(["bfloat16", "half"]),
+    "batch_tokens": INTS, "threads": BOUNDED["threads"], "timeout": FLOATS, "results": STRINGS,
+    "compare": STRINGS,
+}
+
+
+@fuzz
+@given(data=st.data(), plain=st.booleans())
+def test_settings_of_evaluate(data, plain, home, ctkd, tiny):  # noqa: F811
+    chosen = data.draw(st.lists(st.sampled_from(sorted(EVALUATE)), max_size=4, unique=True))
+    usual = {"model": tiny if plain else ctkd, "task_dir": "task", "kind": "sts", "threads": 1,
+             "device": "cpu"}
+    drawn = {name: data.draw(EVALUATE[name]) for name in chosen}
+    with fresh() as folder:
+        write(folder / "task", "sts")
+        outcome(evaluate.main, flags({**usual, **drawn}), home, tiny, folder / "task")
+
+
+# ---------------------------------------------------------------------------------------------
+# Texts and triples
+# ---------------------------------------------------------------------------------------------
+
+WORDS = "the quick brown fox jumps over a lazy dog and reads texts from left to right".split()
+SENTENCES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join)
+TEXTS = st.text(max_size=30) | SENTENCES
+EDGES = st.sampled_from([*SMALL, *HUGE, "", " ", "\0", "\ud800", 1e400, 1e308, -1e308, [], {}])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | EDGES, max_leaves=8,
+    extend=lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.text(max_size=5), inner, max_size=4))
+ROUGH = st.sampled_from([  # lines that json.dumps would not write
+    "", " ", "{", "[]", "[[", '{"text": }', '{"text": "a"', '"', "NaN", "-Infinity", "1e999",
+    "9" * 5000, "[" * 700 + "]" * 700, "[" * 990 + "]" * 990, "[" * 100_000,
+    '{"a":' * 990 + "1" + "}" * 990, '{"text": "\\ud800"}', '{"query": "\\udfff"}', "\ufeff{}",
+    '{"text": ' + "[" * 960 + "]" * 960 + "}", '{"positive": ' + "[" * 960 + "]" * 960 + "}"])
+
+
+def rows(*fields: str):
+    """Lines of JSON: most have the fields and texts in them, some are odd."""
+    good = st.fixed_dictionaries({name: SENTENCES for name in fields})
+    listed = good.flatmap(lambda row: st.lists(SENTENCES, max_size=3).map(
+        lambda texts: {**row, fields[-1]: texts}))
+    odd = good.flatmap(lambda row: st.tuples(st.sampled_from(fields), JSON).map(
+        lambda change: {**row, change[0]: change[1]}))
+    return st.one_of(good, good, good, listed, odd, JSON).map(json.dumps) | ROUGH
+
+
+def content(lines):
+    """Bytes of a file: lines joined, perhaps zipped, cut off or damaged."""
+    joined = st.lists(lines, max_size=12).map("\n".join)
+    plain = joined.map(lambda s: s.encode("utf-8", "surrogatepass")) | joined.map(
+        lambda s: s.encode("utf-16", "surrogatepass")) | st.binary(max_size=60)
+    zipped = plain.map(gzip.compress)
+    cut = zipped.flatmap(lambda b: st.integers(0, len(b)).map(lambda n: b[:n]))
+    return st.one_of(plain, plain, plain, zipped, cut, zipped.flatmap(flipped))
+
+
+def flipped(content: bytes):
+    """The bytes with one bit changed."""
+    def flip(place: int) -> bytes:
+        return content[: place // 8] + bytes([content[place // 8] ^ 1 << place % 8]) + content[
+            place // 8 + 1 :]
+
+    return st.integers(0, 8 * len(content) - 1).map(flip) if content else st.just(content)
+
+
+ENDINGS = st.sampled_from([".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".csv", ""])
+
+
+@fuzz
+@given(data=st.data(), ending=ENDINGS, stage=st.sampled_from(["ctkd", "ucl"]))
+def test_files_of_texts(data, ending, stage, home, ctkd, tiny):  # noqa: F811
+    lines = rows("text") if "jsonl" in ending else TEXTS | SENTENCES
+    with fresh() as folder:
+        path = folder / "given" / f"texts{ending}"
+        path.parent.mkdir()
+        path.write_bytes(data.draw(content(lines)))
+        if stage == "ctkd":
+            argv = flags({"model": tiny, "text": path, **FAST1, "batch_size": 1})
+            outcome(pretrain_ctkd.main, argv, tiny, path.parent)
+        else:
+            argv = flags({"model": ctkd, "text": path, **FAST2, "batch_size": 2})
+            outcome(contrastive.main, argv, ctkd, tiny, path.parent)
+
+
+TRIPLES = ["rows.jsonl", "rows.jsonl.gz", "allnli.jsonl", "msmarco_passage.jsonl", "rows.txt",
+           "\udc80.jsonl", "allnli_split1.jsonl"]
+
+
+@fuzz
+@given(data=st.data(), files=st.lists(st.sampled_from(TRIPLES), min_size=1, max_size=3,
+                                      unique=True), whole=st.booleans(),
+       batches=st.sampled_from(["mixed", "single-dataset"]))
+def test_files_of_triples(data, files, whole, batches, home, ctkd, tiny):  # noqa: F811
+    lines = rows("query", "positive", "negative")
+    with fresh() as folder:
+        given_folder = folder / "given"
+        given_folder.mkdir()
+        for name in files:
+            (given_folder / name).write_bytes(data.draw(content(lines)))
+        source = given_folder if whole else given_folder / files[0]
+        argv = flags({"model": ctkd, "stage": "scl", "triples": source, "batches": batches, **FAST2,
+                      "document_tokens": 30, "max_tokens": 130, "batch_size": 2})
+        outcome(contrastive.main, argv, ctkd, tiny, given_folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Damage
+# ---------------------------------------------------------------------------------------------
+
+
+def place(draw, value) -> tuple[tuple, object]:
+    """The path of something inside a JSON value, or of the value itself, and what is there."""
+    path = ()
+    while isinstance(value, dict | list) and value and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+        path, value = (*path, key), value[key]
+    return path, value
+
+
+def like(value):
+    """Values that are nearly the given one: of another type, sign or size."""
+    if isinstance(value, int | float):
+        near = [float(value), str(value), -value, value + 1, value * 1000 + 0.5, 10**9, True]
+    else:
+        near = [str(value), f"{value}x"]
+    return st.sampled_from([*near, [value], [], {}, {"a": value}, None, 0])
+
+
+def changed(value, path: tuple, new):
+    """The JSON value with what is at the path replaced, or removed if `new` is Ellipsis."""
+    if not path:
+        return {} if new is ... else new
+    copy = value.copy()
+    if len(path) == 1 and new is ...:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+def damage_json(draw, path: Path):
+    """Replace or remove one thing in a JSON file, or in one line of a .jsonl file."""
+    whole = path.read_text()
+    lines = whole.splitlines() if whole and ".jsonl" in path.name else [whole]
+    i = draw(st.integers(0, len(lines) - 1))
+    parsed = json.loads(lines[i])
+    path_in, old = place(draw, parsed)
+    new = draw(st.one_of(st.just(...), like(old), like(old), EDGES, JSON))
+    lines[i] = json.dumps(changed(parsed, path_in, new))
+    path.write_text("\n".join(lines))
+
+
+def damage_lines(draw, path: Path):
+    """Double, remove or replace a line."""
+    lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    i = draw(st.integers(0, len(lines) - 1))
+    new = draw(ROUGH | JSON.map(json.dumps)).encode() + b"\n"
+    lines[i : i + 1] = draw(st.sampled_from([[lines[i]] * 2, [], [new]]))
+    path.write_bytes(b"".join(lines))
+
+
+def damage_tensors(draw, path: Path):
+    """Write a safetensors file anew with one tensor of another type, shape, name or value."""
+    tensors = load_file(path)
+    name = draw(st.sampled_from(sorted(tensors)))
+    tensor = tensors.pop(name)
+    how = draw(st.sampled_from(["type", "shape", "name", "value", "none"]))
+    if how == "type":
+        tensor = tensor.to(draw(st.sampled_from([torch.int64, torch.bool, torch.float16,
+                                                 torch.float64, torch.complex64])))
+    elif how == "shape":
+        tensor = draw(st.sampled_from([tensor.flatten(), tensor[:0], tensor[None], tensor[0]]))
+    elif how == "name":
+        name = draw(st.text(max_size=9))
+    elif how == "value":
+        tensor = torch.full_like(tensor, draw(st.sampled_from([0.0, 1e38, torch.inf, torch.nan])))
+    if how != "none":
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, path)
+
+
+def damage(draw, path: Path):
+    """Damage one file, in a way that suits it."""
+    kinds = ["flip", "cut", "delete", "empty", "bytes", "json", "folder", "lines"]
+    zipped = path.name.endswith(".gz")
+    kinds += ["inside"] * 20 * (".json" in path.name and not zipped)
+    kinds += ["tensors"] * 8 * path.name.endswith(".safetensors")
+    kind = draw(st.sampled_from(kinds))
+    before = path.read_bytes()
+    if kind == "inside":
+        try:
+            return damage_json(draw, path)
+        except (ValueError, RecursionError):  # it was damaged before
+            kind = "bytes"
+    if kind == "tensors":
+        try:
+            return damage_tensors(draw, path)
+        except Exception:  # it was damaged before
+            kind = "bytes"
+    if kind == "lines":
+        return damage_lines(draw, path)
+    if kind in ("delete", "folder"):
+        path.unlink()
+        return path.mkdir() if kind == "folder" else None
+    path.write_bytes({
+        "flip": lambda: draw(flipped(before)), "cut": lambda: before[: draw(
+            st.integers(0, max(0, len(before) - 1)))],
+        "empty": lambda: b"", "bytes": lambda: draw(st.binary(min_size=1, max_size=40)),
+        "json": lambda: draw(JSON.map(json.dumps) | ROUGH).encode(),
+    }[kind]())
+
+
+def damage_some(draw, folder: Path, most: int = 3):
+    """Damage one to `most` files of a folder, or put a file in place of a folder."""
+    for _ in range(draw(st.sampled_from([*[1] * 2 * most, *range(2, most + 1)]))):
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        if not paths:
+            return
+        path = draw(st.sampled_from(paths))
+        say(f"damaged {path}")
+        if path.parent != folder and draw(st.integers(0, 30)) == 30:
+            shutil.rmtree(path.parent)
+            path.parent.write_text("a file")
+        else:
+            damage(draw, path)
+
+
+@fuzz
+@given(data=st.data(), kind=st.sampled_from(sorted(FILES)),
+       spelling=st.sampled_from(sorted(SPELLINGS)))
+def test_damaged_task_folders(data, kind, spelling, tiny):
+    if kind == "reranking" and re.search("sv|columns", spelling):  # its fields are lists
+        spelling = "lines"
+    with fresh() as folder:
+        write(folder / "task", kind, spelling)
+        damage_some(data.draw, folder / "task")
+        argv = flags({"model": tiny, "task_dir": "task", "kind": kind, "threads": 1,
+                      "device": "cpu", "results": "results"})
+        outcome(evaluate.main, argv, tiny, folder / "task")
+
+
+@pytest.fixture(scope="module")
+def scored(tiny, tmp_path_factory) -> Path:
+    """A folder with a task, and its results by two methods."""
+    folder = tmp_path_factory.mktemp("scored")
+    write(folder / "task", "sts")
+    with chdir(folder):
+        for method in ("last", "mean"):
+            argv = {"model": tiny, "task_dir": "task", "kind": "sts", "method": method,
+                    "device": "cpu", "threads": 1}
+            assert outcome(evaluate.main, flags(argv), tiny) == 0
+    return folder
+
+
+@fuzz
+@given(data=st.data(), compared=st.booleans())
+def test_damaged_results(data, compared, scored, tiny):
+    with fresh() as folder:
+        shutil.copytree(scored, folder, dirs_exist_ok=True)
+        runs = sorted((folder / "results").iterdir())
+        for path in folder.glob("results/*/*.json"):  # the task is in another place now
+            path.write_text(path.read_text().replace(str(scored), str(folder.resolve())))
+        damage_some(data.draw, folder / "results", most=2)
+        if compared:
+            argv, inputs = ["--compare", *(run.name for run in runs)], [folder / "results"]
+        else:
+            argv = flags({"model": tiny, "task_dir": "task", "kind": "sts", "method": "last",
+                          "device": "cpu", "threads": 1})
+            inputs = []
+        outcome(evaluate.main, argv, tiny, folder / "task", *inputs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Damaged runs, encoders and models
+# ---------------------------------------------------------------------------------------------
+
+STAGES = ["ctkd", "ucl", "scl"]
+
+
+@pytest.fixture(scope="module")
+def runs(home, ctkd, tiny, tmp_path_factory) -> Path:  # noqa: F811
+    """A folder with a finished run of each stage that keeps its last two checkpoints of three."""
+    folder = tmp_path_factory.mktemp("runs")
+    write(folder / "data/sts17-crosslingual-sts", "sts")
+    with chdir(folder):
+        for stage in STAGES:
+            assert again(stage, home, ctkd, tiny, folder / "data", resume=False) == 0
+    return folder
+
+
+def again(stage: str, home, ctkd, tiny, tasks: Path, resume=True) -> int:  # noqa: F811
+    """A run of a stage into a folder of its name below the working directory."""
+    common = {"out": stage, "steps": 3, "save_every": 1, "resume": resume}
+    if stage == "ctkd":
+        argv = {"model": tiny, "text": home / "texts.txt", **FAST1, **common}
+        return outcome(pretrain_ctkd.main, flags(argv), home, tiny)
+    argv = {"model": ctkd, **data_of(stage, home), **FAST2, **common, "eval_tasks": "sts17",
+            "eval_every": 2, "data_dir": tasks}
+    return outcome(contrastive.main, flags(argv), home, tiny, tasks)
+
+
+@fuzz
+@given(data=st.data(), stage=st.sampled_from(STAGES), removed=st.sampled_from(
+    [(), ("encoder",), ("encoder", "checkpoints/step-0000003")]))
+def test_damaged_runs(data, stage, removed, runs, home, ctkd, tiny):  # noqa: F811
+    """What a damaged run ends with, if it goes on at all, is what the whole one ended with."""
+    with fresh() as folder:
+        run = Path(shutil.copytree(runs / stage, folder / stage))
+        for name in removed:
+            shutil.rmtree(run / name)
+        damage_some(data.draw, run)
+        if again(stage, home, ctkd, tiny, runs / "data") == 0:
+            last = "checkpoints/step-0000003/weights.safetensors"
+            assert (run / last).read_bytes() == (runs / stage / last).read_bytes()
+
+
+@fuzz
+@given(data=st.data(), reader=st.sampled_from(["ucl", "scl", "evaluate"]))
+def test_damaged_encoders(data, reader, home, ctkd, tiny):  # noqa: F811
+    with fresh() as folder:
+        encoder = Path(shutil.copytree(ctkd / "encoder", folder / "given/encoder"))
+        damage_some(data.draw, encoder)
+        read(reader, encoder, home, tiny)
+
+
+@fuzz
+@given(data=st.data(), reader=st.sampled_from(["ctkd", "scl", "evaluate"]))
+def test_damaged_models(data, reader, home, tiny):  # noqa: F811
+    with fresh() as folder:
+        model = Path(shutil.copytree(tiny, folder / "given"))
+        damage_some(data.draw, model, most=2)
+        read(reader, model, home, tiny)
+
+
+def read(reader: str, model: Path, home: Path, tiny: Path) -> int:  # noqa: F811
+    """A command on a model: a stage, or an evaluation."""
+    if reader == "evaluate":
+        write(Path("task"), "sts")
+        argv = {"model": model, "task_dir": "task", "kind": "sts", "threads": 1, "device": "cpu"}
+        return outcome(evaluate.main, flags(argv), model, tiny)
+    if reader == "ctkd":
+        argv = {"model": model, "text": home / "texts.txt", **FAST1}
+        return outcome(pretrain_ctkd.main, flags(argv), model, home)
+    argv = {"model": model, **data_of(reader, home), **FAST2}
+    return outcome(contrastive.main, flags(argv), model, home, tiny)
