@@ -575,7 +575,7 @@ def read(reader: str, model: Path, home: Path, tiny: Path) -> int:  # noqa: F811
 @pytest.mark.parametrize("words", [
     "--lora-alpha=1e308", f"--threads={10**30}", f"--schedule-steps={10**400}",
     f"--out={'x' * 300}", f"--model={'x' * 300}", f"--text={'x' * 300}", "--template=\udc80{text}",
-])
+], ids=lambda value: repr(value)[:30])
 def test_a_setting_that_once_ended_in_a_traceback(words, home, tiny):  # noqa: F811
     argv = flags({"model": tiny, "text": home / "texts.txt", **FAST2})
     with fresh():
@@ -601,7 +601,7 @@ def test_a_name_that_is_not_utf_8_is_printed_escaped(home, ctkd, tiny):  # noqa:
     ("config.json", ("rope_parameters", "rope_theta"), 10**400),
     ("tokenizer.json", ("post_processor", "special_tokens", "<s>", "ids"), [9999]),
     ("tokenizer.json", ("post_processor", "special_tokens", "<s>"), ...),
-])
+], ids=lambda value: repr(value)[:50])
 def test_a_file_that_once_ended_in_a_traceback(file, path, new, home, ctkd, tiny):  # noqa: F811
     source = tiny if file in ("config.json", "tokenizer.json") else ctkd / "encoder"
     with fresh() as folder:
@@ -624,7 +624,7 @@ def test_tensors_that_are_no_floats_are_refused(name, home, ctkd, tiny):  # noqa
 @pytest.mark.parametrize("path, new", [
     (("scores", "test", 0, "main_score"), "0.5"), (("evaluation_time",), "1.0"),
     (("evaluation_time",), 10**400), (("settings", "paper"), ["LT"]),
-])
+], ids=lambda value: repr(value)[:50])
 def test_a_result_that_once_ended_in_a_traceback(path, new, scored, tiny):
     with fresh() as folder:
         shutil.copytree(scored, folder, dirs_exist_ok=True)
@@ -633,7 +633,8 @@ def test_a_result_that_once_ended_in_a_traceback(path, new, scored, tiny):
         assert outcome(evaluate.main, ["--compare", file.parent.name], tiny) == 2
 
 
-@pytest.mark.parametrize("line", ['{"step": 2}', '{"step": 2, "mean": {}}', "[" * 100_000])
+@pytest.mark.parametrize("line", ['{"step": 2}', '{"step": 2, "mean": {}}', "[" * 100_000],
+                         ids=lambda value: value[:30])
 def test_odd_lines_among_the_scores_of_a_run_are_left_out(line, runs, home, ctkd, tiny):  # noqa: F811
     with fresh() as folder:
         run = Path(shutil.copytree(runs / "ucl", folder / "ucl"))
