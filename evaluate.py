@@ -34,7 +34,7 @@ from data.results import GROUPS, PAPER, PUBLISHED, compare, summary
 from data.results import finished, label_of, result_of, write_result
 from data.tasks import LAYOUT, TASKS, folder_task, read_task, task_place
 from model import PLAIN, Encoder, encoder_of, find_model, is_encoder, load_encoder, plain_encoder
-from training import LostRank, Ranks, leave_ranks, show_all, start_ranks
+from training import LostRank, Ranks, explain, leave_ranks, show_all, start_ranks
 
 DATA = Path(__file__).parent / "data"
 METHODS = json.loads((DATA / "prompts.json").read_text())  # training-free: prompts and pooling
@@ -700,7 +700,7 @@ def main(argv: list[str] | None = None) -> int:
             ranks = start_ranks(args.device, args.threads, args.timeout)
             return run(args, tasks, ranks)
     except (UserError, LostRank, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 1 if isinstance(error, LostRank) else 2
     finally:
         leave_ranks(ranks)

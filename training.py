@@ -627,6 +627,11 @@ def agree(signals: list[int], late: bool, ranks: Ranks) -> tuple[int, bool]:
     return max(int(number) * bool(n) for number, n in zip(STOPS, asked)), bool(late)
 
 
+def explain(error: Exception) -> str:
+    """What is said of an error that ends a command."""
+    return f"{error}" + "; mend that, or name another place" * isinstance(error, OSError)
+
+
 def show_all():
     """Let standard output escape what its encoding has no place for, as standard error does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -658,7 +663,8 @@ def run_stage(config, check, free: tuple[str, ...], train, report) -> int:
         return 128 + stopped if stopped else 0
     except (UserError, LostRank, OSError) as error:
         if checked or rank == "0":  # all ranks have the same settings, one complains
-            print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
+            print(f"error{f' on rank {rank}' if rank != '0' else ''}: {explain(error)}",
+                  file=sys.stderr)
         return 1 if isinstance(error, LostRank) else 2
     except KeyboardInterrupt:  # before the first step, or in the report
         print("\ninterrupted", file=sys.stderr)

@@ -341,7 +341,7 @@ def place(draw, value) -> tuple[tuple, object]:
 
 def like(value):
     """Values that are nearly the given one: of another type, sign or size."""
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and abs(value) < 1e300:
         near = [float(value), str(value), -value, value + 1, value * 1000 + 0.5, 10**9, True]
     else:
         near = [str(value), f"{value}x"]
@@ -565,3 +565,79 @@ def read(reader: str, model: Path, home: Path, tiny: Path) -> int:  # noqa: F811
         return outcome(pretrain_ctkd.main, flags(argv), model, home)
     argv = {"model": model, **data_of(reader, home), **FAST2}
     return outcome(contrastive.main, flags(argv), model, home, tiny)
+
+
+# ---------------------------------------------------------------------------------------------
+# What earlier cases found
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [
+    "--lora-alpha=1e308", f"--threads={10**30}", f"--schedule-steps={10**400}",
+    f"--out={'x' * 300}", f"--model={'x' * 300}", f"--text={'x' * 300}", "--template=\udc80{text}",
+], ids=lambda value: repr(value)[:30])
+def test_a_setting_that_once_ended_in_a_traceback(words, home, tiny):  # noqa: F811
+    argv = flags({"model": tiny, "text": home / "texts.txt", **FAST2})
+    with fresh():
+        assert outcome(contrastive.main, [*argv, words], home, tiny) == 2
+
+
+def test_a_name_that_is_not_utf_8_is_printed_escaped(home, ctkd, tiny):  # noqa: F811
+    argv = flags({"model": ctkd, "text": home / "texts.txt", **FAST2, "out": "\udc80"})
+    with fresh() as folder:
+        assert outcome(contrastive.main, argv, home, tiny) == 0
+        assert [path.name for path in folder.iterdir()] == ["\udc80"]
+
+
+@pytest.mark.parametrize("file, path, new", [
+    ("encoder.json", ("base", "name"), 5), ("encoder.json", ("base", "sha256"), 5),
+    ("encoder.json", ("history",), []), ("encoder.json", ("max_tokens",), 40.0),
+    ("encoder.json", ("document_template",), ["{text}"]),
+    ("encoder.json", ("template",), "\ud800{text}"),
+    ("ctkd/adapter_config.json", ("r",), 1e400), ("ctkd/adapter_config.json", ("r",), 10**12),
+    ("ctkd/adapter_config.json", ("lora_dropout",), 1.05),
+    ("config.json", ("num_hidden_layers",), 10**9), ("config.json", ("hidden_size",), 10**30),
+    ("config.json", ("rms_norm_eps",), 10**400), ("config.json", ("head_dim",), 2**24),
+    ("config.json", ("rope_parameters", "rope_theta"), 10**400),
+    ("tokenizer.json", ("post_processor", "special_tokens", "<s>", "ids"), [9999]),
+    ("tokenizer.json", ("post_processor", "special_tokens", "<s>"), ...),
+], ids=lambda value: repr(value)[:50])
+def test_a_file_that_once_ended_in_a_traceback(file, path, new, home, ctkd, tiny):  # noqa: F811
+    source = tiny if file in ("config.json", "tokenizer.json") else ctkd / "encoder"
+    with fresh() as folder:
+        model = Path(shutil.copytree(source, folder / "given"))
+        whole = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(changed(whole, path, new)))
+        assert read("evaluate", model, home, tiny) == 2
+
+
+@pytest.mark.parametrize("name", ["memory_tokens", "embed_tokens"])
+def test_tensors_that_are_no_floats_are_refused(name, home, ctkd, tiny):  # noqa: F811
+    with fresh() as folder:
+        model = Path(shutil.copytree(ctkd / "encoder", folder / "given"))
+        tensors = load_file(model / "embeddings.safetensors")
+        tensors[name] = tensors[name].long()
+        save_file(tensors, model / "embeddings.safetensors")
+        assert read("evaluate", model, home, tiny) == 2
+
+
+@pytest.mark.parametrize("path, new", [
+    (("scores", "test", 0, "main_score"), "0.5"), (("evaluation_time",), "1.0"),
+    (("evaluation_time",), 10**400), (("settings", "paper"), ["LT"]),
+], ids=lambda value: repr(value)[:50])
+def test_a_result_that_once_ended_in_a_traceback(path, new, scored, tiny):
+    with fresh() as folder:
+        shutil.copytree(scored, folder, dirs_exist_ok=True)
+        (file, *_) = sorted(folder.glob("results/*/*.json"))
+        file.write_text(json.dumps(changed(json.loads(file.read_text()), path, new)))
+        assert outcome(evaluate.main, ["--compare", file.parent.name], tiny) == 2
+
+
+@pytest.mark.parametrize("line", ['{"step": 2}', '{"step": 2, "mean": {}}', "[" * 100_000],
+                         ids=lambda value: value[:30])
+def test_odd_lines_among_the_scores_of_a_run_are_left_out(line, runs, home, ctkd, tiny):  # noqa: F811
+    with fresh() as folder:
+        run = Path(shutil.copytree(runs / "ucl", folder / "ucl"))
+        shutil.rmtree(run / "checkpoints/step-0000003")
+        (run / "scores.jsonl").write_text(line + "\n")
+        assert again("ucl", home, ctkd, tiny, runs / "data") == 0
