@@ -468,7 +468,7 @@ class Checkpoints:
     """
 
     def __init__(self, config, trained: dict[str, Tensor], optimizer, run: dict):
-        self.folder, self.every = Path(config.out) / "checkpoints", config.save_every
+        self.folder = Path(config.out) / "checkpoints"
         self.seconds = 60 * config.save_minutes or float("inf")
         self.trained, self.optimizer, self.run = trained, optimizer, run
         self.clock = time.monotonic()
@@ -488,9 +488,9 @@ class Checkpoints:
     def save(self, step: int):
         """Write the checkpoint after so many steps and remove all but it and the one before."""
         place = self.place(step)
-        for log in self.folder.parent.glob("*.jsonl"):  # they have all steps of the checkpoint
-            sync(log)
         with write_folder(place) as folder:
+            for log in self.folder.parent.glob("*.jsonl"):  # they have all steps of the checkpoint
+                sync(log)
             save_file({k: p.detach().cpu().contiguous() for k, p in self.trained.items()},
                       folder / "weights.safetensors")
             moments = {f"{name}/{key}": value.cpu().contiguous()
@@ -555,13 +555,13 @@ def seal(folder: Path, about: dict):
 
 
 def unseal(folder: Path) -> dict:
-    """What `seal` was told about the folder; UserError if it is not as it was written."""
+    """What `seal` wrote about the folder; UserError if the folder is not as it was then."""
     path = folder / "state.json"
     state = read_json(path, "a complete checkpoint")
     own = state.pop("sha256", None)
     if own != hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest():
         raise UserError(f"{path}: damaged, not what was written")
-    for name, (size, sha256) in state.pop("files").items():
+    for name, (size, sha256) in state["files"].items():
         path = folder / name
         try:
             if path.stat().st_size != size or digest([path]) != sha256:

@@ -67,6 +67,10 @@ def run(job: dict) -> dict:
     stage, out, err = STAGES[job["stage"]], io.StringIO(), io.StringIO()
     kind, *place = job["fault"] or ("none", 0, 0)
     saving = slow_save if kind == "slow save" else save
+    if kind == "other text" and place[0] == RANK:
+        other = Path(job["argv"][-3]).with_name("other.txt")
+        other.write_text("another text " * 30 + "\n" + Path(job["argv"][-3]).read_text())
+        job["argv"][-3] = str(other)
     with (redirect_stdout(out), redirect_stderr(err), faulty(stage, kind, *place),
           mock.patch.object(stage, "report", lambda *_: None),
           mock.patch.object(training.Checkpoints, "save", saving)):
