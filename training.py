@@ -424,8 +424,7 @@ def start_run(
     start = ranks.from_first(start)
     with ranks.together():
         state = saved.load(start) if start else {}
-    files = hashlib.sha256(json.dumps([run, state], sort_keys=True).encode())
-    mine = int(files.hexdigest()[:12], 16)
+    mine = int(sha256_of([run, state])[:12], 16)
     same = mine == ranks.from_first(mine)
     with ranks.together():
         if not same:
@@ -545,12 +544,17 @@ class Checkpoints:
         return state
 
 
+def sha256_of(value) -> str:
+    """sha256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def seal(folder: Path, about: dict):
     """Write folder/state.json: `about`, size and sha256 of the files beside it, its own sha256."""
     files = {path.name: [path.stat().st_size, digest([path])] for path in sorted(folder.iterdir())
              if path.name != "state.json"}
     state = {**about, "files": files}
-    state["sha256"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    state["sha256"] = sha256_of(state)
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -559,7 +563,7 @@ def unseal(folder: Path) -> dict:
     path = folder / "state.json"
     state = read_json(path, "a complete checkpoint")
     own = state.pop("sha256", None)
-    if own != hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest():
+    if own != sha256_of(state):
         raise UserError(f"{path}: damaged, not what was written")
     for name, (size, sha256) in state["files"].items():
         path = folder / name

@@ -635,7 +635,7 @@ def test_a_result_that_once_ended_in_a_traceback(path, new, scored, tiny):
 
 @pytest.mark.parametrize("line", ['{"step": 2}', '{"step": 2, "mean": {}}', "[" * 100_000],
                          ids=lambda value: value[:30])
-def test_odd_lines_among_the_scores_of_a_run_are_left_out(line, runs, home, ctkd, tiny):  # noqa: F811
+def test_odd_lines_among_a_runs_scores_are_left_out(line, runs, home, ctkd, tiny):  # noqa: F811
     with fresh() as folder:
         run = Path(shutil.copytree(runs / "ucl", folder / "ucl"))
         shutil.rmtree(run / "checkpoints/step-0000003")
