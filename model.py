@@ -21,7 +21,7 @@ import shutil
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
@@ -200,15 +200,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout=0.0):
     """Softmax attention within each sequence of a packed row; causal or bidirectional by a boolean.
 
-    q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). Neighbours of equal length
-    share one call of the fused kernel. On the CPU bf16 is computed in fp32: the bf16 kernel
-    compiles code for each new length, which costs more than it saves (bench/NOTES.md).
+    q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). On CUDA one call of the fused
+    kernel takes all sequences; on the CPU neighbours of equal length share a call, and bf16 has a
+    way of its own up to 512 tokens (above, it is computed in fp32).
     """
     dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16:
-        q, k, v = q.float(), k.float(), v.float()
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    if q.device.type == "cuda" and dtype != torch.float64:
+        return attend_jagged(q, k, v, lengths, causal, dropout)
+    if dtype == torch.bfloat16 and max(lengths) <= 512:
+        sequences = zip(q.split(lengths), k.split(lengths), v.split(lengths))
+        return torch.cat([attend_bf16(*one, causal, dropout) for one in sequences])
+    if dtype == torch.bfloat16:
+        q, k, v = q.float(), k.float(), v.float()
     runs = [(length, len(list(same))) for length, same in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     outputs = []
@@ -217,6 +222,56 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
         out = F.scaled_dot_product_attention(*batch, dropout_p=dropout, is_causal=causal)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).to(dtype)
+
+
+def attend_bf16(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
+    """Attention within one sequence (L, H, head_dim) as two bf16 products, for CPUs.
+
+    There the fused kernel gains nothing from bf16 (bench/NOTES.md). Products are compiled for each
+    new shape, so L is padded to a multiple of 32; the first product also adds the mask that hides
+    the padding, or the future. Keeps H L^2 weights for backward.
+    """
+    length, size = len(q), len(q) + -len(q) % 32
+    q, k, v = (F.pad(t.transpose(0, 1), (0, 0, 0, size - length)) for t in (q, k, v))
+    mask = torch.zeros(size, dtype=q.dtype)
+    if causal:
+        mask = torch.full((size, size), -math.inf, dtype=q.dtype).triu(1)
+    else:
+        mask[length:] = -math.inf
+    scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5)
+    weights = lora.dropout(scores.softmax(dim=-1), dropout)
+    return (weights @ v)[:, :length].transpose(0, 1)
+
+
+def attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout):
+    """`attend` as one call of FlashAttention for sequences of many lengths, for CUDA.
+
+    The kernel that serves fp32 is another one; neither takes float64.
+    """
+    ends = torch.tensor([0, *accumulate(lengths)])
+    about = {"offsets": to_device(ends, q.device), "min_seqlen": min(lengths),
+             "max_seqlen": max(lengths)}  # known here, so that nothing waits for the device
+    nested = [torch.nested.nested_tensor_from_jagged(t, **about).transpose(1, 2) for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*nested, dropout_p=dropout, is_causal=causal)
+    return out.transpose(1, 2).values()
+
+
+def last_of_each(x: Tensor, lengths: list[int], last: list[int] | None) -> Tensor:
+    """The last[i] last rows of each sequence i of a packed row x (T, D); all if `last` is None."""
+    if last is None:
+        return x
+    sizes = [size for length, n in zip(lengths, last) for size in (length - n, n)]
+    return steady(torch.cat(x.split(sizes)[1::2]))
+
+
+def steady(x: Tensor) -> Tensor:
+    """x (T, D), in bf16 on the CPU with rows of zeros up to a multiple of 64.
+
+    There products are compiled for each number of rows: this keeps those numbers few.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        x = F.pad(x, (0, 0, 0, -len(x) % 64))
+    return x
 
 
 class Attention(nn.Module):
@@ -228,11 +283,12 @@ class Attention(nn.Module):
         self.v_proj = LoraLinear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = LoraLinear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
-    def forward(self, x, cos, sin, lengths, causal, adapters, dropout):
+    def forward(self, x, cos, sin, lengths, causal, adapters, dropout, last):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(x, adapters).unflatten(-1, (-1, self.head_dim)) for p in projections)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.o_proj(attend(q, k, v, lengths, causal, dropout).flatten(1), adapters)
+        out = attend(q, k, v, lengths, causal, dropout).flatten(1)
+        return self.o_proj(last_of_each(out, lengths, last), adapters)
 
 
 class MLP(nn.Module):
@@ -257,10 +313,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, lengths, causal, adapters, dropout):
-        x = x + self.self_attn(
-            self.input_layernorm(x), cos, sin, lengths, causal, adapters, dropout
+    def forward(self, x, cos, sin, lengths, causal, adapters, dropout, last=None):
+        """x (T, D) -> (T, D), or the `last` rows of each sequence only."""
+        seen = self.self_attn(
+            self.input_layernorm(x), cos, sin, lengths, causal, adapters, dropout, last
         )
+        x = last_of_each(x, lengths, last) + seen
         return x + self.mlp(self.post_attention_layernorm(x), adapters)
 
 
@@ -289,27 +347,32 @@ class Llama(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(
-        self, x: Tensor, lengths: list[int], causal: bool, adapters=False, dropout=0.0
+        self, x: Tensor, lengths: list[int], causal: bool, adapters=False, dropout=0.0,
+        last: list[int] | None = None,
     ) -> Tensor:
         """x (T, D) input embeddings -> (T, D) hidden states after the final RMSNorm.
 
         `lengths` sum to T and positions count from 0 in each sequence; `dropout` is that of the
-        attention weights and takes part in training mode only.
+        attention weights and takes part in training mode only. With `last` only the last[i] states
+        of each sequence i are returned, and only they are computed after the last attention.
         """
-        rows, dropout = len(x), dropout if self.training else 0.0
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows % 64:
-            # bf16 products are compiled for each number of rows: keep those few by a text of zeros
-            x, lengths = F.pad(x, (0, 0, 0, -rows % 64)), [*lengths, -rows % 64]
+        rows, dropout = sum(last or lengths), dropout if self.training else 0.0
+        x = steady(x)
+        if len(x) > sum(lengths):  # what was added is a sequence of its own
+            lengths, last = [*lengths, len(x) - sum(lengths)], last and [*last, 0]
         cos, sin = self.rotary_table(lengths, x)
-        for block in self.model.layers:
+        *blocks, final = self.model.layers
+        for block in blocks:
             x = block(x, cos, sin, lengths, causal, adapters, dropout)
+        x = final(x, cos, sin, lengths, causal, adapters, dropout, last)
         return self.model.norm(x)[:rows]
 
     def rotary_table(self, lengths: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, head_dim), computed in fp32 and cast to the activations' dtype."""
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        angles = torch.outer(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1).to(like.device)
+        positions = to_device(torch.cat([torch.arange(n) for n in lengths]), like.device)
+        pairs = inverse_frequencies(self.config.rope, self.config.head_dim)
+        angles = torch.outer(positions, to_device(pairs, like.device))
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
@@ -498,9 +561,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def to_device(tensor: Tensor, device) -> Tensor:
+    """A copy on the device that nothing waits for: on CUDA from pinned memory."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def flat_ids(arrays: list[np.ndarray], device) -> Tensor:
     """Arrays of token ids -> one row (T,) int64 on the device."""
-    return torch.from_numpy(np.concatenate(arrays)).to(device, torch.int64)
+    return to_device(torch.from_numpy(np.concatenate(arrays)).long(), device)
 
 
 def pack(*parts: tuple[Tensor, list[int]]) -> tuple[Tensor, list[int]]:
@@ -543,23 +613,26 @@ class Encoder(nn.Module):
         if train_table:
             self.table = nn.Parameter(table.clone())
 
-    def forward(self, ids: Tensor, lengths: list[int], dropout: float = 0.0):
+    def forward(
+        self, ids: Tensor, lengths: list[int], dropout: float = 0.0, last: list[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
         """ids (T,) of N texts with BOS -> hidden states of texts and memory tokens, and lengths.
 
-        Eq. 1 of the paper: f_theta reads n_1..n_a m_1..m_K. Returns (T + N K, D) and N lengths.
+        Eq. 1 of the paper: f_theta reads n_1..n_a m_1..m_K. Returns (T + N K, D) and N lengths, or
+        the `last` states of each text only.
         """
         dtype, n, k = self.llama.head.dtype, len(lengths), len(self.memory_tokens)
         tokens = F.embedding(ids, self.table).to(dtype)
         memory = self.memory_tokens.to(dtype).repeat(n, 1)
         x, lengths = pack((tokens, lengths), (memory, [k] * n))
         causal = self.config.attention == "causal"
-        return self.llama(x, lengths, causal, self.adapters, dropout), lengths
+        hidden = self.llama(x, lengths, causal, self.adapters, dropout, last)
+        return hidden, last or lengths
 
     def memory(self, ids: Tensor, lengths: list[int], dropout: float = 0.0) -> Tensor:
         """ids (T,) of N texts -> memory (N, K, D): the last K hidden states of each (Eq. 3)."""
-        hidden, lengths = self(ids, lengths, dropout)
-        k = self.config.num_memory_tokens
-        return torch.stack([sequence[-k:] for sequence in hidden.split(lengths)])
+        n, k = len(lengths), self.config.num_memory_tokens
+        return self(ids, lengths, dropout, last=[k] * n)[0].unflatten(0, (n, k))
 
     def embed(
         self, ids: Tensor, lengths: list[int], dropout: float = 0.0, tails: list[int] | None = None
@@ -570,14 +643,13 @@ class Encoder(nn.Module):
         """
         if self.config.pooling == "memory":
             return wide(self.memory(ids, lengths, dropout)).mean(dim=1)
-        hidden, lengths = self(ids, lengths, dropout)
-        sequences = wide(hidden).split(lengths)
         if self.config.pooling == "last":
-            return torch.stack([h[-1] for h in sequences])
-        if self.config.pooling == "mean":
+            return wide(self(ids, lengths, dropout, last=[1] * len(lengths))[0])
+        tails = [max(1, n) for n in tails] if self.config.pooling == "echo" else None
+        hidden, lengths = self(ids, lengths, dropout, tails)
+        sequences = wide(hidden).split(lengths)
+        if self.config.pooling in ("mean", "echo"):
             return torch.stack([h.mean(dim=0) for h in sequences])
-        if self.config.pooling == "echo":
-            return torch.stack([h[-max(1, n) :].mean(dim=0) for h, n in zip(sequences, tails)])
         weights = [torch.arange(1, len(h) + 1).to(h) for h in sequences]
         return torch.stack([w @ h / w.sum() for w, h in zip(weights, sequences)])
 

@@ -35,8 +35,8 @@ from data import UserError
 from data.corpora import digest_ids, read_texts
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, add_lora
-from model import Encoder, EncoderConfig, Llama, flat_ids
-from model import is_encoder, load_encoder, pack, plain_encoder, save_encoder
+from model import Encoder, EncoderConfig, Llama, flat_ids, is_encoder, load_encoder, pack
+from model import plain_encoder, save_encoder, to_device
 from training import (
     Metrics, Ranks, agree, check_numbers, generator, global_batch, learning_rate, parse_config,
     pick_dtype, print_header, reduce_gradients, run_stage, setting, settings_of, start_run,
@@ -162,27 +162,25 @@ def nll_loss(student: Tensor, targets: Tensor, head: Tensor, chunk_rows: int = 2
 
 def student_states(
     llama: Llama, bos: list[int], memory: Tensor, continuations: list[np.ndarray]
-) -> list[Tensor]:
-    """g_phi reads BOS m~_1..m~_K n_{a+1}..n_{a+S} (Eq. 4): per text its last S + 1 states.
+) -> Tensor:
+    """g_phi reads BOS m~_1..m~_K n_{a+1}..n_{a+S} (Eq. 4): each text's last S + 1 states.
 
-    memory (N, K, D). The first of the S + 1 states (that of m~_K) predicts n_{a+1}, the last one
-    what follows the text.
+    memory (N, K, D) -> (sum of S + 1, D). The first of the S + 1 states (that of m~_K) predicts
+    n_{a+1}, the last one what follows the text.
     """
     n, k, _ = memory.shape
     sizes = [len(c) for c in continuations]
-    begin = llama.embed(torch.tensor(bos * n, device=memory.device))
+    begin = llama.embed(flat_ids([np.array(bos)] * n, memory.device))
     text = llama.embed(flat_ids(continuations, memory.device))
     x, lengths = pack((begin, [len(bos)] * n), (memory.flatten(0, 1), [k] * n), (text, sizes))
-    hidden = llama(x, lengths, causal=True)
-    return [h[len(bos) + k - 1 :] for h in hidden.split(lengths)]
+    return llama(x, lengths, causal=True, last=[size + 1 for size in sizes])
 
 
 @torch.no_grad()
-def teacher_states(llama: Llama, texts: list[np.ndarray], splits: list[int]) -> list[Tensor]:
-    """g_phi reads the whole text: per text the S + 1 states that predict the same positions."""
-    lengths = [len(ids) for ids in texts]
-    hidden = llama(llama.embed(flat_ids(texts, llama.head.device)), lengths, causal=True)
-    return [h[a - 1 :] for h, a in zip(hidden.split(lengths), splits)]
+def teacher_states(llama: Llama, texts: list[np.ndarray], splits: list[int]) -> Tensor:
+    """g_phi reads the whole texts: the states (sum of S + 1, D) that predict the same positions."""
+    x, lengths = llama.embed(flat_ids(texts, llama.head.device)), [len(ids) for ids in texts]
+    return llama(x, lengths, causal=True, last=[n - a + 1 for n, a in zip(lengths, splits)])
 
 
 def stage1_loss(
@@ -202,16 +200,18 @@ def stage1_loss(
         contexts, continuations = texts, [ids[len(bos) :] for ids in texts]
     memory = encoder.memory(flat_ids(contexts, device), [len(ids) for ids in contexts])
     student = student_states(llama, bos, memory, continuations)
+    rows = [len(ids) + 1 for ids in continuations]
     loss = 0.0
     if config.objective == "ctkd":
-        teacher = torch.cat(teacher_states(llama, texts, splits))
-        weights = torch.cat([torch.full((len(h),), 1 / len(h), device=device, dtype=torch.float64)
-                             for h in student]) / counts["texts"]
-        loss = ctkd_loss(torch.cat(student), teacher, weights, llama.head, config.chunk_rows)
+        teacher = teacher_states(llama, texts, splits)
+        shares = np.concatenate([np.full(n, 1 / n / counts["texts"]) for n in rows])
+        weights = to_device(torch.from_numpy(shares), device)
+        loss = ctkd_loss(student, teacher, weights, llama.head, config.chunk_rows)
     nll_weight = config.nll_weight if config.objective == "ctkd" else 1.0
     if nll_weight:
-        rows, targets = torch.cat([h[:-1] for h in student]), flat_ids(continuations, device)
-        nll = nll_loss(rows, targets, llama.head, config.chunk_rows)
+        targets = flat_ids(continuations, device)
+        predicting = torch.cat([h[:-1] for h in student.split(rows)])
+        nll = nll_loss(predicting, targets, llama.head, config.chunk_rows)
         loss = loss + nll_weight * nll / counts["tokens"]
     return loss
 
@@ -281,7 +281,7 @@ def batch_gradient(
     targets = sum(len(ids) - (len(encoder.tokenizer.bos) if config.objective == "rc" else a)
                   for ids, a in zip(batch, splits))
     counts = {"texts": len(batch), "tokens": targets, "real_tokens": sum(map(len, batch))}
-    losses = torch.zeros(len(batch), dtype=torch.float64)
+    losses = torch.zeros(len(batch), dtype=torch.float64, device=ranks.device)
     for places in micro_batches(config, step, ranks):
         torch.manual_seed(int(generator(config.seed, 2, first + places[0]).integers(2**62)))
         part = [batch[j] for j in places], [splits[j] for j in places]
@@ -349,7 +349,7 @@ def train(config: Config, ranks: Ranks, going_on: bool) -> int:
             losses, counts = batch_gradient(encoder, corpus, config, step, ranks)
             reduce_gradients(parameters, ranks)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-            losses = ranks.sum(losses.to(ranks.device)).cpu()
+            losses = ranks.sum(losses)
             stop, late = agree(signals, checkpoints.late(), ranks)
             if not (losses.isfinite().all() and norm.isfinite()):
                 raise UserError(describe_non_finite(config, step, losses, norm, corpus))

@@ -4,6 +4,7 @@ The loops themselves, with forward, backward, reduce, clip and step, stand in th
 """
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -165,6 +166,20 @@ class Ranks:
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
 
+def keep_freed_memory():
+    """Let glibc keep the memory that tensors free, for the next ones.
+
+    By default it hands large blocks back to the system, and faulting them in again takes a fifth of
+    a CPU's time (bench/NOTES.md). MALLOC_MMAP_THRESHOLD_ in the environment goes before.
+    """
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h
+    if mallopt and mallopt(mmap_threshold, 2**30):
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def start_ranks(
     device: str, threads: int, timeout_minutes: float, deterministic: bool = False
 ) -> Ranks:
@@ -188,7 +203,9 @@ def start_ranks(
         raise UserError(f"--threads {threads}: must be at most 1024")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or max(1, cores // local_size))
-    if place.type == "cuda":
+    if place.type == "cpu":
+        keep_freed_memory()
+    else:
         place = torch.device("cuda", local if place.index is None else place.index)
         torch.cuda.set_device(place)
     patient, launch, by_torchrun = None, None, "TORCHELASTIC_RUN_ID" in os.environ

@@ -160,7 +160,7 @@ def test_dropout_acts_on_the_adapter_input_in_training_mode_only():
     torch.manual_seed(1)
     ours = layer(x, adapters=True)
     torch.manual_seed(1)
-    dropped = F.dropout(x, 0.5)
+    dropped = lora.dropout(x, 0.5)
     by_hand = x @ layer.weight.T + 1.5 * dropped @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-6)
     assert not torch.equal(ours, layer(x, adapters=True))
@@ -168,6 +168,36 @@ def test_dropout_acts_on_the_adapter_input_in_training_mode_only():
     layer.eval()
     w = layer.weight + 1.5 * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(layer(x, adapters=True), x @ w.T, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 1e-4])
+@pytest.mark.parametrize("shape", [(999, 501), (1000, 500)])
+def test_dropout_is_torchs_in_distribution(shape, p):
+    """Zeros and the scale of the rest; no dependence between the elements that share a number."""
+    torch.manual_seed(0)
+    x = torch.full(shape, 3.0, dtype=torch.float64).requires_grad_()
+    y = lora.dropout(x, p)
+    kept = (y != 0).double()
+    n = kept.numel()
+    assert abs(kept.mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5 + 2**-16
+    assert y.unique().tolist() == pytest.approx([0, 3 / (1 - p)], rel=1e-4)
+    for step in (1, 2, 3, 4, shape[1]):
+        a, b = kept.flatten()[:-step], kept.flatten()[step:]
+        both, alone = (a * b).mean(), kept.mean()
+        assert abs(both - alone**2) < 5 * (alone * (1 - alone) / n) ** 0.5 + 1e-9
+    y.sum().backward()
+    assert torch.equal(x.grad, (y / 3).detach())
+
+
+def test_dropout_of_nearly_everything_is_finite():
+    assert lora.dropout(torch.ones(1000, 100), 0.9999999).isfinite().all()
+
+
+def test_without_dropout_nothing_is_drawn():
+    state = torch.get_rng_state()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(lora.dropout(x, 0.0), x)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_bf16_merge_is_summed_in_fp32_and_rounded_once(tiny):

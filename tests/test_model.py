@@ -16,12 +16,14 @@ import pytest
 import torch
 from conftest import edit_json, write_llama
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import model
 from data import UserError
-from model import attend, find_model, fingerprint, inverse_frequencies, load_llama, read_config
+from model import attend, attend_jagged, find_model, fingerprint, inverse_frequencies, load_llama
+from model import read_config
 
 LENGTHS = [7, 1, 40, 7, 7, 19]
 
@@ -243,6 +245,108 @@ def test_float32_attention_equals_the_float64_loop(causal):
     slow = slow_attention(*random_qkv(lengths, 4, 2), lengths, causal)
     assert ours.dtype == torch.float32
     assert (ours - slow).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("lengths", [[1], [32], [31, 33], [5, 5, 64, 2], [512], [513, 3]], ids=str)
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
+def test_bf16_attention_and_its_gradients_are_float64s_to_rounding(lengths, heads, groups, causal):
+    rounded = [t.bfloat16() for t in random_qkv(lengths, heads, groups)]
+    ours, exact = ([t.to(dtype, copy=True).requires_grad_() for t in rounded]
+                   for dtype in (torch.bfloat16, torch.float64))
+    outputs = attend(*ours, lengths, causal), attend(*exact, lengths, causal)
+    weights = torch.randn_like(outputs[1]).bfloat16()
+    for out in outputs:
+        (out * weights.to(out.dtype)).sum().backward()
+    assert outputs[0].dtype == torch.bfloat16 and outputs[0].shape == outputs[1].shape
+    pairs = [outputs, *zip((t.grad for t in ours), (t.grad for t in exact))]
+    for found, expected in pairs:
+        assert (found - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_bf16_attention_ignores_the_next_sequence():
+    lengths = [20, 40]
+    q, k, v = (t.bfloat16() for t in random_qkv(lengths, 4, 4))
+    before = attend(q, k, v, lengths, False)
+    for t in (q, k, v):
+        t[20:] = torch.nan
+    after = attend(q, k, v, lengths, False)
+    assert torch.equal(before[:20], after[:20]) and after[20:].isnan().all()
+
+
+def test_bf16_attention_drops_weights_as_dropout_does():
+    """With all weights 1 / L and v = 1, a row is the mean of L dropped ones."""
+    lengths = [256] * 8
+    q = torch.zeros(sum(lengths), 4, 8, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    rows = attend(q, q, torch.ones_like(q), lengths, False, dropout=0.25).double()[:, :, 0]
+    assert rows.mean().item() == pytest.approx(1, abs=0.005)
+    assert rows.var().item() == pytest.approx(0.25 / 0.75 / 256, rel=0.1)
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
+def test_the_jagged_form_of_attention_equals_the_loop(heads, groups):
+    """On the CPU its kernel is torch's slow one, which knows no causal mask."""
+    lengths = [2, 9, 1, 2]
+    q, k, v = inputs = [t.requires_grad_() for t in random_qkv(lengths, heads, groups)]
+    k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
+    ours = attend_jagged(q, k, v, lengths, False, 0.0)
+    slow = slow_attention(*inputs, lengths, False)
+    torch.testing.assert_close(ours, slow, rtol=0, atol=1e-12)
+    weights = torch.randn_like(slow)
+    gradients = (torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, slow))
+    for our_gradient, slow_gradient in zip(*gradients):
+        torch.testing.assert_close(our_gradient, slow_gradient, rtol=0, atol=1e-11)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("heads, groups", [(8, 8), (8, 2)])
+def test_flash_attention_on_cuda_is_float64s_to_rounding(heads, groups, causal):
+    lengths = [1, 300, 17, 128, 129, 5]
+    random = torch.Generator().manual_seed(3)
+    rounded = [torch.randn(sum(lengths), n, 64, generator=random).bfloat16()
+               for n in (heads, groups, groups)]
+    ours = [t.cuda().requires_grad_() for t in rounded]
+    exact = [t.double().requires_grad_() for t in rounded]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        outputs = attend(*ours, lengths, causal), attend(*exact, lengths, causal)
+    for out in outputs:
+        out.square().sum().backward()
+    pairs = [outputs, *zip((t.grad for t in ours), (t.grad for t in exact))]
+    for found, expected in pairs:
+        assert (found.cpu() - expected).norm() <= 0.01 * expected.norm()
+
+
+@needs_cuda
+def test_flash_attention_on_cuda_drops_weights_and_repeats_itself():
+    q = torch.zeros(2048, 4, 64, dtype=torch.bfloat16, device="cuda")
+    rows = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            rows.append(attend(q, q, torch.ones_like(q), [256] * 8, False, dropout=0.25))
+    assert torch.equal(*rows)
+    values = rows[0].double()[:, :, 0]
+    assert values.mean().item() == pytest.approx(1, abs=0.005)
+    assert values.var().item() == pytest.approx(0.25 / 0.75 / 256, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_the_last_states_are_those_of_all(tiny, dtype, causal):
+    llama, lengths, last = load_llama(tiny, dtype=dtype), [70, 5, 1, 33], [70, 2, 1, 0]
+    x = llama.embed(random_ids(lengths)).requires_grad_()
+    whole = torch.cat([h[len(h) - n :] for h, n in zip(llama(x, lengths, causal).split(lengths),
+                                                       last)])
+    part = llama(x, lengths, causal, last=last)
+    tolerance = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 0.05}
+    torch.testing.assert_close(part, whole, **tolerance)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0].double() for out in (part, whole)]
+    assert (gradients[0] - gradients[1]).norm() <= tolerance["atol"] * gradients[1].norm()
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
