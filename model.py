@@ -21,6 +21,7 @@ import shutil
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import lora
@@ -328,6 +330,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # activations again in the backward pass instead of keeping them
         blocks = (Block(config) for _ in range(config.num_hidden_layers))
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -361,11 +364,12 @@ class Llama(nn.Module):
         if len(x) > sum(lengths):  # what was added is a sequence of its own
             lengths, last = [*lengths, len(x) - sum(lengths)], last and [*last, 0]
         cos, sin = self.rotary_table(lengths, x)
+        inputs = cos, sin, lengths, causal, adapters, dropout
+        run = partial(checkpoint, use_reentrant=False) if self.recompute else Block.__call__
         *blocks, final = self.model.layers
         for block in blocks:
-            x = block(x, cos, sin, lengths, causal, adapters, dropout)
-        x = final(x, cos, sin, lengths, causal, adapters, dropout, last)
-        return self.model.norm(x)[:rows]
+            x = run(block, x, *inputs)
+        return self.model.norm(run(final, x, *inputs, last))[:rows]
 
     def rotary_table(self, lengths: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, head_dim), computed in fp32 and cast to the activations' dtype."""

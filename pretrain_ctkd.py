@@ -77,6 +77,7 @@ class Config:
     lora_alpha: float = setting(32, "the adapters are scaled by alpha / r")
     lora_dropout: float = setting(0.05, "before the adapters")
     chunk_rows: int = setting(256, "rows of logits formed at a time")
+    recompute: bool = setting(False, "less memory, more time: keep the inputs of blocks only")
     dtype: str = setting("auto", "of frozen weights and activations",
                          ("auto", "bfloat16", "float32", "float64"))
     device: str = setting("auto", "auto, cpu, cuda")
@@ -305,6 +306,7 @@ def new_encoder(config: Config, ranks: Ranks) -> Encoder:
     random = torch.Generator().manual_seed(config.seed)
     encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout)
     add_lora(encoder.llama, encoder.lora_config, random)
+    encoder.llama.recompute = config.recompute
     encoder.add_memory(config.memory_init, config.train_embeddings == "all", random)
     encoder.adapters = True
     encoder.history = [{"stage": "ctkd", **settings_of(config)}]

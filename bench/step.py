@@ -3,20 +3,24 @@
     python bench/step.py --shape 134m --threads 1,2                       CPU, bf16
     python bench/step.py --shape 7b --device cuda --peak-tflops 989       one H200
 
-A step is forward, backward, clip and AdamW on one batch of random token ids, dropout 0; all
-implementations get the same weights (drawn by parameter name), batches, splits and adapters.
+A step is forward, backward, clip and AdamW on one batch of random token ids, with the paper's
+dropout of the adapters' input; all implementations get the same weights (drawn by parameter name),
+batches, splits and adapters.
 
     ours       pretrain_ctkd.batch_gradient, then clip and step as in its loop
     official   (a) the method as the official code writes it: two copies of the base, eager
                attention, padding and masks, logits of every token (of the encoder's too), masks,
                slices and losses in Python loops over the texts
     good       (b) transformers + peft done well: one copy, adapters switched off for teacher and
-               student, SDPA, padding and masks, the head on the needed rows only, one KL
+               student, SDPA, padding on the right (the causal passes need no mask then), the head
+               on the needed rows only, one KL
 
 Each implementation lives in a process of its own, so that its peak memory is its own, and waits on
 its stdin while another one is timed; steps take turns (round, thread count, implementation). The
-first turn of each thread count is warm-up and not counted. The losses of the first step must agree
-to 1e-3, the norms of the gradient to 2 % (fp32: 1e-3), or the run ends with an error.
+first two turns of each thread count are warm-up and not counted. Before them the loss of the first
+batch without dropout must agree to 1e-3, the norm of its gradient to 2 % (fp32: 1e-3), or the run
+ends with an error. On the CPU our commands let glibc keep freed memory, so `ours` does;
+--keep-memory-for-all gives the others the same.
 
 seconds      median over the counted steps at the thread count at which that median is lowest
 tokens/s     median of real tokens (texts with BOS, no padding, no memory tokens) by seconds
@@ -30,7 +34,8 @@ utilisation  median of useful FLOPs by seconds, as a share of the rate of one ma
              scores, adapters and the optimiser are not counted.
 
 bf16 on the CPU: torch and oneDNN compile kernels for every new length, which costs all three time
-and up to 1 GiB; ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 saves about 0.4 GiB of it.
+and up to 1 GiB. Resident memory counts what the allocator has not given back; to see what is in
+use, set MALLOC_MMAP_THRESHOLD_=65536 (every tensor in pages of its own; slow).
 """
 
 import argparse
@@ -60,7 +65,7 @@ import lora  # noqa: E402
 import pretrain_ctkd as stage1  # noqa: E402
 from data import UserError  # noqa: E402
 from model import Encoder, EncoderConfig, Llama, LlamaConfig  # noqa: E402
-from training import Ranks, global_batch  # noqa: E402
+from training import Ranks, global_batch, keep_freed_memory  # noqa: E402
 
 SHAPES = {  # V, D, intermediate, layers, heads, key-value heads, head_dim
     "tiny": LlamaConfig(512, 64, 128, 2, 4, 4, 16),
@@ -69,6 +74,7 @@ SHAPES = {  # V, D, intermediate, layers, heads, key-value heads, head_dim
 }
 SHORTEST, LONGEST = 250, 500  # tokens of a text, BOS counted
 BOS = 1
+WARM_UP = 2  # turns that are not counted
 GIB = 2**30
 
 # ---------------------------------------------------------------------------------------------
@@ -77,15 +83,16 @@ GIB = 2**30
 
 
 def stage1_config(args) -> stage1.Config:
-    """The paper's settings without dropout, with what the command line changes."""
-    config = replace(stage1.Config(), batch_size=args.batch, lora_dropout=0.0, dtype=args.dtype)
-    return replace(config, device=args.device, seed=args.seed, **json.loads(args.ours))
+    """The paper's settings, with what the command line changes."""
+    config = replace(stage1.Config(), batch_size=args.batch, dtype=args.dtype, seed=args.seed,
+                     device=args.device, lora_dropout=args.dropout)
+    return replace(config, **json.loads(args.ours))
 
 
 def random_corpus(args) -> list[np.ndarray]:
     """Enough texts of random ids for the warm-up and all steps."""
     random = np.random.default_rng(args.seed)
-    lengths = random.integers(SHORTEST, LONGEST + 1, args.batch * (args.steps + 1))
+    lengths = random.integers(SHORTEST, LONGEST + 1, args.batch * (args.steps + WARM_UP))
     vocabulary = SHAPES[args.shape].vocab_size
     return [np.concatenate(([BOS], random.integers(3, vocabulary, n - 1))).astype(np.int32)
             for n in lengths]
@@ -161,13 +168,15 @@ class Ours:
         tokenizer = SimpleNamespace(bos=[BOS])
         shape = EncoderConfig(self.config.memory_tokens, max_tokens=self.config.max_tokens)
         self.encoder = Encoder(llama, tokenizer, shape)
-        adapters = lora.LoraConfig(self.config.lora_r, self.config.lora_alpha, 0.0)
-        lora.add_lora(llama, adapters)
+        c = self.config
+        lora.add_lora(llama, lora.LoraConfig(c.lora_r, c.lora_alpha, c.lora_dropout))
         draw_adapters(llama)
+        llama.recompute = c.recompute
         self.encoder.add_memory("normal", train_table=True)
         draw("memory_tokens", self.encoder.memory_tokens, llama.config.hidden_size**-0.5)
         self.encoder.adapters = True
         self.encoder.train()
+        self.modules = self.encoder
         self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
 
     def gradient(self, step: int) -> Tensor:
@@ -212,8 +221,8 @@ class Baseline:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         settings = LoraConfig(
-            r=self.config.lora_r, lora_alpha=self.config.lora_alpha, lora_dropout=0.0,
-            target_modules=list(lora.LoraConfig().targets),
+            r=self.config.lora_r, lora_alpha=self.config.lora_alpha,
+            lora_dropout=self.config.lora_dropout, target_modules=list(lora.LoraConfig().targets),
         )
         model = get_peft_model(model, settings)
         draw_adapters(model)
@@ -299,7 +308,7 @@ class Official(Baseline):
 
 
 class Good(Baseline):
-    """(b) one copy, SDPA, padded, the head on needed rows, one KL in fp32."""
+    """(b) one copy, SDPA, padded on the right, the head on needed rows, one KL in fp32."""
 
     def build(self):
         model = self.llama("sdpa")
@@ -310,7 +319,8 @@ class Good(Baseline):
         self.table.weight = self.encoder_table(self.embed.weight)
         self.modules = nn.ModuleList([self.peft, self.table])
 
-    def hidden(self, x: Tensor, mask: Tensor) -> Tensor:
+    def hidden(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Without a mask SDPA is causal: no row sees the padding behind its text."""
         return self.llama_model(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
     def within(self, lengths: Tensor) -> Tensor:
@@ -332,11 +342,11 @@ class Good(Baseline):
             text = self.embed(pad([ids[s:] for ids, s in zip(texts, splits)]))
             bos = self.embed(torch.full((n, 1), BOS, device=self.device))
             inside = self.within(length - a + k + 1)
-            student = self.hidden(torch.cat((bos, memory, text), dim=1), inside)[:, k:]
+            student = self.hidden(torch.cat((bos, memory, text), dim=1))[:, k:]
             student = student[inside[:, k:]]  # (rows, D), S + 1 of each text
             with torch.no_grad():
                 inside = self.within(length)
-                teacher = self.hidden(self.embed(pad(texts)), inside)
+                teacher = self.hidden(self.embed(pad(texts)))
                 needed = torch.arange(inside.shape[1], device=self.device) >= a[:, None] - 1
                 teacher_log = F.linear(teacher[inside & needed], self.head).float().log_softmax(-1)
         student_log = F.linear(student, self.head).float().log_softmax(-1)
@@ -401,6 +411,22 @@ class Step:
             fused=not isinstance(implementation, Official),
         )
 
+    def check(self) -> dict:
+        """Loss and norm of the gradient of step 0 without dropout; nothing is updated."""
+        layers = [m for m in self.implementation.modules.modules()
+                  if isinstance(m, nn.Dropout | lora.LoraLinear)]
+        key = {layer: "p" if isinstance(layer, nn.Dropout) else "dropout" for layer in layers}
+        before = [getattr(layer, key[layer]) for layer in layers]
+        for layer in layers:
+            setattr(layer, key[layer], 0.0)
+        loss = self.implementation.gradient(0).item()
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]).item()
+        self.optimizer.zero_grad(set_to_none=True)
+        for layer, p in zip(layers, before):
+            setattr(layer, key[layer], p)
+        return {"loss": loss, "norm": norm}
+
     def run(self, step: int) -> tuple[float, float]:
         loss = self.implementation.gradient(step)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -422,8 +448,10 @@ class Step:
 
 
 def worker(args):
-    """Build one implementation, then answer each line `step I THREADS` with a line of JSON."""
+    """Build one implementation; answer `check 0 THREADS`, `step I THREADS` with a line of JSON."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    if args.device == "cpu" and (args.worker == "ours" or args.keep_memory_for_all):
+        keep_freed_memory()
     kind = {**IMPLEMENTATIONS, "product": MatrixProduct}[args.worker]
     for module in kind.imports:
         importlib.import_module(module)
@@ -437,9 +465,10 @@ def worker(args):
               "device": torch.cuda.get_device_name() if cuda else cpu_name()}
     print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
-        _, step, threads = line.split()
+        what, step, threads = line.split()
         torch.set_num_threads(int(threads))
-        print(json.dumps(measured.measure(int(step))), file=answers, flush=True)
+        answer = measured.check() if what == "check" else measured.measure(int(step))
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def cpu_name() -> str:
@@ -476,8 +505,8 @@ class Worker:
                             f"too little memory: name fewer --implementations")
         return json.loads(line)
 
-    def ask(self, step: int, threads: int) -> dict:
-        self.process.stdin.write(f"step {step} {threads}\n")
+    def ask(self, what: str, step: int, threads: int) -> dict:
+        self.process.stdin.write(f"{what} {step} {threads}\n")
         self.process.stdin.flush()
         return self.answer()
 
@@ -501,28 +530,29 @@ def check_agreement(first: dict[str, dict], dtype: str):
 
 
 def take_turns(workers: dict[str, Worker], args) -> dict[str, dict[int, list[dict]]]:
-    """name -> threads -> answers in the order of the steps; the first of each list is warm-up."""
+    """name -> threads -> answers in the order of the steps; the first WARM_UP are not counted."""
+    first = {name: process.ask("check", 0, args.threads[0])
+             for name, process in workers.items() if name != "product"}
+    check_agreement(first, args.dtype)
     answers = {name: {t: [] for t in args.threads} for name in workers}
-    for step in range(args.steps + 1):
-        for i, threads in enumerate(args.threads):
+    for step in range(args.steps + WARM_UP):
+        for threads in args.threads:
             for name, process in workers.items():
-                answers[name][threads].append(process.ask(step, threads))
-            if step == i == 0:
-                first = {name: answers[name][threads][0] for name in workers if name != "product"}
-                check_agreement(first, args.dtype)
-        print(f"round {step} of {args.steps} done", file=sys.stderr)
+                answers[name][threads].append(process.ask("step", step, threads))
+        print(f"round {step + 1} of {args.steps + WARM_UP} done", file=sys.stderr)
     return answers
 
 
 def summarise(answers: dict, args, ready: dict, steps: list[dict]) -> dict[str, dict]:
     """name -> the numbers of its row, at its best thread count; `steps`: tokens and FLOPs."""
-    rates = {threads: median(a["flops_per_second"] for a in turns[1:])
+    rates = {threads: median(a["flops_per_second"] for a in turns[WARM_UP:])
              for threads, turns in answers["product"].items()}
     summary = {"product": {"flops_per_second": rates}}
     for name in args.implementations:
-        seconds = {t: [a["seconds"] for a in turns[1:]] for t, turns in answers[name].items()}
+        seconds = {t: [a["seconds"] for a in turns[WARM_UP:]]
+                   for t, turns in answers[name].items()}
         best = min(seconds, key=lambda t: median(seconds[t]))
-        speed = {key: median(s[key] / t for s, t in zip(steps[1:], seconds[best]))
+        speed = {key: median(s[key] / t for s, t in zip(steps[WARM_UP:], seconds[best]))
                  for key in ("real_tokens", "flops")}
         peak = max(turns[-1]["peak_bytes"] for turns in answers[name].values())
         summary[name] = {
@@ -532,7 +562,6 @@ def summarise(answers: dict, args, ready: dict, steps: list[dict]) -> dict[str, 
             "tokens_per_second": speed["real_tokens"], "flops_per_second": speed["flops"],
             "peak_gib": peak / GIB,
             "above_imports_gib": (peak - ready[name]["imported_bytes"]) / GIB,
-            "loss": answers[name][args.threads[0]][0]["loss"],
             "utilisation": speed["flops"] / rates[best],
         }
     return summary
@@ -543,8 +572,8 @@ def print_table(summary: dict, args):
     reference = args.implementations[0]
     last = f" | of {args.peak_tflops:g} TFLOP/s |" if args.peak_tflops else " |"
     print(f"\n| implementation | threads | s/step, median (min-max) | real tokens/s | time / "
-          f"{reference} | peak GiB (above imports) | first loss | utilisation{last}")
-    print("|---|" + "---:|" * (8 if args.peak_tflops else 7))
+          f"{reference} | peak GiB (above imports) | utilisation{last}")
+    print("|---|" + "---:|" * (7 if args.peak_tflops else 6))
     for name in args.implementations:
         row = summary[name]
         cells = [name, str(row["threads"]),
@@ -552,7 +581,7 @@ def print_table(summary: dict, args):
                  f"{row['tokens_per_second']:,.0f}",
                  f"{row['seconds'] / summary[reference]['seconds']:.2f}",
                  f"{row['peak_gib']:.2f} ({row['above_imports_gib']:.2f})",
-                 f"{row['loss']:.5f}", f"{row['utilisation']:.1%}"]
+                 f"{row['utilisation']:.1%}"]
         if args.peak_tflops:
             cells.append(f"{row['flops_per_second'] / args.peak_tflops / 1e12:.1%}")
         print(f"| {' | '.join(cells)} |")
@@ -573,12 +602,13 @@ def bench(args):
         print(f"{device}, {args.dtype}, threads {args.threads}, load {load[0]:.1f}, {versions}\n"
               f"{args.shape}: {(n + 2 * head) / 1e6:.2f} M weights (projections {n / 1e6:.2f} M, "
               f"head and table {head / 1e6:.2f} M each), {trained / 1e6:.2f} M trained; batch "
-              f"{args.batch}, {SHORTEST}-{LONGEST} tokens a text")
+              f"{args.batch}, {SHORTEST}-{LONGEST} tokens a text, dropout {args.dropout:g}; freed "
+              f"memory kept by {'all' if args.keep_memory_for_all else 'ours'}")
         answers = take_turns(workers, args)
     finally:
         for process in workers.values():
             process.close()
-    batches = [batch_of(config, random_corpus(args), step) for step in range(args.steps + 1)]
+    batches = [batch_of(config, random_corpus(args), step) for step in range(args.steps + WARM_UP)]
     steps = [{"real_tokens": sum(map(len, texts)),
               "flops": useful_flops(shape, texts, splits, config.memory_tokens)}
              for texts, splits in batches]
@@ -607,7 +637,10 @@ def main() -> int:
     )
     parser.add_argument("--shape", choices=list(SHAPES), default="134m")
     parser.add_argument("--batch", type=int, default=4, help="texts a step")
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each")
+    parser.add_argument("--steps", type=int, default=8, help="counted steps of each")
+    parser.add_argument("--dropout", type=float, default=0.05, help="before the adapters")
+    parser.add_argument("--keep-memory-for-all", action="store_true",
+                        help="CPU: let glibc keep freed memory in all processes, not in ours alone")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--threads", type=counts, default=[1, 2], help="CPU thread counts: 1,2")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pretrain_ctkd as stage1
+import readable
 from lora import lora_layers
 from training import Ranks, generator, global_batch, learning_rate
 
@@ -39,33 +40,6 @@ def corpus():
     random = np.random.default_rng(0)
     return [np.concatenate(([1], random.integers(3, 8192, n))).astype(np.int32)
             for n in random.integers(20, 70, 32)]
-
-
-def logits_of(llama, x, causal=True):
-    return llama(x, [len(x)], causal) @ llama.head.T
-
-
-def plain_loss(encoder, batch, splits, objective):
-    """Section 1 of the method, one text at a time, with whole logits and no packing."""
-    llama, k = encoder.llama, encoder.config.num_memory_tokens
-    sums, counts = 0.0, 0
-    for ids, a in zip(batch, splits):
-        ids = torch.from_numpy(ids).long()
-        context = ids if objective == "rc" else ids[:a]
-        target = ids[1:] if objective == "rc" else ids[a:]
-        x = torch.cat((encoder.table[context], encoder.memory_tokens))
-        memory = llama(x, [len(x)], causal=False, adapters=True)[-k:]
-        student = logits_of(llama, torch.cat((llama.embed(ids[:1]), memory, llama.embed(target))))
-        student = student[k:].log_softmax(-1)  # row k is the last memory token
-        if objective == "ctkd":
-            teacher = logits_of(llama, llama.embed(ids))[a - 1 :].log_softmax(-1).detach()
-            kl = (teacher.exp() * (teacher - student)).sum(-1)
-            assert len(kl) == len(target) + 1
-            sums, counts = sums + kl.mean(), counts + 1
-        else:
-            sums -= student[torch.arange(len(target)), target].sum()
-            counts += len(target)
-    return sums / counts
 
 
 def gradient(encoder):
@@ -95,7 +69,7 @@ def test_objective_equals_the_plain_loop(encoder, corpus, objective, chunk_rows)
     places = range(config.batch_size, 2 * config.batch_size)  # those of step 1
     batch = [corpus[i] for i in global_batch(config.seed, 1, config.batch_size, len(corpus))]
     splits = [stage1.split_point(config, p, len(ids)) for p, ids in zip(places, batch)]
-    loss = plain_loss(encoder, batch, splits, objective)
+    loss = readable.stage1_loss(encoder, batch, splits, objective)
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-10)
     assert worst(ours, gradient(encoder)) < 1e-10
@@ -105,6 +79,20 @@ def test_nll_weight_adds_the_token_mean_of_the_cross_entropy(encoder, corpus):
     kl, nll, both = (step_gradient(encoder, corpus, replace(CONFIG, memory_tokens=3, **change))[0]
                      for change in ({}, {"objective": "nll"}, {"nll_weight": 0.25}))
     assert both == pytest.approx(kl + 0.25 * nll, rel=1e-12)
+
+
+def test_recomputed_activations_give_the_same_gradient_dropout_included(encoder, corpus):
+    config = replace(CONFIG, memory_tokens=3)
+    for layer in lora_layers(encoder.llama).values():
+        layer.dropout = 0.5
+    value, kept = step_gradient(encoder, corpus, config)
+    encoder.llama.recompute = True
+    again, recomputed = step_gradient(encoder, corpus, config)
+    encoder.llama.recompute = False
+    for layer in lora_layers(encoder.llama).values():
+        layer.dropout = 0.0
+    assert again == value and all(torch.equal(kept[n], recomputed[n]) for n in kept)
+    assert value != step_gradient(encoder, corpus, config)[0]
 
 
 @pytest.mark.parametrize("objective", ["ctkd", "nll", "rc"])
