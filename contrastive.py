@@ -38,7 +38,8 @@ from data.corpora import digest_ids, read_texts
 from data.triples import Triples
 from lora import LoraConfig, add_lora, merge_lora
 from model import INSTRUCTED, Encoder, EncoderConfig, encoder_of, find_model
-from model import flat_ids, is_encoder, load_encoder, plain_encoder, save_encoder, token_batches
+from model import flat_ids, is_encoder, load_encoder, plain_encoder, save_encoder, to_device
+from model import token_batches
 from training import (
     Metrics, Ranks, agree, check_numbers, flag, generator, global_batch, learning_rate,
     parse_config, pick_dtype, print_header, reduce_gradients, run_stage, setting,
@@ -135,7 +136,7 @@ PRESETS = {
 def scaled_cosines(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor) -> Tensor:
     """cos(q_i, k_j) / temperature (B, M); -inf where `excluded` (B, M) is true."""
     cosines = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T
-    return (cosines / temperature).masked_fill(excluded.to(cosines.device), -torch.inf)
+    return (cosines / temperature).masked_fill(to_device(excluded, cosines.device), -torch.inf)
 
 
 def info_nce(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def embed_batch(
     everyone = torch.zeros(len(texts), encoder.table.shape[1], dtype=wide, device=device)
     if not mine:
         return ranks.sum(everyone)
-    own, rows = torch.cat(embeddings), torch.tensor(sum(mine, []), device=device)
+    own, rows = torch.cat(embeddings), to_device(torch.tensor(sum(mine, [])), device)
     everyone[rows] = own.detach()
     return ranks.sum(everyone).index_copy(0, rows, own)
 

@@ -64,7 +64,7 @@ from bench import evaluate as sibling
 from contrastive import Batch, Config, batch_gradient, new_encoder, same_texts
 from data import UserError
 from model import read_config
-from training import Ranks, trained_of
+from training import Ranks, keep_freed_memory, trained_of
 
 TOLERANCES = {"float32": {"loss": 1e-3, "norm": 1e-3}, "bfloat16": {"loss": 1e-2, "norm": 5e-2}}
 TARGET = 1.1  # peak with the most rows by peak with the fewest
@@ -127,6 +127,7 @@ class Contestant:
 
 class Ours(Contestant):
     def build(self):
+        keep_freed_memory()  # as the command does
         self.ranks = Ranks(0, 1, torch.device("cpu"))
         self.encoder, _ = new_encoder(self.config, self.ranks)
         step.draw_adapters(self.encoder.llama.model)

@@ -105,6 +105,21 @@ def test_micro_batches_do_not_change_the_gradient(encoder, corpus, objective, mi
     assert worst(parts, whole) < 1e-10
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("objective", ["ctkd", "nll", "rc"])
+def test_a_gradient_on_cuda_never_waits_for_the_device(corpus, objective):
+    ranks = Ranks(0, 1, torch.device("cuda"))
+    config = replace(CONFIG, objective=objective, dtype="bfloat16", lora_dropout=0.05)
+    encoder = stage1.new_encoder(config, ranks)
+    stage1.batch_gradient(encoder, corpus, config, 0, ranks)  # compiles, allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses, _ = stage1.batch_gradient(encoder, corpus, config, 1, ranks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.isfinite().all()
+
+
 RANK_PROGRAM = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])

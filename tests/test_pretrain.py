@@ -604,3 +604,29 @@ def test_as_a_command_bad_input_is_a_clear_line_on_stderr(
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     lines = [x for x in done.stderr.splitlines() if "thrown while" not in x and "Retrying" not in x]
     assert lines[0].startswith("error: ") and len(lines) == length
+
+
+FAULTS = """
+import resource, sys, torch
+from training import keep_freed_memory
+keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for turn in range(6):
+    before = faults()
+    for mebibytes in (20, 60, 40):
+        torch.ones(mebibytes << 18)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc's allocator")
+@pytest.mark.parametrize(
+    "environment, kept", [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False)]
+)
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment, kept):
+    """120 MiB are 30,720 pages: as many faults if the system has to give them again."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, env={**clean, **environment},
+                          capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 30) == kept  # 60 where pages are of 2 MiB
