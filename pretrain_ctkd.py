@@ -36,7 +36,7 @@ from data.corpora import digest_ids, read_texts
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, add_lora
 from model import Encoder, EncoderConfig, Llama, flat_ids, is_encoder, load_encoder, pack
-from model import plain_encoder, save_encoder, to_device
+from model import plain_encoder, save_encoder, steady, to_device
 from training import (
     Metrics, Ranks, agree, check_numbers, generator, global_batch, learning_rate, parse_config,
     pick_dtype, print_header, reduce_gradients, run_stage, setting, settings_of, start_run,
@@ -118,7 +118,7 @@ class ThroughHead(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             with torch.enable_grad():
                 chunk = hidden[rows].detach().requires_grad_()
-                loss = row_loss(F.linear(chunk, head), rows)
+                loss = row_loss(logits_of(chunk, head), rows)
             gradients += torch.autograd.grad(loss, chunk)
             total += loss.detach()
         ctx.save_for_backward(torch.cat(gradients))
@@ -127,6 +127,11 @@ class ThroughHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return ctx.saved_tensors[0] * gradient, None, None, None
+
+
+def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden (R, D), head (V, D) -> (R, V)."""
+    return F.linear(steady(hidden), head)[: len(hidden)]
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ def ctkd_loss(
 
     def kl(student_logits: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
-            target = log_probabilities(F.linear(teacher[rows], head))
+            target = log_probabilities(logits_of(teacher[rows], head))
         student_log = log_probabilities(student_logits)
         divergence = F.kl_div(student_log, target, reduction="none", log_target=True).sum(-1)
         return divergence @ weights[rows].to(divergence.dtype)
