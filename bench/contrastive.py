@@ -57,6 +57,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `contrastive` is the product's
 
+import encode
 import step
 
 import contrastive
@@ -359,7 +360,7 @@ def bench_speed(args) -> tuple[dict, list[str]]:
 
 def bench(args):
     """The part asked for: print its table, write the JSON."""
-    args.folder, load = str(sibling.shared_folder(args)), os.getloadavg()
+    args.folder, load = str(encode.shared_folder(args)), os.getloadavg()
     about = {"device": step.cpu_name(), **{package: version(package) for package in (
         "torch", "transformers", "peft", "sentence-transformers")}}
     print(f"{about}, load {load[0]:.1f}, {args.threads} thread(s)\n{args.shape or args.model}, "

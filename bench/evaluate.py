@@ -1,28 +1,17 @@
-"""Scoring and encoding, timed side by side: this project and the libraries that it stands in for.
+"""Scoring, timed side by side: this project and the libraries that it stands in for.
 
-    python bench/evaluate.py --part scoring --data-dir FOLDER
-    python bench/evaluate.py --part encode --data-dir FOLDER --dtype float32 --threads 2
-    python bench/evaluate.py --part encode --shape 134m --dtype bfloat16 --texts 500
+    python bench/evaluate.py --data-dir FOLDER
 
-scoring  given random embeddings of --dims columns, nothing is encoded:
-         retrieval       SciFact's size (5,183 documents, 300 queries; its ids and judgements if
-                         --data-dir has them): evaluate.retrieval and mteb's search and metrics,
-                         from the moment that the documents' embeddings are handed over. mteb ranks
-                         as many documents and computes more metrics. nDCG@10, MAP@10 and
-                         recall@100 must agree to 1e-5.
-         classification  Banking77's size, ten draws: evaluate.classification and scikit-learn's
-                         LogisticRegression as mteb calls it. Accuracies within 0.3 points.
-         clustering      --sets sets of TwentyNewsgroups' size: evaluate.clustering and
-                         scikit-learn's MiniBatchKMeans as mteb calls it. V-measures within 0.5.
-encode   texts (SciFact's documents if --data-dir has them, else 20-400 tokens of the embedded
-         passages) to the mean of a causal Llama's states, at most 512 tokens with BOS:
-         ours                   plain_encoder(...).encode, no padding
-         sentence-transformers  Transformer and Pooling, its own sorting (by characters); texts a
-                                batch: --batch-tokens by the mean length
-         transformers           LlamaModel, texts sorted by length, padded and masked; a batch
-                                with its padding fills --batch-tokens
-         The others' embeddings must be ours: fp32 to 1e-4, bf16 cosine at least 0.999. Time
-         includes the tokenizer. SDPA, the same dtype and threads for all.
+Given random embeddings of --dims columns; nothing is encoded (bench/encode.py does that):
+
+retrieval       SciFact's size (5,183 documents, 300 queries; its ids and judgements if --data-dir
+                has them): evaluate.retrieval and mteb's search and metrics, from the moment that
+                the documents' embeddings are handed over. mteb ranks as many documents and
+                computes more metrics. nDCG@10, MAP@10 and recall@100 must agree to 1e-5.
+classification  Banking77's size, ten draws: evaluate.classification and scikit-learn's
+                LogisticRegression as mteb calls it. Accuracies within 0.3 points.
+clustering      --sets sets of TwentyNewsgroups' size: evaluate.clustering and scikit-learn's
+                MiniBatchKMeans as mteb calls it. V-measures within 0.5.
 
 Each implementation lives in a process of its own, so that its peak memory is its own, and waits on
 its stdin while another one is timed; they take turns, the first turn of each is warm-up and not
@@ -39,7 +28,6 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -48,7 +36,6 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluate` is the product's
 
@@ -57,12 +44,8 @@ from published import cluster_measures, regression_accuracy
 
 import evaluate
 from data import UserError
-from data.corpora import read_lines
 from data.tasks import TASKS, draw_training_sets, read_task, task_place
-from data.tokenizer import Tokenizer
-from model import PLAIN, Llama, find_model, plain_encoder, read_config
 
-LONGEST = PLAIN.max_tokens
 SIZES = {"documents": 5183, "queries": 300, "train": 10003, "test": 3080, "set": 5954}
 TOLERANCES = {"ndcg_at_10": 1e-5, "map_at_10": 1e-5, "recall_at_100": 1e-5, "accuracy": 3e-3,
               "v_measure": 5e-3}
@@ -228,116 +211,10 @@ class MtebRetrieval:
         return {"seconds": seconds, "scores": means}
 
 
-# ---------------------------------------------------------------------------------------------
-# Encoding: args.folder is a Llama for all three, args.texts_file a JSON list
-# ---------------------------------------------------------------------------------------------
-
-
-class Encoding:
-    """What the three share; `encode(texts)` is theirs."""
-
-    imports = ()
-
-    def __init__(self, args):
-        self.args, self.texts = args, json.loads(Path(args.texts_file).read_text())
-        self.dtype = getattr(torch, args.dtype)
-        self.build()
-
-    def measure(self) -> dict:
-        clock = time.perf_counter()
-        x = self.encode(self.texts)
-        seconds = time.perf_counter() - clock
-        np.save(self.args.rows_file, x)
-        return {"seconds": seconds}
-
-    def check_ids(self, theirs: list[list[int]]):
-        """UserError unless a library's ids of the first texts are ours, BOS and cut included."""
-        bos = read_config(Path(self.args.folder) / "config.json").bos_token_id
-        ours = Tokenizer(Path(self.args.folder), sys.maxsize, bos).encode(
-            self.texts[: len(theirs)], LONGEST)
-        for a, b in zip(ours, theirs):
-            if a.tolist() != list(b):
-                raise UserError(f"{self.args.worker}: its ids {list(b)[:5]}... are not ours, "
-                                f"{a.tolist()[:5]}...; does tokenizer.json put BOS, and only BOS, "
-                                f"around a text?")
-
-
-class OurEncoding(Encoding):
-    def build(self):
-        self.encoder = plain_encoder(self.args.folder, PLAIN, dtype=self.dtype)
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        return self.encoder.encode(texts, batch_tokens=self.args.batch_tokens)
-
-
-class SentenceTransformers(Encoding):
-    imports = ("sentence_transformers", "transformers.models.llama.modeling_llama")
-
-    def build(self):
-        from sentence_transformers import SentenceTransformer
-        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-        llama = Transformer(
-            self.args.folder, max_seq_length=LONGEST,
-            model_kwargs={"dtype": self.dtype, "attn_implementation": "sdpa"},
-        )
-        pooling = Pooling(llama.get_embedding_dimension(), "mean")
-        self.model = SentenceTransformer(modules=[llama, pooling], device="cpu")
-        ids = llama.tokenizer(self.texts[:50], truncation=True, max_length=LONGEST)["input_ids"]
-        self.check_ids(ids)
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        return self.model.encode(texts, batch_size=self.args.batch_texts, show_progress_bar=False)
-
-
-class Transformers(Encoding):
-    imports = ("transformers.models.llama.modeling_llama",)
-
-    def build(self):
-        from transformers import AutoTokenizer, LlamaModel
-
-        self.tokenizer = AutoTokenizer.from_pretrained(self.args.folder)
-        self.model = LlamaModel.from_pretrained(
-            self.args.folder, dtype=self.dtype, attn_implementation="sdpa"
-        ).eval()
-        self.check_ids(self.ids(self.texts[:50]))
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
-
-    @torch.inference_mode()
-    def encode(self, texts: list[str]) -> np.ndarray:
-        ids, out = [torch.tensor(i) for i in self.ids(texts)], None
-        for batch in padded_batches([len(i) for i in ids], self.args.batch_tokens):
-            lengths = torch.tensor([len(ids[i]) for i in batch])
-            padded = torch.nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True)
-            mask = torch.arange(padded.shape[1]) < lengths[:, None]
-            states = self.model(padded, attention_mask=mask, use_cache=False).last_hidden_state
-            states = states.float().masked_fill_(~mask[..., None], 0)
-            if out is None:
-                out = np.empty((len(texts), states.shape[-1]), dtype=np.float32)
-            out[batch] = (states.sum(1) / lengths[:, None]).numpy()
-        return out
-
-
-def padded_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of texts, longest first; longest times count is at most `budget` (or one text)."""
-    batches, room = [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not room:
-            batches.append([])
-            room = max(1, budget // lengths[i])
-        batches[-1].append(i)
-        room -= 1
-    return batches
-
-
 IMPLEMENTATIONS = {
     "retrieval": {"ours": OurScoring, "mteb": MtebRetrieval},
     "classification": {"ours": OurScoring, "scikit-learn": SklearnScoring},
     "clustering": {"ours": OurScoring, "scikit-learn": SklearnScoring},
-    "encode": {"ours": OurEncoding, "sentence-transformers": SentenceTransformers,
-               "transformers": Transformers},
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -345,36 +222,40 @@ IMPLEMENTATIONS = {
 # ---------------------------------------------------------------------------------------------
 
 
-def peak_bytes() -> int:
-    """The highest resident memory of this process so far.
+def peak_bytes(device: str = "cpu") -> int:
+    """The highest memory of this process so far: resident, or on CUDA allocated.
 
     Linux counts it in ru_maxrss from the parent's, so that VmHWM is read there.
     """
+    if device.startswith("cuda"):
+        return step.peak_bytes(device)
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     peaks = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    return peaks[0] if peaks else step.peak_bytes("cpu")
+    return peaks[0] if peaks else step.peak_bytes(device)
 
 
-def worker(args):
+def worker(args, implementations: dict[str, dict]):
     """Build one implementation, then answer each line with a measurement as a line of JSON."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     torch.set_num_threads(args.threads)
-    kind = IMPLEMENTATIONS[args.job][args.worker]
+    kind = implementations[args.job][args.worker]
     for module in kind.imports:
         importlib.import_module(module)
-    ready = {"imported_bytes": psutil.Process().memory_info().rss}
+    cuda = args.device.startswith("cuda")
+    ready = {"imported_bytes": 0 if cuda else psutil.Process().memory_info().rss}
     measured = kind(args)
     print(json.dumps(ready), file=answers, flush=True)
     for _ in sys.stdin:
         found = measured.measure()
-        print(json.dumps({**found, "peak_bytes": peak_bytes()}), file=answers, flush=True)
+        found["peak_bytes"] = peak_bytes(args.device)
+        print(json.dumps(found), file=answers, flush=True)
 
 
 class Worker:
-    """The parent's end of a worker process."""
+    """The parent's end of a worker process, which runs `script`."""
 
-    def __init__(self, name: str, args: dict):
+    def __init__(self, script: str, name: str, args: dict):
         self.name, threads = name, str(args["threads"])
         numbers = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
                    "RAYON_NUM_THREADS")
@@ -382,7 +263,7 @@ class Worker:
                  "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                  "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps({**args, "worker": name})],
+            [sys.executable, script, "--worker", json.dumps({**args, "worker": name})],
             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, **quiet, **dict.fromkeys(numbers, threads)},
         )
@@ -415,24 +296,26 @@ class Worker:
 # ---------------------------------------------------------------------------------------------
 
 
-def take_turns(job: str, args: dict, repeats: int, check) -> dict[str, dict]:
-    """name -> seconds of the counted turns, first answer, memory; `check` looks at the warm-up."""
+def take_turns(script: str, job: str, names, args: dict, check) -> dict[str, dict]:
+    """name -> its first answer, with the seconds of the counted turns and the memory.
+
+    `script` has the workers; `check` looks at the first answers, which are warm-up.
+    """
     with ExitStack() as stack:
         workers = {}
-        for name in IMPLEMENTATIONS[job]:
-            rows = str(Path(args["scratch"]) / f"{name}.npy")
-            workers[name] = Worker(name, {**args, "job": job, "rows_file": rows})
+        for name in names:
+            workers[name] = Worker(script, name, {**args, "job": job})
             stack.callback(workers[name].close)
         turns = {name: [process.ask()] for name, process in workers.items()}
         agreement = check({name: answers[0] for name, answers in turns.items()}, args)
-        for i in range(repeats):
+        for i in range(args["repeats"]):
             for name, process in workers.items():
                 turns[name].append(process.ask())
-            print(f"{job}, round {i + 1} of {repeats} done", file=sys.stderr, flush=True)
-        return {name: {"seconds": [a["seconds"] for a in answers[1:]],
+            print(f"{job}, round {i + 1} of {args['repeats']} done", file=sys.stderr, flush=True)
+        return {name: {**answers[0], "seconds": [a["seconds"] for a in answers[1:]],
                        "peak_bytes": answers[-1]["peak_bytes"],
                        "imported_bytes": workers[name].ready["imported_bytes"],
-                       "scores": answers[0].get("scores"), "agreement": agreement[name]}
+                       "agreement": agreement[name]}
                 for name, answers in turns.items()}
 
 
@@ -448,22 +331,6 @@ def check_scores(first: dict[str, dict], args: dict) -> dict[str, str]:
             if name != "ours":
                 print(f"agrees: {name} {key} {value:.6f}, ours {reference[key]:.6f}, difference "
                       f"{off:.1e}")
-    return said
-
-
-def check_rows(first: dict[str, dict], args: dict) -> dict[str, str]:
-    """name -> how near its embeddings are to ours; UserError if they are not near enough."""
-    load = lambda name: np.load(Path(args["scratch"]) / f"{name}.npy")  # noqa: E731
-    ours, said = load("ours"), {"ours": "-"}
-    for name in [name for name in first if name != "ours"]:
-        theirs = load(name)
-        off = float(np.abs(ours - theirs).max())
-        cosine = float((evaluate.unit(ours) * evaluate.unit(theirs)).sum(axis=1).min())
-        said[name] = f"off by {off:.1e}, cosine {cosine:.6f}"
-        fine = off <= 1e-4 if args["dtype"] == "float32" else cosine >= 0.999
-        if not fine:
-            raise UserError(f"{name}: its embeddings are not ours ({said[name]})")
-        print(f"agrees: {name}, embeddings off by at most {off:.1e}, lowest cosine {cosine:.6f}")
     return said
 
 
@@ -483,8 +350,8 @@ def bench_scoring(args) -> tuple[dict, list[str]]:
     lines = [f"| {' | '.join(titles)} |", "|---|---|---:|---:|---:|---|"]
     for job in ("retrieval", "classification", "clustering"):
         for dim in args.dims:
-            settings = {**vars(args), "dim": dim}
-            found = take_turns(job, settings, args.repeats, check_scores)
+            settings = {**vars(args), "dim": dim, "device": "cpu"}
+            found = take_turns(__file__, job, IMPLEMENTATIONS[job], settings, check_scores)
             results[f"{job} {dim}"] = found
             for name in found:
                 cells = [f"{job}, D = {dim}", *time_cells(found, name), found[name]["agreement"]]
@@ -492,98 +359,14 @@ def bench_scoring(args) -> tuple[dict, list[str]]:
     return results, lines
 
 
-def random_llama(shape: str, dtype: str, folder: Path):
-    """Write a Llama of a shape of bench/step.py with random weights and the embedded tokenizer."""
-    with torch.device("meta"):
-        llama = Llama(step.SHAPES[shape]).to(getattr(torch, dtype))
-    step.draw_base(llama.to_empty(device="cpu"), llama.config.num_hidden_layers)
-    save_file(llama.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    about = asdict(replace(llama.config, bos_token_id=1))
-    about |= {"rope_theta": about.pop("rope")["rope_theta"], "model_type": "llama",
-              "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
-    (folder / "config.json").write_text(json.dumps(about))
-    (folder / "tokenizer.json").symlink_to(find_model("demo") / "tokenizer.json")
-
-
-def shared_folder(args) -> Path:
-    """A Llama's folder that all three read: --model's files, and a plain tokenizer_config.json."""
-    folder = Path(args.scratch) / "llama"
-    folder.mkdir()
-    if args.shape:
-        random_llama(args.shape, args.dtype, folder)
-    else:
-        source = find_model(args.model).resolve()
-        for file in [*source.glob("*.safetensors*"), source / "config.json",
-                     source / "tokenizer.json"]:
-            (folder / file.name).symlink_to(file)
-    config = read_config(folder / "config.json")
-    tokenizer = Tokenizer(folder, config.vocab_size, config.bos_token_id)
-    fast = {"tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": tokenizer.backend.id_to_token(0)}  # any: padding is masked
-    (folder / "tokenizer_config.json").write_text(json.dumps(fast))
-    return folder
-
-
-def sample_texts(args) -> list[str]:
-    """--texts texts: SciFact's documents, else 20-400 tokens each of the embedded passages."""
-    if found := scifact(args):
-        return found[0]["documents"][: args.texts]
-    demo = find_model("demo")
-    tokenizer = Tokenizer(demo, read_config(demo / "config.json").vocab_size)
-    passages = [json.loads(line)["text"] for line in read_lines(
-        demo.parent / "passages.jsonl.gz")]
-    row = np.concatenate([ids[1:] for ids in tokenizer.encode(passages)])
-    random = np.random.default_rng(args.seed)
-    lengths = random.integers(20, 401, args.texts)
-    starts = random.integers(0, len(row) - 401, args.texts)
-    return [tokenizer.decode(row[i : i + n - 1]) for i, n in zip(starts, lengths)]
-
-
-def bench_encode(args) -> tuple[dict, list[str]]:
-    """Results, and the lines of the table."""
-    folder, texts = shared_folder(args), sample_texts(args)
-    config = read_config(folder / "config.json")
-    tokenizer = Tokenizer(folder, config.vocab_size, config.bos_token_id)
-    lengths = [len(ids) for ids in tokenizer.encode(texts, LONGEST)]
-    tokens, batch_texts = sum(lengths), max(1, round(args.batch_tokens * len(texts) / sum(lengths)))
-    padded = sum(len(b) * max(lengths[i] for i in b)
-                 for b in padded_batches(lengths, args.batch_tokens))
-    model = args.shape or args.model
-    print(f"encode: {model}, {args.dtype}, {len(texts):,} texts, {tokens:,} tokens with BOS "
-          f"({min(lengths)}-{max(lengths)} a text); batches of {args.batch_tokens} tokens, in "
-          f"sentence-transformers {batch_texts} texts; padding in transformers "
-          f"{padded / tokens - 1:.1%}")
-    file = Path(args.scratch) / "texts.json"
-    file.write_text(json.dumps(texts))
-    settings = {**vars(args), "folder": str(folder), "texts_file": str(file),
-                "batch_texts": batch_texts}
-    found = take_turns("encode", settings, args.repeats, check_rows)
-    titles = ("encoding", "s, median (min-max)", "time / ours", "peak GiB (above imports)",
-              "texts/s", "real tokens/s", "beside ours")
-    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * 5 + "---|"]
-    for name in found:
-        middle = median(found[name]["seconds"])
-        cells = [*time_cells(found, name), f"{len(texts) / middle:,.1f}",
-                 f"{tokens / middle:,.0f}", found[name]["agreement"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    about = {"texts": len(texts), "tokens": tokens, "batch_texts": batch_texts}
-    return {"encode": {**about, **found}}, lines
-
-
 def bench(args):
-    """The parts asked for: print their tables, write the JSON."""
-    versions = {p: version(p) for p in ("torch", "transformers", "sentence-transformers", "mteb",
-                                        "scikit-learn", "numpy")}
+    """Print the table, write the JSON."""
+    versions = {p: version(p) for p in ("torch", "mteb", "scikit-learn", "numpy")}
     load = os.getloadavg()
     print(f"{step.cpu_name()}, {args.threads} thread(s), load {load[0]:.1f}, {args.repeats} "
           f"turns, {versions}")
-    results, lines = {}, []
-    for name, part in (("scoring", bench_scoring), ("encode", bench_encode)):
-        if args.part in (name, "all"):
-            more, table = part(args)
-            results |= more
-            lines += ["", *table]
-    print("\n".join(lines))
+    results, lines = bench_scoring(args)
+    print("\n" + "\n".join(lines))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {"arguments": vars(args), "device": step.cpu_name(), **versions,
@@ -595,28 +378,22 @@ def bench(args):
 def main() -> int:
     """The command line; returns the exit code."""
     if sys.argv[1:2] == ["--worker"]:
-        worker(SimpleNamespace(**json.loads(sys.argv[2])))
+        worker(SimpleNamespace(**json.loads(sys.argv[2])), IMPLEMENTATIONS)
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--part", choices=["scoring", "encode", "all"], default="all")
-    add("--data-dir", help="folder with SciFact (hub layout): its ids, judgements, texts")
+    add("--data-dir", help="folder with SciFact (hub layout): its ids, judgements")
     add("--repeats", type=int, default=5, help="counted turns of each")
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)
-    add("--dims", type=int, nargs="+", default=[384, 4096], help="scoring: sizes of embeddings")
-    add("--sets", type=int, default=4, help="scoring: sets of texts to cluster")
-    add("--scale", type=float, default=1.0, help="scoring: all sizes times this, to try it out")
-    add("--model", default="demo", help="encode: a Llama's folder or hub name; demo: the embedded")
-    add("--shape", choices=["134m", "7b"], help="encode: random weights instead of --model")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="encode")
-    add("--texts", type=int, default=5000, help="encode: how many")
-    add("--batch-tokens", type=int, default=4096, help="encode: tokens of a forward pass")
+    add("--dims", type=int, nargs="+", default=[384, 4096], help="sizes of embeddings")
+    add("--sets", type=int, default=4, help="sets of texts to cluster")
+    add("--scale", type=float, default=1.0, help="all sizes times this, to try it out")
     add("--out", default="bench/results/evaluate.json")
     args = parser.parse_args()
-    if min(args.repeats, args.threads, args.texts, args.batch_tokens, args.sets, *args.dims) < 1:
+    if min(args.repeats, args.threads, args.sets, *args.dims) < 1:
         parser.error("the numbers must be above 0")
     try:
         with tempfile.TemporaryDirectory() as args.scratch:
