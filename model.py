@@ -332,8 +332,10 @@ class Llama(nn.Module):
         self.config = config
         self.recompute = False  # activations again in the backward pass instead of keeping them
         blocks = (Block(config) for _ in range(config.num_hidden_layers))
+        # nn.Embedding(V, D) would draw numbers, for which torch imports a second's worth on `meta`
+        table = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
             "layers": nn.ModuleList(blocks),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
