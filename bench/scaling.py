@@ -143,7 +143,7 @@ def measure(point: dict, args) -> dict:
     """The point with what its worker found."""
     ours = {"memory_tokens": point["K"], "max_tokens": max(512, point["length"] + point["K"])}
     settings = {**vars(args), **point, "steps": args.repeats, "ours": json.dumps(ours),
-                "share_device": False}
+                "dropout": 0.0, "share_device": False}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                 str(point["processes"])]
     done = subprocess.run(
