@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -741,13 +742,15 @@ def plain_encoder(
 ) -> Encoder:
     """A Llama as it is, with one of the classic poolings: the training-free methods."""
     folder = find_model(name, revision)
-    llama = load_llama(folder, None, dtype, device)
+    with ThreadPoolExecutor() as pool:  # side by side, so that each byte comes from the disk once
+        sha256 = pool.submit(fingerprint, folder)
+        llama = load_llama(folder, None, dtype, device)
     tokenizer = Tokenizer(folder, llama.config.vocab_size, llama.config.bos_token_id)
     encoder = Encoder(llama, tokenizer, config)
     local = str(name) != "demo" and Path(name).is_dir()
     hub = not local and str(name) != "demo"  # the cache's folder is named by the commit
     encoder.base = {"name": str(Path(name).resolve()) if local else str(name),
-                    "revision": folder.name if hub else None, "sha256": fingerprint(folder)}
+                    "revision": folder.name if hub else None, "sha256": sha256.result()}
     return encoder
 
 

@@ -1,7 +1,8 @@
 """One CTKD training step, timed side by side: this project and two versions on transformers + peft.
 
     python bench/step.py --shape 134m --threads 1,2                       CPU, bf16
-    python bench/step.py --shape 7b --device cuda --peak-tflops 989       one H200
+    python bench/step.py --shape 7b --device cuda --batch 16 --peak-tflops 989 --share-device
+                                                                          one H200, not run yet
 
 A step is forward, backward, clip and AdamW on one batch of random token ids, with the paper's
 dropout of the adapters' input; all implementations get the same weights (drawn by parameter name),
@@ -450,6 +451,7 @@ class Step:
 def worker(args):
     """Build one implementation; answer `check 0 THREADS`, `step I THREADS` with a line of JSON."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    set_vocabulary(args)
     if args.device == "cpu" and (args.worker == "ours" or args.keep_memory_for_all):
         keep_freed_memory()
     kind = {**IMPLEMENTATIONS, "product": MatrixProduct}[args.worker]
@@ -587,8 +589,15 @@ def print_table(summary: dict, args):
         print(f"| {' | '.join(cells)} |")
 
 
+def set_vocabulary(args):
+    """Give the shape the vocabulary of the command line."""
+    if args.vocabulary:
+        SHAPES[args.shape] = replace(SHAPES[args.shape], vocab_size=args.vocabulary)
+
+
 def bench(args):
     """Start the workers, let them take turns, print the table and write the JSON."""
+    set_vocabulary(args)
     config, shape = stage1_config(args), SHAPES[args.shape]
     n, head = sizes(shape)
     versions = {p: version(p) for p in ("torch", "transformers", "peft")}
@@ -636,6 +645,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=list(SHAPES), default="134m")
+    parser.add_argument("--vocabulary", type=int, help="V, if not the shape's")
     parser.add_argument("--batch", type=int, default=4, help="texts a step")
     parser.add_argument("--steps", type=int, default=8, help="counted steps of each")
     parser.add_argument("--dropout", type=float, default=0.05, help="before the adapters")
