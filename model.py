@@ -213,8 +213,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
     if q.device.type == "cuda" and dtype != torch.float64:
         return attend_jagged(q, k, v, lengths, causal, dropout)
     if dtype == torch.bfloat16 and max(lengths) <= 512:
-        sequences = zip(q.split(lengths), k.split(lengths), v.split(lengths))
-        return torch.cat([attend_bf16(*one, causal, dropout) for one in sequences])
+        groups = alike(lengths)
+        parts = (t.split([sum(group) for group in groups]) for t in (q, k, v))
+        return torch.cat([attend_bf16(*part, causal, dropout) for part in zip(*parts, groups)])
     if dtype == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()
     runs = [(length, len(list(same))) for length, same in groupby(lengths)]
@@ -227,23 +228,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
     return torch.cat(outputs).to(dtype)
 
 
-def attend_bf16(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
-    """Attention within one sequence (L, H, head_dim) as two bf16 products, for CPUs.
+def alike(lengths: list[int]) -> list[list[int]]:
+    """Runs of neighbours for `attend_bf16`: 8 short ones that are padded to the same multiple of
+    32, where there are so many; else each alone, as the shapes of the products must be few."""
+    groups = []
+    for blocks, same in groupby(lengths, key=lambda length: -(-length // 32)):
+        same = list(same)
+        whole = len(same) - len(same) % 8 if blocks <= 2 else 0
+        groups += [same[i : i + 8] for i in range(0, whole, 8)] + [[n] for n in same[whole:]]
+    return groups
+
+
+def attend_bf16(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout: float
+) -> Tensor:
+    """`attend` for a few sequences of similar length as two bf16 products, for CPUs.
 
     There the fused kernel gains nothing from bf16 (bench/NOTES.md). Products are compiled for each
-    new shape, so L is padded to a multiple of 32; the first product also adds the mask that hides
-    the padding, or the future. Keeps H L^2 weights for backward.
+    new shape, so lengths are padded to a multiple of 32; the first product also adds the mask that
+    hides the padding, or the future. Keeps H L^2 weights a sequence for backward.
     """
-    length, size = len(q), len(q) + -len(q) % 32
-    q, k, v = (F.pad(t.transpose(0, 1), (0, 0, 0, size - length)) for t in (q, k, v))
-    mask = torch.zeros(size, dtype=q.dtype)
+    n, heads, size = len(lengths), q.shape[1], max(lengths) + -max(lengths) % 32
+    q, k, v = (
+        torch.cat([F.pad(s.transpose(0, 1), (0, 0, 0, size - len(s))) for s in t.split(lengths)])
+        for t in (q, k, v)
+    )  # (n H, size, head_dim)
     if causal:
         mask = torch.full((size, size), -math.inf, dtype=q.dtype).triu(1)
     else:
-        mask[length:] = -math.inf
+        mask = torch.zeros(n, heads, 1, size, dtype=q.dtype)
+        for row, length in zip(mask, lengths):
+            row[..., length:] = -math.inf
+        mask = mask.flatten(0, 1)
     scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5)
-    weights = lora.dropout(scores.softmax(dim=-1), dropout)
-    return (weights @ v)[:, :length].transpose(0, 1)
+    out = lora.dropout(scores.softmax(dim=-1), dropout) @ v
+    sequences = out.unflatten(0, (n, heads)).transpose(1, 2)  # (n, size, H, head_dim)
+    return torch.cat([rows[:length] for rows, length in zip(sequences, lengths)])
 
 
 def attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout):

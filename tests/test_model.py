@@ -248,7 +248,8 @@ def test_float32_attention_equals_the_float64_loop(causal):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("lengths", [[1], [32], [31, 33], [5, 5, 64, 2], [512], [513, 3]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [32], [31, 33], [5, 5, 64, 2], [512], [513, 3],
+                                     [3, 9, 1, 32, 5, 30, 7, 7, 2], [40] * 17], ids=str)
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
 def test_bf16_attention_and_its_gradients_are_float64s_to_rounding(lengths, heads, groups, causal):
     rounded = [t.bfloat16() for t in random_qkv(lengths, heads, groups)]
@@ -264,8 +265,8 @@ def test_bf16_attention_and_its_gradients_are_float64s_to_rounding(lengths, head
         assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
-def test_bf16_attention_ignores_the_next_sequence():
-    lengths = [20, 40]
+@pytest.mark.parametrize("lengths", [[20, 40], [20, *range(1, 8)]], ids=["apart", "in a group"])
+def test_bf16_attention_ignores_the_next_sequence(lengths):
     q, k, v = (t.bfloat16() for t in random_qkv(lengths, 4, 4))
     before = attend(q, k, v, lengths, False)
     for t in (q, k, v):
