@@ -19,10 +19,9 @@ import os
 import re
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -204,33 +203,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
     """Softmax attention within each sequence of a packed row; causal or bidirectional by a boolean.
 
     q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). On CUDA one call of the fused
-    kernel takes all sequences; on the CPU neighbours of equal length share a call, and bf16 has a
-    way of its own up to 512 tokens (above, it is computed in fp32).
+    kernel takes all sequences; elsewhere neighbours of equal length share a call. On the CPU bf16
+    has a way of its own up to 512 tokens; above, it is computed in fp32.
     """
-    dtype = q.dtype
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    if q.device.type == "cuda" and dtype != torch.float64:
+    if takes_any_lengths(q):
         return attend_jagged(q, k, v, lengths, causal, dropout)
-    if dtype == torch.bfloat16 and max(lengths) <= 512:
-        groups = alike(lengths)
-        parts = (t.split([sum(group) for group in groups]) for t in (q, k, v))
-        return torch.cat([attend_bf16(*part, causal, dropout) for part in zip(*parts, groups)])
-    if dtype == torch.bfloat16:
-        q, k, v = q.float(), k.float(), v.float()
-    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
-    sizes = [length * count for length, count in runs]
-    outputs = []
-    for (length, count), *run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
-        batch = [t.unflatten(0, (count, length)).transpose(1, 2) for t in run]
+    bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    groups = alike(lengths) if bf16 else [list(same) for _, same in groupby(lengths)]
+    outputs, sizes = [], [sum(group) for group in groups]
+    for group, *part in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes)):
+        if bf16 and group[0] <= 512:
+            outputs.append(attend_bf16(*part, group, causal, dropout))
+            continue
+        batch = [t.unflatten(0, (len(group), -1)).transpose(1, 2) for t in part]
+        if bf16:
+            batch = [t.float() for t in batch]
         out = F.scaled_dot_product_attention(*batch, dropout_p=dropout, is_causal=causal)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).to(dtype)
+        outputs.append(out.transpose(1, 2).flatten(0, 1).to(q.dtype))
+    return torch.cat(outputs)
 
 
 def alike(lengths: list[int]) -> list[list[int]]:
-    """Runs of neighbours for `attend_bf16`: 8 short ones that are padded to the same multiple of
-    32, where there are so many; else each alone, as the shapes of the products must be few."""
+    """Groups of neighbours for bf16 on the CPU: 8 short ones that are padded to the same multiple
+    of 32, where there are so many; else each alone, as the shapes of the products must be few."""
     groups = []
     for blocks, same in groupby(lengths, key=lambda length: -(-length // 32)):
         same = list(same)
@@ -246,37 +243,58 @@ def attend_bf16(
 
     There the fused kernel gains nothing from bf16 (bench/NOTES.md). Products are compiled for each
     new shape, so lengths are padded to a multiple of 32; the first product also adds the mask that
-    hides the padding, or the future. Keeps H L^2 weights a sequence for backward.
+    hides the padding, or the future. Its scores are rounded to bf16, as in transformers' eager
+    attention. Keeps H L^2 weights a sequence for backward (with dropout three times that).
     """
-    n, heads, size = len(lengths), q.shape[1], max(lengths) + -max(lengths) % 32
-    q, k, v = (
-        torch.cat([F.pad(s.transpose(0, 1), (0, 0, 0, size - len(s))) for s in t.split(lengths)])
-        for t in (q, k, v)
-    )  # (n H, size, head_dim)
+    heads, size = q.shape[1], max(lengths) + -max(lengths) % 32
+
+    def padded(t: Tensor) -> Tensor:
+        """(T, H, head_dim) -> (n H, size, head_dim)."""
+        rows = [F.pad(rows, (0, 0, 0, 0, 0, size - len(rows))) for rows in t.split(lengths)]
+        return torch.stack(rows).transpose(1, 2).flatten(0, 1)
+
     if causal:
         mask = torch.full((size, size), -math.inf, dtype=q.dtype).triu(1)
     else:
-        mask = torch.zeros(n, heads, 1, size, dtype=q.dtype)
-        for row, length in zip(mask, lengths):
-            row[..., length:] = -math.inf
-        mask = mask.flatten(0, 1)
-    scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5)
-    out = lora.dropout(scores.softmax(dim=-1), dropout) @ v
-    sequences = out.unflatten(0, (n, heads)).transpose(1, 2)  # (n, size, H, head_dim)
+        outside = torch.arange(size) >= torch.tensor(lengths)[:, None]
+        mask = torch.zeros(outside.shape, dtype=q.dtype).masked_fill(outside, -math.inf)
+        mask = mask.repeat_interleave(heads, dim=0)[:, None]
+    scores = torch.baddbmm(mask, padded(q), padded(k).mT, alpha=q.shape[-1] ** -0.5)
+    out = lora.dropout(scores.softmax(dim=-1), dropout) @ padded(v)
+    sequences = out.unflatten(0, (-1, heads)).transpose(1, 2)  # (n, size, H, head_dim)
     return torch.cat([rows[:length] for rows, length in zip(sequences, lengths)])
 
 
-def attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout):
-    """`attend` as one call of FlashAttention for sequences of many lengths, for CUDA.
+def takes_any_lengths(q: Tensor) -> bool:
+    """Whether a fused kernel takes q's heads (T, H, head_dim) for sequences of any lengths.
 
-    The kernel that serves fp32 is another one; neither takes float64.
+    Nested tensors, by which SDPA is told so, cannot be made in inference mode (but under no_grad).
     """
-    ends = torch.tensor([0, *accumulate(lengths)])
-    about = {"offsets": to_device(ends, q.device), "min_seqlen": min(lengths),
+    if q.device.type != "cuda" or q.dtype == torch.float64 or torch.is_inference_mode_enabled():
+        return False
+    if q.dtype == torch.float32:
+        return q.shape[-1] % 4 == 0
+    ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return ampere and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def attend_jagged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout):
+    """`attend` as one call of FlashAttention (in fp32 of its memory-efficient sister)."""
+    about = {"offsets": offsets_of(tuple(lengths), q.device), "min_seqlen": min(lengths),
              "max_seqlen": max(lengths)}  # known here, so that nothing waits for the device
     nested = [torch.nested.nested_tensor_from_jagged(t, **about).transpose(1, 2) for t in (q, k, v)]
     out = F.scaled_dot_product_attention(*nested, dropout_p=dropout, is_causal=causal)
     return out.transpose(1, 2).values()
+
+
+@lru_cache(maxsize=4096)
+def offsets_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the sequences begin and end (N + 1,).
+
+    To torch each offsets tensor is another jagged size, and a recomputed forward pass must repeat
+    its sizes: equal lengths have the same tensor.
+    """
+    return to_device(torch.tensor([0, *accumulate(lengths)]), device)
 
 
 def last_of_each(x: Tensor, lengths: list[int], last: list[int] | None) -> Tensor:
@@ -292,9 +310,8 @@ def steady(x: Tensor) -> Tensor:
 
     There products are compiled for each number of rows: this keeps those numbers few.
     """
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        x = F.pad(x, (0, 0, 0, -len(x) % 64))
-    return x
+    missing = -len(x) % 64 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else 0
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 class Attention(nn.Module):
@@ -338,10 +355,10 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, lengths, causal, adapters, dropout, last=None):
         """x (T, D) -> (T, D), or the `last` rows of each sequence only."""
-        seen = self.self_attn(
+        attended = self.self_attn(
             self.input_layernorm(x), cos, sin, lengths, causal, adapters, dropout, last
         )
-        x = last_of_each(x, lengths, last) + seen
+        x = last_of_each(x, lengths, last) + attended
         return x + self.mlp(self.post_attention_layernorm(x), adapters)
 
 
@@ -353,7 +370,7 @@ class Llama(nn.Module):
         self.config = config
         self.recompute = False  # activations again in the backward pass instead of keeping them
         blocks = (Block(config) for _ in range(config.num_hidden_layers))
-        # nn.Embedding(V, D) would draw numbers, for which torch imports a second's worth on `meta`
+        # nn.Embedding(V, D) would draw the table; on `meta` torch imports sympy for that, a second
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
@@ -382,17 +399,20 @@ class Llama(nn.Module):
         attention weights and takes part in training mode only. With `last` only the last[i] states
         of each sequence i are returned, and only they are computed after the last attention.
         """
-        rows, dropout = sum(last or lengths), dropout if self.training else 0.0
-        x = steady(x)
-        if len(x) > sum(lengths):  # what was added is a sequence of its own
-            lengths, last = [*lengths, len(x) - sum(lengths)], last and [*last, 0]
+        rows, tokens, x = sum(last or lengths), len(x), steady(x)
+        if len(x) > tokens:  # what was added is a sequence of its own
+            lengths, last = [*lengths, len(x) - tokens], last and [*last, 0]
+        if not self.training:
+            dropout = 0.0
         cos, sin = self.rotary_table(lengths, x)
         inputs = cos, sin, lengths, causal, adapters, dropout
-        run = partial(checkpoint, use_reentrant=False) if self.recompute else Block.__call__
-        *blocks, final = self.model.layers
-        for block in blocks:
-            x = run(block, x, *inputs)
-        return self.model.norm(run(final, x, *inputs, last))[:rows]
+        for block in self.model.layers:
+            of_each = last if block is self.model.layers[-1] else None
+            if self.recompute:
+                x = checkpoint(block, x, *inputs, of_each, use_reentrant=False)
+            else:
+                x = block(x, *inputs, of_each)
+        return self.model.norm(x)[:rows]
 
     def rotary_table(self, lengths: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, head_dim), computed in fp32 and cast to the activations' dtype."""
@@ -589,7 +609,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
-    """A copy on the device that nothing waits for: on CUDA from pinned memory."""
+    """The tensor on the device; on CUDA copied from pinned memory, so that nothing waits."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -677,7 +697,7 @@ class Encoder(nn.Module):
         sequences = wide(hidden).split(lengths)
         if self.config.pooling in ("mean", "echo"):
             return torch.stack([h.mean(dim=0) for h in sequences])
-        weights = [torch.arange(1, len(h) + 1).to(h) for h in sequences]
+        weights = [torch.arange(1, len(h) + 1, device=h.device).to(h.dtype) for h in sequences]
         return torch.stack([w @ h / w.sum() for w, h in zip(weights, sequences)])
 
     def template(self, instruction: str = "", document: bool = False) -> str:
@@ -713,7 +733,7 @@ class Encoder(nn.Module):
             return ids, [len(i) for i in ids]
         return self.tokenizer.encode_prompted(texts, template, room)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(
         self, texts: list[str], instruction="", document=False, batch_tokens=4096,
         progress: bool | str = False,
@@ -762,15 +782,13 @@ def plain_encoder(
 ) -> Encoder:
     """A Llama as it is, with one of the classic poolings: the training-free methods."""
     folder = find_model(name, revision)
-    with ThreadPoolExecutor() as pool:  # side by side, so that each byte comes from the disk once
-        sha256 = pool.submit(fingerprint, folder)
-        llama = load_llama(folder, None, dtype, device)
+    llama = load_llama(folder, None, dtype, device)
     tokenizer = Tokenizer(folder, llama.config.vocab_size, llama.config.bos_token_id)
     encoder = Encoder(llama, tokenizer, config)
     local = str(name) != "demo" and Path(name).is_dir()
     hub = not local and str(name) != "demo"  # the cache's folder is named by the commit
     encoder.base = {"name": str(Path(name).resolve()) if local else str(name),
-                    "revision": folder.name if hub else None, "sha256": sha256.result()}
+                    "revision": folder.name if hub else None, "sha256": fingerprint(folder)}
     return encoder
 
 

@@ -44,7 +44,7 @@ from training import (
 )
 
 MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
-FREE = ("resume", "save_every", "save_minutes", "timeout")  # may change when a run is resumed
+FREE = ("resume", "recompute", "save_every", "save_minutes", "timeout")  # --resume may change
 
 
 @dataclass
@@ -399,7 +399,7 @@ def describe_non_finite(config, step, losses, norm, corpus) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def go_on(llama: Llama, x: Tensor, count: int) -> list[int]:
     """Greedy continuation by `count` tokens of one sequence of input embeddings x (T, D)."""
     ids = []
@@ -410,7 +410,7 @@ def go_on(llama: Llama, x: Tensor, count: int) -> list[int]:
     return ids
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def show_continuations(encoder: Encoder, texts: list[np.ndarray], tokens: int = 24):
     """Print how g_phi goes on from half a text, and from the K memory tokens of that half alone."""
     llama, tokenizer = encoder.llama, encoder.tokenizer

@@ -170,13 +170,15 @@ def keep_freed_memory():
     """Let glibc keep the memory that tensors free, for the next ones.
 
     By default it hands large blocks back to the system, and faulting them in again takes a fifth of
-    a CPU's time (bench/NOTES.md). MALLOC_MMAP_THRESHOLD_ in the environment goes before.
+    a CPU's time (bench/NOTES.md). A threshold set in the environment goes before.
     """
-    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    given = "MALLOC_MMAP_THRESHOLD_" in os.environ or "malloc" in tunables
+    if sys.platform != "linux" or given:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h
-    if mallopt and mallopt(mmap_threshold, 2**30):
+    if mallopt and any(mallopt(mmap_threshold, size) for size in (2**30, 2**25)):  # the old limit
         mallopt(trim_threshold, 2**31 - 1)
 
 

@@ -31,9 +31,10 @@ its base is bf16, its adapters fp32, and the loss reads fp32 embeddings, as here
 autocast or with PEFT's own casting, whichever is faster.
 
 Each contestant lives in a process of its own and waits while another one is timed; they take
-turns, the first of each is warm-up. Peak: highest resident memory (VmHWM), and how far it is above
-that after imports and weights. On two cores about: memory 2 minutes on the embedded Llama, 10 on
-134m in bf16 and 20 in fp32; speed 8 minutes.
+turns, the first of each is warm-up. Ours lets glibc keep freed memory, as our commands do; with
+--keep-memory-for-all the others do, too. Peak: highest resident memory (VmHWM), and how far it is
+above that after imports and weights. On two cores about: memory 2 minutes on the embedded Llama, 10
+on 134m in bf16 and 20 in fp32; speed 8 minutes.
 """
 
 import argparse
@@ -103,6 +104,8 @@ def draw_batch(args, turn: int) -> Batch:
 
 class Contestant:
     def __init__(self, args):
+        if isinstance(self, Ours) or args.keep_memory_for_all:
+            keep_freed_memory()  # as our commands do
         pooled = {} if args.part == "memory" else {"pooling": "mean", "attention": "causal"}
         self.args, self.config = args, replace(Config(), **contrastive.SCL | pooled | {
             "model": args.folder, "dtype": args.dtype, "seed": args.seed, "lora_dropout": 0.0})
@@ -128,7 +131,6 @@ class Contestant:
 
 class Ours(Contestant):
     def build(self):
-        keep_freed_memory()  # as the command does
         self.ranks = Ranks(0, 1, torch.device("cpu"))
         self.encoder, _ = new_encoder(self.config, self.ranks)
         step.draw_adapters(self.encoder.llama.model)
@@ -386,6 +388,8 @@ def main() -> int:
     add("--model", default="demo", help="a Llama's folder or hub name; demo: the embedded")
     add("--shape", choices=["134m", "7b"], help="random weights instead of --model")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--keep-memory-for-all", action="store_true",
+        help="let glibc keep freed memory in all processes, not in ours alone")
     add("--rows", type=int, nargs="+", help="of a batch; memory: 64 1024, speed: 128")
     add("--micro-tokens", type=int, default=4096, help="tokens that ours embeds at a time")
     add("--queries", **span, default=[8, 32], help="tokens of a query, BOS counted")

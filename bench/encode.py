@@ -11,8 +11,9 @@ speed     texts (SciFact's documents if --data-dir has them, else --lengths toke
           ours                   plain_encoder(...).encode, no padding
           sentence-transformers  Transformer and Pooling, its own sorting (by characters); texts a
                                  batch: --batch-tokens by the mean length
-          transformers           LlamaModel, texts sorted by length, padded and masked; a batch
-                                 with its padding fills --batch-tokens
+          transformers           LlamaModel, texts sorted by length, padded on the right (which
+                                 causal attention needs no mask for); a batch with its padding
+                                 fills --batch-tokens
           The others' embeddings must be ours: fp32 to 1e-4, bf16 cosine at least 0.999. Time
           includes the tokenizer. SDPA, the same weights, dtype and threads for all. With --memory
           the embedding is the mean of 8 memory tokens (random rows) behind each text, attention
@@ -196,7 +197,7 @@ class Transformers(Encoding):
     def embed(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Padded ids (N, longest) -> means of the states (N, D) in fp32."""
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        states = self.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states = self.model(ids, use_cache=False).last_hidden_state  # causal: no row sees padding
         return states.float().masked_fill_(~mask[..., None], 0).sum(1) / lengths[:, None]
 
 

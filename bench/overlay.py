@@ -29,7 +29,7 @@ RUNS = [("fast", "float32"), ("readable", "float32"), ("readable", "float64"),
         ("fast", "bfloat16"), ("readable", "bfloat16")]
 COMPARED = [  # name, two runs
     ("fp32: fast - readable", 0, 1), ("readable: fp32 - fp64", 1, 2),
-    ("bf16: fast - readable", 3, 4), ("readable: bf16 - fp32", 4, 1)]
+    ("bf16: fast - readable", 3, 4), ("fast: bf16 - fp32", 3, 0), ("readable: bf16 - fp32", 4, 1)]
 
 
 def losses(path: str, dtype: str, start: dict, args) -> np.ndarray:

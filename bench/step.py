@@ -13,14 +13,14 @@ batches, splits and adapters.
                attention, padding and masks, logits of every token (of the encoder's too), masks,
                slices and losses in Python loops over the texts
     good       (b) transformers + peft done well: one copy, adapters switched off for teacher and
-               student, SDPA, padding on the right (the causal passes need no mask then), the head
-               on the needed rows only, one KL
+               student, SDPA, padding on the right (the causal passes need no mask then) up to a
+               multiple of 64 (shapes repeat), the head on the needed rows only, one KL
 
 Each implementation lives in a process of its own, so that its peak memory is its own, and waits on
 its stdin while another one is timed; steps take turns (round, thread count, implementation). The
 first two turns of each thread count are warm-up and not counted. Before them the loss of the first
-batch without dropout must agree to 1e-3, the norm of its gradient to 2 % (fp32: 1e-3), or the run
-ends with an error. On the CPU our commands let glibc keep freed memory, so `ours` does;
+batch without dropout must agree to 2e-3, the norm of its gradient to 2 % (fp32: both to 1e-3), or
+the run ends with an error. On the CPU our commands let glibc keep freed memory, so `ours` does;
 --keep-memory-for-all gives the others the same.
 
 seconds      median over the counted steps at the thread count at which that median is lowest
@@ -324,33 +324,44 @@ class Good(Baseline):
         """Without a mask SDPA is causal: no row sees the padding behind its text."""
         return self.llama_model(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
-    def within(self, lengths: Tensor) -> Tensor:
-        """(N, longest) booleans: the place lies within the text."""
-        return torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
+    def pad(self, rows: list[Tensor], before: int = 0) -> Tensor:
+        """One padded tensor whose width, with what comes before it, is a multiple of 64."""
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return F.pad(padded, (0, -(before + padded.shape[1]) % 64))
+
+    def within(self, lengths: Tensor, width: int) -> Tensor:
+        """(N, width) booleans: the place lies within the text."""
+        return torch.arange(width, device=self.device) < lengths[:, None]
+
+    def log_probabilities(self, rows: Tensor) -> Tensor:
+        """(R, D) -> (R, V) in fp32."""
+        logits = F.linear(F.pad(rows, (0, 0, 0, -len(rows) % 64)), self.head)[: len(rows)]
+        return logits.float().log_softmax(-1)
 
     def loss(self, texts: list[Tensor], splits: list[int]) -> Tensor:
-        pad = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True)  # noqa: E731
         n, k = len(texts), self.k
         a, length = (torch.tensor(t, device=self.device) for t in (splits, [*map(len, texts)]))
 
-        encoder_ids = pad([torch.cat((ids[:s], self.memory_ids)) for ids, s in zip(texts, splits)])
-        mask = self.within(a + k)[:, None, None].expand(-1, 1, encoder_ids.shape[1], -1)
+        encoder_ids = self.pad(
+            [torch.cat((ids[:s], self.memory_ids)) for ids, s in zip(texts, splits)])
+        width = encoder_ids.shape[1]
+        mask = self.within(a + k, width)[:, None, None].expand(-1, 1, width, -1)
         states = self.hidden(self.table(encoder_ids).to(self.dtype), mask)
         places = a[:, None] + torch.arange(k, device=self.device)
         memory = states[torch.arange(n, device=self.device)[:, None], places]
 
         with self.peft.disable_adapter():
-            text = self.embed(pad([ids[s:] for ids, s in zip(texts, splits)]))
+            text = self.embed(self.pad([ids[s:] for ids, s in zip(texts, splits)], before=1 + k))
             bos = self.embed(torch.full((n, 1), BOS, device=self.device))
-            inside = self.within(length - a + k + 1)
+            inside = self.within(length - a + k + 1, 1 + k + text.shape[1])
             student = self.hidden(torch.cat((bos, memory, text), dim=1))[:, k:]
             student = student[inside[:, k:]]  # (rows, D), S + 1 of each text
             with torch.no_grad():
-                inside = self.within(length)
-                teacher = self.hidden(self.embed(pad(texts)))
+                ids = self.pad(texts)
+                inside, teacher = self.within(length, ids.shape[1]), self.hidden(self.embed(ids))
                 needed = torch.arange(inside.shape[1], device=self.device) >= a[:, None] - 1
-                teacher_log = F.linear(teacher[inside & needed], self.head).float().log_softmax(-1)
-        student_log = F.linear(student, self.head).float().log_softmax(-1)
+                teacher_log = self.log_probabilities(teacher[inside & needed])
+        student_log = self.log_probabilities(student)
         kl = F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
         rows = length - a + 1
         return (kl / rows.repeat_interleave(rows)).sum() / n
@@ -366,14 +377,15 @@ class MatrixProduct:
         options = {"dtype": getattr(torch, args.dtype), "device": args.device}
         self.x = torch.randn(tokens, c.hidden_size, **options)
         self.weight = torch.randn(c.intermediate_size, c.hidden_size, **options)
+        self.out = torch.empty(tokens, c.intermediate_size, **options)
         self.device = args.device
 
     def measure(self, step: int) -> dict:
-        F.linear(self.x, self.weight)
+        torch.mm(self.x, self.weight.T, out=self.out)
         clock, calls, seconds = now(self.device), 0, 0.0
         while seconds < 0.3:
             for _ in range(16):
-                F.linear(self.x, self.weight)
+                torch.mm(self.x, self.weight.T, out=self.out)
             calls, seconds = calls + 16, now(self.device) - clock
         return {"flops_per_second": 2 * self.x.numel() * len(self.weight) * calls / seconds}
 
@@ -408,8 +420,7 @@ class Step:
         config = implementation.config
         self.parameters, self.clip = implementation.parameters, config.clip
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, weight_decay=config.weight_decay,
-            fused=not isinstance(implementation, Official),
+            self.parameters, config.lr, weight_decay=config.weight_decay, fused=True
         )
 
     def check(self) -> dict:
@@ -520,7 +531,8 @@ class Worker:
 def check_agreement(first: dict[str, dict], dtype: str):
     """UserError unless the first step's losses and gradient norms are those of the first named."""
     (reference, expected), *others = first.items()
-    tolerances = {"loss": 1e-3, "norm": 2e-2 if dtype == "bfloat16" else 1e-3}
+    bf16 = dtype == "bfloat16"
+    tolerances = {"loss": 2e-3 if bf16 else 1e-3, "norm": 2e-2 if bf16 else 1e-3}
     print(f"first step, {reference}: loss {expected['loss']:.7g}, norm {expected['norm']:.7g}")
     for name, found in others:
         for key, tolerance in tolerances.items():

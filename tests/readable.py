@@ -38,6 +38,7 @@ def rotary(x, theta):
 def llama(model, x, causal, adapters=False):
     """Input embeddings of one sequence (T, D) -> hidden states (T, D)."""
     config, length = model.config, len(x)
+    assert config.rope["rope_type"] == "default"
     allowed = torch.ones(length, length, dtype=torch.bool)
     if causal:
         allowed = allowed.tril()

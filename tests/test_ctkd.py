@@ -85,10 +85,15 @@ def test_recomputed_activations_give_the_same_gradient_dropout_included(encoder,
     config = replace(CONFIG, memory_tokens=3)
     for layer in lora_layers(encoder.llama).values():
         layer.dropout = 0.5
+    calls, block = [], encoder.llama.model.layers[0]
+    handle = block.register_forward_pre_hook(lambda *_: calls.append(1))
     value, kept = step_gradient(encoder, corpus, config)
+    assert len(calls) == 3  # encoder, student, teacher
     encoder.llama.recompute = True
     again, recomputed = step_gradient(encoder, corpus, config)
+    assert len(calls) == 3 + 5  # all but the teacher twice
     encoder.llama.recompute = False
+    handle.remove()
     for layer in lora_layers(encoder.llama).values():
         layer.dropout = 0.0
     assert again == value and all(torch.equal(kept[n], recomputed[n]) for n in kept)
@@ -118,6 +123,22 @@ def test_a_gradient_on_cuda_never_waits_for_the_device(corpus, objective):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert losses.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recomputation_and_encoding_on_cuda(corpus):
+    config = replace(CONFIG, dtype="bfloat16", lora_dropout=0.05)
+    ranks, gradients = Ranks(0, 1, torch.device("cuda")), []
+    for recompute in (False, True):
+        encoder = stage1.new_encoder(replace(config, recompute=recompute), ranks)
+        stage1.batch_gradient(encoder, corpus, config, 1, ranks)
+        gradients.append(gradient(encoder))
+    assert worst(*gradients) < 1e-2
+    on_cpu = stage1.new_encoder(config, ONE)
+    texts = ["A bird sings.", "", "Rain falls on the hills all night. " * 20]
+    there, here = encoder.encode(texts), on_cpu.encode(texts)
+    cosines = (there * here).sum(1) / np.linalg.norm(there, axis=1) / np.linalg.norm(here, axis=1)
+    assert cosines.min() > 0.999
 
 
 RANK_PROGRAM = """

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import edit_json, write_llama
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -300,6 +302,39 @@ def test_the_jagged_form_of_attention_equals_the_loop(heads, groups):
         torch.testing.assert_close(our_gradient, slow_gradient, rtol=0, atol=1e-11)
 
 
+def test_the_jagged_form_can_be_recomputed(monkeypatch):
+    """Its sizes are the same again. The kernel is a stand-in, as the CPU's cannot be recomputed."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: q * k + v.square())
+    lengths, inputs = [2, 9, 1, 2], [t.requires_grad_() for t in random_qkv([2, 9, 1, 2], 4, 4)]
+    with torch.no_grad():  # an evaluation before
+        attend_jagged(*(t.detach() for t in inputs), lengths, False, 0.0)
+    outputs = [attend_jagged(*inputs, lengths, False, 0.0),
+               checkpoint(attend_jagged, *inputs, lengths, False, 0.0, use_reentrant=False)]
+    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in outputs]
+    for kept, recomputed in zip(*gradients):
+        assert torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("spread", [1, 4])
+def test_bf16_attention_with_large_scores_is_not_far_from_the_fused_kernel(spread, causal):
+    """Scores of deviation `spread`^2; theirs are kept in fp32, ours rounded to bf16."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(200, 4, 64, generator=random) for _ in range(3))
+    q, k, v = (spread * q).bfloat16(), (spread * k).bfloat16(), v.bfloat16()
+    batch = [t.transpose(0, 1)[None] for t in (q, k, v)]
+    fused = F.scaled_dot_product_attention(*batch, is_causal=causal)[0].transpose(0, 1)
+    exact = attend(q.double(), k.double(), v.double(), [200], causal)
+    off = [(out - exact).norm() / exact.norm() for out in (attend(q, k, v, [200], causal), fused)]
+    assert off[1] <= off[0] <= (0.01 if spread == 1 else 0.05)
+
+
+def test_a_long_neighbour_changes_no_bf16_attention():
+    q, k, v = (t.bfloat16() for t in random_qkv([40, 600], 4, 4))
+    beside = attend(q, k, v, [40, 600], False)[:40]
+    assert torch.equal(beside, attend(q[:40], k[:40], v[:40], [40], False))
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -320,6 +355,15 @@ def test_flash_attention_on_cuda_is_float64s_to_rounding(heads, groups, causal):
     pairs = [outputs, *zip((t.grad for t in ours), (t.grad for t in exact))]
     for found, expected in pairs:
         assert (found.cpu() - expected).norm() <= 0.01 * expected.norm()
+
+
+@needs_cuda
+@pytest.mark.parametrize("size", [6, 100])
+def test_heads_that_flash_attention_does_not_take_are_attended_on_cuda(size):
+    q = torch.randn(70, 2, size, device="cuda").bfloat16()
+    ours = attend(q, q, q, [50, 20], True)
+    exact = attend(*[q.cpu().double()] * 3, [50, 20], True)
+    assert (ours.cpu() - exact).norm() <= 0.02 * exact.norm()
 
 
 @needs_cuda
