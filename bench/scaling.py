@@ -91,7 +91,7 @@ class Encoding:
         self.ours, self.device = ours, str(ours.ranks.device)
         ours.encoder.eval()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def measure(self, turn: int) -> dict:
         texts, _ = step.batch_of(self.ours.config, self.ours.corpus, turn)
         clock = step.now(self.device)
