@@ -687,7 +687,9 @@ def run_stage(config, check, free: tuple[str, ...], train, report) -> int:
     except (UserError, LostRank, OSError) as error:
         if checked or rank == "0":  # all ranks have the same settings, one complains
             print(f"error{f' on rank {rank}' if rank != '0' else ''}: {explain(error)}",
-                  file=sys.stderr)
+                  file=sys.stderr, flush=True)
+        if isinstance(error, LostRank) and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(2)  # torchrun tells the traceback of the rank that ends first: not of this
         return 1 if isinstance(error, LostRank) else 2
     except KeyboardInterrupt:  # before the first step, or in the report
         print("\ninterrupted", file=sys.stderr)
