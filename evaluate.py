@@ -538,7 +538,7 @@ def paper_row(encoder: Encoder, method: str) -> str | None:
     stages = tuple(entry["stage"] for entry in encoder.history)
     recipes = {("ctkd",): "", ("ctkd", "ucl"): " + UCL", ("ctkd", "ucl", "scl"): " + SCL"}
     row += recipes.get(stages, " in another order")
-    return row if row in PUBLISHED["rows"] else None
+    return row if row in PUBLISHED["rows"] and not encoder.config.kept_tokens else None
 
 
 def settings_of(encoder: Encoder, name: str, method: str, ranks: Ranks) -> dict:
@@ -546,7 +546,8 @@ def settings_of(encoder: Encoder, name: str, method: str, ranks: Ranks) -> dict:
     config = encoder.config
     return {
         "model": name, "method": method, "base": encoder.base, "sha256": encoder.sha256,
-        "num_memory_tokens": config.num_memory_tokens, "attention": config.attention,
+        "num_memory_tokens": config.num_memory_tokens, "kept_tokens": list(config.kept_tokens),
+        "attention": config.attention,
         "pooling": config.pooling, "template": config.template,
         "document_template": config.document_template, "max_tokens": config.max_tokens,
         "dtype": str(encoder.llama.head.dtype), "device": str(encoder.llama.head.device),

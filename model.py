@@ -570,6 +570,7 @@ class EncoderConfig:
     template: what the tokenizer reads. With `{instruction}` in it the encoder was trained with
     instructions, and a text without one stands alone. document_template: the same for documents of
     retrieval and reranking; empty if they are read like texts without an instruction.
+    kept_tokens: the memory tokens that make the embedding, empty for all (collapse.py chooses).
     """
 
     num_memory_tokens: int = 8
@@ -578,6 +579,7 @@ class EncoderConfig:
     max_tokens: int = 512
     template: str = "{text}"
     document_template: str = ""
+    kept_tokens: tuple = ()
 
     def __post_init__(self):
         for one in fields(self):
@@ -595,6 +597,10 @@ class EncoderConfig:
             if "{text}" not in template:
                 raise UserError(f"template={template!r}: must contain {{text}}")
             check_text(template, "template")
+        kept = self.kept_tokens
+        if any(type(i) is not int or not 0 <= i < k for i in kept) or len(set(kept)) < len(kept):
+            raise UserError(f"kept_tokens={kept}: must be different numbers from 0 to "
+                            f"{k - 1}")
         if self.max_tokens < self.num_memory_tokens + 2:
             raise UserError(f"max_tokens={self.max_tokens} leaves no room for a text beside BOS "
                             f"and {self.num_memory_tokens} memory tokens")
@@ -681,6 +687,11 @@ class Encoder(nn.Module):
         n, k = len(lengths), self.config.num_memory_tokens
         return self(ids, lengths, dropout, last=[k] * n)[0].unflatten(0, (n, k))
 
+    def pool(self, memory: Tensor) -> Tensor:
+        """Memory (N, K, D) -> z (N, D) in at least fp32: the mean of all tokens, or of the kept."""
+        kept = list(self.config.kept_tokens)
+        return wide(memory[:, kept] if kept else memory).mean(dim=1)
+
     def embed(
         self, ids: Tensor, lengths: list[int], dropout: float = 0.0, tails: list[int] | None = None
     ) -> Tensor:
@@ -689,7 +700,7 @@ class Encoder(nn.Module):
         `tails` are the numbers of last tokens that `echo` averages.
         """
         if self.config.pooling == "memory":
-            return wide(self.memory(ids, lengths, dropout)).mean(dim=1)
+            return self.pool(self.memory(ids, lengths, dropout))
         if self.config.pooling == "last":
             return wide(self(ids, lengths, dropout, last=[1] * len(lengths))[0])
         tails = [max(1, n) for n in tails] if self.config.pooling == "echo" else None
@@ -892,8 +903,9 @@ def load_encoder(
     """
     folder = find_model(name, revision)
     about = read_json(folder / "encoder.json")
-    about.setdefault("document_template", "")  # not there in the first encoder folders
+    about = {"document_template": "", "kept_tokens": [], **about}  # newer than the first folders
     try:
+        about["kept_tokens"] = tuple(about["kept_tokens"])
         config = EncoderConfig(**{key: about[key] for key in EncoderConfig.__dataclass_fields__})
         recorded = {key: about["base"][key] for key in ("name", "revision", "sha256")}
         stages = [str(stage["stage"]) for stage in about["history"]]
@@ -957,6 +969,10 @@ def merge(encoder: Encoder, folder: str | Path):
     The K memory tokens become special tokens of the tokenizer with the ids V..V+K-1. A reader has
     to append them, attend bidirectionally and average their K last hidden states (see README).
     """
+    if encoder.config.kept_tokens:
+        raise UserError(f"kept_tokens={encoder.config.kept_tokens}: a reader of the merged folder "
+                        f"would average all {encoder.config.num_memory_tokens} memory tokens; "
+                        f"merge the encoder that they were chosen from")
     base = find_model(encoder.base["name"], encoder.base["revision"])
     v, k = encoder.llama.config.vocab_size, encoder.config.num_memory_tokens
     dtype = encoder.llama.head.dtype

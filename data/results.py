@@ -18,8 +18,8 @@ GROUPS = {group: [task for task in PAPER if TASKS[task]["group"] == group]
           for group in ("clustering", "retrieval", "sts", "classification", "reranking")}
 
 # what a finished result must have in common with the one asked for
-SAME = ("method", "sha256", "attention", "max_tokens", "template", "document_template",
-        "dtype", "instruction", "data")
+SAME = ("method", "sha256", "kept_tokens", "attention", "max_tokens", "template",
+        "document_template", "dtype", "instruction", "data")
 
 
 def label_of(model: str, method: str, instruction: str = "auto") -> str:
@@ -58,7 +58,7 @@ def finished(path: Path, settings: dict) -> dict | None:
         return None
     result = read_result(path)
     before = result["settings"]
-    before.setdefault("document_template", "")  # not there in the first results
+    before = {"document_template": "", "kept_tokens": [], **before}  # newer than the first results
     changed = [f"{key}: {before.get(key)!r} -> {settings[key]!r}" for key in SAME
                if before.get(key) != settings[key]]
     if (before.get("base") or {}).get("sha256") != settings["base"]["sha256"]:

@@ -1,0 +1,171 @@
+"""The paper's ablations: variants x seeds of stage 1 and of the stages after it, scored, analysed.
+
+    python bench/ablations.py                                the objectives, embedded demo, 3 seeds
+    python bench/ablations.py --study tokens attention --seeds 0 1 --text FILE --steps 1000 \\
+        --task sts17 scifact --data-dir FOLDER --out runs/ablations
+    python bench/report.py --runs runs/ablations             tables, figures, the paper's claims
+
+Flags that are not of this command go to `pretrain_ctkd.py --preset demo` in every run: they are the
+common setting, `ctkd`. A study is a list of variants, each with flags of its own:
+
+    untrained    no training: methods of evaluate.py                               Table 1
+    objective    ctkd, nll, rc                                                     Figure 2
+    tokens       K = 1, 2, 4, 16                                                   Figure 3
+    attention    causal in place of bidirectional
+    texts        0.3 and 3 times as many texts and steps; the same steps over an eighth of the texts
+    embeddings   the memory rows trained in place of the whole table
+    memory       memory rows that are nearly equal at the start
+    merging      the mean of the effective tokens of ctkd and nll                  section 4.2
+    stages       stages 2 and 3 after ctkd, and without stage 1                    Figures 8 and 10
+
+A run is OUT/VARIANT-SEED: training, then evaluate.py (into OUT/results), then collapse.py (into
+OUT/VARIANT-SEED/collapse). What is finished is not repeated and an interrupted training goes on, so
+that the command may be stopped at any time, and parts of it (--study, --seeds) run side by side.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
+
+import collapse
+import contrastive
+import evaluate
+import pretrain_ctkd
+
+SEEDS = {"untrained": [0], "objective": [0, 1, 2], "merging": [0, 1, 2]}  # of the others: 0, 1
+
+
+def studies(base: pretrain_ctkd.Config) -> dict[str, dict[str, str]]:
+    """Study -> variant -> the flags that it adds to those of the common setting."""
+    texts, steps = base.num_texts, base.steps
+    return {
+        "untrained": {method: "" for method in ("last", "mean", "weighted-mean", "echo")},
+        "objective": {"ctkd": "", "nll": "--objective nll", "rc": "--objective rc"},
+        "tokens": {f"K={k}": f"--memory-tokens {k}" for k in (1, 2, 4, 16)},
+        "attention": {"causal": "--attention causal"},
+        "texts": {"texts-fewer": f"--num-texts {texts * 3 // 10} --steps {steps * 3 // 10}",
+                  "texts-more": f"--num-texts {texts * 3} --steps {steps * 3}",
+                  "texts-again": f"--num-texts {texts // 8}"},
+        "embeddings": {"memory-rows": "--train-embeddings memory"},
+        "memory": {"equal-rows": "--memory-init mean"},
+        "merging": {"merged-ctkd": "", "merged-nll": ""},
+        "stages": {"ucl-none": "", "scl-none": "", "ucl-ctkd": "", "scl-ctkd": ""},
+    }
+
+
+def finished(module, flags: list[str], out: Path) -> bool:
+    """Whether the run is done; ends with a line if it was made with other settings than `flags`."""
+    if not (out / "encoder" / "encoder.json").is_file():
+        return False
+    before = json.loads((out / "config.json").read_text())
+    for key, value in module.settings_of(module.parse_arguments(flags)).items():
+        if key not in (*module.FREE, "threads", "data_dir") and before.get(key) != value:
+            sys.exit(f"{out}: was run with {key}={before.get(key)!r}, now {value!r}; name another "
+                     f"--out")
+    return True
+
+
+def train(module, flags: list[str], out: Path):
+    """Train by a stage file, from where an interrupted run stopped, unless it is done."""
+    flags = [*flags, "--out", str(out)]
+    if not finished(module, flags, out):
+        flags += ["--resume"] if (out / "config.json").is_file() else []
+        if code := module.main(flags):
+            sys.exit(code)
+
+
+def make(variant: str, own: str, seed: int, args: argparse.Namespace, common: list[str]) -> Path:
+    """The run of a variant and a seed, and those that it starts from, trained."""
+    out = Path(args.out) / f"{variant}-{seed}"
+    kind, _, start = variant.partition("-")
+    if kind == "merged":
+        source = make(start, studies(args.base)["objective"][start], seed, args, common)
+        if not (out / "encoder" / "encoder.json").is_file():
+            call(collapse, ["--model", str(source), "--text", args.base.text, "--texts", "1000",
+                            "--threads", "1", "--seed", str(seed), "--save", str(out),
+                            "--out", str(out / "merging")])
+    elif kind in ("ucl", "scl"):
+        before = "ucl-" + start if kind == "scl" else start
+        source = args.base.model if before == "none" else make(before, "", seed, args, common)
+        more = args.ucl_flags if kind == "ucl" else args.scl_flags
+        more += args.ucl_flags_none * (variant == "ucl-none")
+        train(contrastive, ["--preset", f"{kind}-demo", "--model", str(source), "--seed", str(seed),
+                            *shlex.split(more)], out)
+    else:
+        train(pretrain_ctkd, [*common, "--seed", str(seed), *shlex.split(own)], out)
+    return out
+
+
+def call(module, flags: list[str]):
+    """Run a command of the project; ends with its exit code if it fails."""
+    if code := module.main(flags):
+        sys.exit(code)
+
+
+def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
+    """Evaluate a model on all tasks and analyse how far it collapses, where that is not done."""
+    flags = ["--model", model, *method, "--dtype", args.eval_dtype, "--threads", "1"]
+    if method:  # an encoder knows its own length
+        flags += ["--max-tokens", str(args.base.max_tokens)]
+    data = ["--data-dir", args.data_dir] if args.data_dir else []
+    jobs = [["--task", *args.task, *data]]
+    jobs += [["--task-dir", folder, "--kind", kind] for folder, kind in args.task_dir]
+    for job in jobs:
+        call(evaluate, [*flags, *job, "--results", str(Path(args.out) / "results")])
+    if not (out / "collapse" / "collapse.json").is_file():
+        call(collapse, ["--model", model, *method, "--task", args.analyse, *data, "--threads", "1",
+                        "--out", str(out / "collapse")])
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and the flags of the common setting."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--study", nargs="+", default=["untrained", "objective"],
+        choices=list(studies(pretrain_ctkd.Config())))
+    add("--seeds", nargs="+", type=int, help="of those of the study; default: all")
+    add("--task", nargs="+", default=["demo-sts", "demo-retrieval"])
+    add("--task-dir", nargs=2, action="append", default=[], metavar=("FOLDER", "KIND"))
+    add("--analyse", default="demo-sts", help="the task whose texts collapse.py reads")
+    add("--data-dir", help="the tasks' repositories, hub layout")
+    add("--eval-dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--ucl-flags", default="", help="flags of contrastive.py for stage 2, in quotes")
+    add("--ucl-flags-none", default="", help="more of them without stage 1")
+    add("--scl-flags", default="", help="flags of contrastive.py for stage 3, in quotes")
+    add("--out", default="runs/ablations")
+    args, rest = parser.parse_known_args(argv)
+    common = ["--preset", "demo", *rest]
+    args.base = pretrain_ctkd.parse_arguments(common)
+    return args, common
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make, score and analyse what is missing."""
+    args, common = parse_arguments(argv)
+    (folder := Path(args.out)).mkdir(parents=True, exist_ok=True)
+    known = folder / "common.json"  # for the report
+    setting = {"common": common, **{k: v for k, v in vars(args).items()
+                                    if k not in ("base", "study", "seeds", "out")}}
+    known.write_text(json.dumps(setting, indent=2) + "\n")
+    for study in args.study:
+        for seed in SEEDS.get(study, [0, 1]):
+            if seed not in (args.seeds or [seed]):
+                continue
+            for variant, own in studies(args.base)[study].items():
+                print(f"\n== {study}: {variant}, seed {seed}", flush=True)
+                if study == "untrained":
+                    score(args.base.model, ["--method", variant], folder / variant, args)
+                else:
+                    out = make(variant, own, seed, args, common)
+                    score(str(out), [], out, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
