@@ -6,7 +6,7 @@
     python bench/report.py --runs runs/ablations             tables, figures, the paper's claims
 
 Flags that are not of this command go to `pretrain_ctkd.py --preset demo` in every run: they are the
-common setting, `ctkd`. A study is a list of variants, each with flags of its own:
+common setting, `ctkd`. A study is a list of variants beside it, each with flags of its own:
 
     untrained    no training: methods of evaluate.py                               Table 1
     objective    ctkd, nll, rc                                                     Figure 2
@@ -48,8 +48,8 @@ def studies(base: pretrain_ctkd.Config) -> dict[str, dict[str, str]]:
         "tokens": {f"K={k}": f"--memory-tokens {k}" for k in (1, 2, 4, 16)},
         "attention": {"causal": "--attention causal"},
         "texts": {"texts-fewer": f"--num-texts {texts * 3 // 10} --steps {steps * 3 // 10}",
-                  "texts-more": f"--num-texts {texts * 3} --steps {steps * 3}",
-                  "texts-again": f"--num-texts {texts // 8}"},
+                  "texts-again": f"--num-texts {texts // 8}",
+                  "texts-more": f"--num-texts {texts * 3} --steps {steps * 3}"},
         "embeddings": {"memory-rows": "--train-embeddings memory"},
         "memory": {"equal-rows": "--memory-init mean"},
         "merging": {"merged-ctkd": "", "merged-nll": ""},
@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         for seed in SEEDS.get(study, [0, 1]):
             if seed not in (args.seeds or [seed]):
                 continue
-            for variant, own in studies(args.base)[study].items():
+            common_first = {} if study == "untrained" else {"ctkd": ""}
+            for variant, own in (common_first | studies(args.base)[study]).items():
                 print(f"\n== {study}: {variant}, seed {seed}", flush=True)
                 if study == "untrained":
                     score(args.base.model, ["--method", variant], folder / variant, args)

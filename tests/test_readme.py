@@ -11,7 +11,8 @@ import pytest
 from test_evaluate import demo_tasks
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "data" / "demo" / "README.md"]
+PAGES = [ROOT / name for name in
+         ("README.md", "RESULTS.md", "bench/MEASURED.md", "data/demo/README.md")]
 
 
 def commands():
@@ -43,7 +44,7 @@ def test_commands_parse(script, arguments, capsys):
     else:  # the other scripts say in --help which flags they know
         text = subprocess.run([sys.executable, str(ROOT / script), "--help"], check=True,
                               capture_output=True, text=True).stdout
-        stage1_help = "--num-texts --steps --text --lr --out --seed --threads"
+        stage1_help = "--num-texts --steps --text --lr --max-tokens --seed --threads"
         flags = [a for a in arguments if a.startswith("--") and " " not in a]  # no quoted ones
         assert all(flag in text or script.startswith("bench/") and flag in stage1_help
                    for flag in flags)

@@ -1,0 +1,491 @@
+"""RESULTS.md and its figures from the run folders that bench/ablations.py has left.
+
+    python bench/report.py --runs runs/ablations
+
+Reads only: common.json, each run's config.json, metrics.jsonl and collapse.json, and the results of
+evaluate.py. What is not finished is named, and enters no figure. A difference between two variants
+is the mean over their common seeds (same texts, same order, same splits); it counts as told apart
+if it has one sign in every seed, of which there are at least two, and is above two standard errors.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
+
+import ablations
+import pretrain_ctkd
+from data.results import label_of
+from data.tasks import TASKS
+
+SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-sts": "embedded STS",
+         "demo-retrieval": "embedded retrieval", "clustering-20newsgroups": "20 Newsgroups*"}
+PUBLIC = {  # file or folder of a command -> what it is
+    "passages.jsonl.gz": "36,000 paragraphs of 1,000 to 2,400 characters of English Wikipedia "
+                         "articles (data set jason-feng/wikiVisual)",
+    "sentences.txt.gz": "128,000 sentences of the same source",
+    "triples": "19,982 triples: MedQuAD questions with their and other answers, SNLI pairs "
+               "(sentences of the STS sets removed)",
+    "clustering-20newsgroups": "ten sets of 20 Newsgroups subject lines in the layout of MTEB's "
+                               "task, not its own draws: marked * in the tables",
+}
+MEASURES = {  # key of a run -> heading, digits
+    "entropy": ("dimension: entropy", 1), "participation": ("participation", 1),
+    "above_1_percent": ("above 1 %", 0), "mean_cosine": ("tokens' mean cosine", 3),
+    "effective": ("effective tokens", 1), "uniformity": ("uniformity", 2),
+    "alignment": ("alignment", 3),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Runs:
+    """All runs below a folder: values[variant, seed][key], and what is missing."""
+
+    folder: Path
+    setting: dict  # common.json
+    base: pretrain_ctkd.Config  # what all stage-1 runs have in common
+    studies: dict[str, dict[str, str]]
+    values: dict[tuple[str, int], dict[str, float]]
+    files: dict[tuple[str, int], dict]  # spectrum, cosines, losses, config
+    unfinished: dict[tuple[str, int], str]
+    tasks: dict[str, str]  # heading -> kind
+
+    def seeds(self, variant: str) -> list[int]:
+        """The finished seeds of a variant."""
+        return sorted(seed for name, seed in self.values if name == variant)
+
+    def of(self, variant: str, key: str, seeds: list[int] | None = None) -> np.ndarray:
+        """A score or a measure of a variant, one number a finished seed."""
+        seeds = self.seeds(variant) if seeds is None else seeds
+        return np.array([self.values[variant, seed].get(key, np.nan) for seed in seeds])
+
+    def difference(self, a: str, b: str, key: str) -> np.ndarray:
+        """a - b, one number a common seed; an untrained b has one value for all."""
+        if b in self.studies["untrained"]:
+            return self.of(a, key) - self.of(b, key) if self.seeds(b) else self.of(b, key)
+        both = [seed for seed in self.seeds(a) if seed in self.seeds(b)]
+        return self.of(a, key, both) - self.of(b, key, both)
+
+
+def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dict, str]:
+    """Values and files of a run, and why it is not finished (empty if it is)."""
+    values, files = {}, {}
+    if (out / "config.json").is_file():
+        files["config"] = json.loads((out / "config.json").read_text())
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        files["losses"] = [json.loads(line)["loss"] for line in lines]
+        if not (out / "encoder" / "encoder.json").is_file():
+            return values, files, f"{len(lines)} of {files['config']['steps']} steps"
+    for path in results.glob("*.json"):
+        about = json.loads(path.read_text())
+        name = SHORT.get(about["task_name"], about["task_name"])
+        values[name] = 100 * about["scores"]["test"][0]["main_score"]
+    if missing := [task for task in tasks if task not in values]:
+        return values, files, "not evaluated on " + ", ".join(missing) if values else "not begun"
+    if not (out / "collapse" / "collapse.json").is_file():
+        return values, files, "not analysed"
+    [found] = json.loads((out / "collapse" / "collapse.json").read_text())
+    files |= {"spectrum": found["spectrum"], "cosines": found.get("cosines"),
+              "analysed": found["texts"]}
+    values |= {key: found[key] for key in MEASURES if found.get(key) is not None}
+    if "kept_tokens" in found:
+        values["effective"] = len(found["kept_tokens"])
+        encoder = json.loads((out / "encoder" / "encoder.json").read_text())
+        values["kept"] = len(encoder.get("kept_tokens", [])) or len(found["cosines"])
+    for kind in set(tasks.values()):
+        values[kind] = np.mean([values[task] for task, of in tasks.items() if of == kind])
+    values["mean"] = np.mean([values[task] for task in tasks])
+    return values, files, ""
+
+
+def read_runs(folder: Path) -> Runs:
+    """Everything that lies below the folder of bench/ablations.py."""
+    setting = json.loads((folder / "common.json").read_text())
+    args, _ = ablations.parse_arguments(setting["common"])
+    tasks = {SHORT.get(TASKS[t]["name"], TASKS[t]["name"]): TASKS[t]["kind"]
+             for t in setting["task"]}
+    tasks |= {SHORT.get(Path(f).name, Path(f).name): kind for f, kind in setting["task_dir"]}
+    runs = Runs(folder, setting, args.base, ablations.studies(args.base), {}, {}, {}, tasks)
+    for study, variants in runs.studies.items():
+        for variant in variants:
+            for seed in ablations.SEEDS.get(study, [0, 1]):
+                out, model, method = folder / f"{variant}-{seed}", "", "memory"
+                if study == "untrained":
+                    out, model, method = folder / variant, args.base.model, variant
+                label = label_of(model or str(out), method)
+                values, files, why = read_run(out, folder / "results" / label, tasks)
+                runs.files[variant, seed] = files
+                if why:
+                    runs.unfinished[variant, seed] = why
+                else:
+                    runs.values[variant, seed] = values
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+
+def cell(x: np.ndarray, digits: int = 1) -> str:
+    """Mean, and standard deviation if there are several numbers."""
+    if not len(x) or np.isnan(x).any():
+        return "-"
+    spread = f" ± {x.std(ddof=1):.{digits}f}" if len(x) > 1 else ""
+    return f"{x.mean():.{digits}f}{spread}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_variant(runs: Runs, columns: Callable[[str], list[str]]) -> list[list[str]]:
+    """A row a variant with finished seeds: study, variant, seeds, columns(variant)."""
+    rows, shown = [], ""
+    for study, variants in runs.studies.items():
+        for variant in variants:
+            if seeds := runs.seeds(variant):
+                title = "" if shown == study else study
+                shown = study
+                rows.append([title, variant, str(len(seeds)), *columns(variant)])
+    return rows
+
+
+def quoted(flags: str) -> str:
+    """Flags as one word of a shell."""
+    return f'"{flags}"' if "'" in flags else shlex.quote(flags)
+
+
+def command_of(runs: Runs, study: str, variant: str) -> str:
+    """The command that made the runs of a variant; S stands for the seed."""
+    folder, setting, base = runs.folder, runs.setting, shlex.join(runs.setting["common"])
+    out = folder / f"{variant}-S"
+    kind, _, start = variant.partition("-")
+    if study == "untrained":
+        return (f"evaluate.py --model {runs.base.model} --method {variant} --max-tokens "
+                f"{runs.base.max_tokens}")
+    if kind == "merged":
+        return (f"collapse.py --model {folder}/{start}-S --text {runs.base.text} --texts 1000 "
+                f"--seed S --save {out}")
+    if kind in ("ucl", "scl"):
+        model = f"{folder}/{'ucl-' * (kind == 'scl')}{start}-S"
+        model = runs.base.model if model.endswith("/none-S") else model
+        flags = setting[f"{kind}_flags"] + setting["ucl_flags_none"] * (variant == "ucl-none")
+        return (f"contrastive.py --preset {kind}-demo --model {model} {flags.strip()} --seed S "
+                f"--out {out}")
+    return " ".join(f"pretrain_ctkd.py {base} {runs.studies[study][variant]} --seed S --out {out}"
+                    .split())
+
+
+def losses_of(runs: Runs, variant: str) -> str:
+    """Mean loss of the first and of the last 50 steps, over seeds."""
+    found = [runs.files[variant, seed]["losses"] for seed in runs.seeds(variant)
+             if "losses" in runs.files[variant, seed]]
+    if not found:
+        return "-"
+    return " → ".join(cell(np.array([np.mean(part) for part in parts]), 2)
+                      for parts in ([x[:50] for x in found], [x[-50:] for x in found]))
+
+
+# ---------------------------------------------------------------------------------------------
+# The paper's claims
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Claim:
+    """A sentence of the paper, its figures, and what to compare: (a, b, key, expected sign)."""
+
+    text: str
+    paper: str
+    comparisons: list[tuple[str, str, str, int]]
+    judge: Callable[[Runs], tuple[str, str]] | None = None  # in place of comparisons
+
+
+def sign_of(d: np.ndarray) -> int:
+    """The sign of a difference that is told apart from nothing, else 0 (see the top)."""
+    if len(d) < 2 or np.isnan(d).any() or abs(np.sign(d).sum()) < len(d):
+        return 0
+    return int(np.sign(d[0])) * int(abs(d.mean()) > 2 * d.std(ddof=1) / np.sqrt(len(d)))
+
+
+def judge(runs: Runs, claim: Claim) -> tuple[str, str]:
+    """Verdict and evidence: confirmed if every comparison has its sign, opposite if one is told
+    apart the other way."""
+    if claim.judge:
+        return claim.judge(runs)
+    signs, evidence, missing = [], [], False
+    for a, b, key, expected in claim.comparisons:
+        d = runs.difference(a, b, key)
+        missing |= not len(d)
+        digits = MEASURES.get(key, ("", 1))[1]
+        one = " (one seed)" * (len(d) == 1)
+        signs.append((sign_of(d), expected))
+        title = MEASURES.get(key, (key, 1))[0]
+        values = f"{cell(runs.of(a, key), digits)} against {cell(runs.of(b, key), digits)}"
+        evidence.append(f"{title}: {a} {values} {b}{one}" if len(d) else f"{a}, {b}: unfinished")
+    if missing:
+        return "unfinished", "; ".join(evidence)
+    if all(sign == expected for sign, expected in signs):
+        return "confirmed", "; ".join(evidence)
+    if any(sign and sign != expected for sign, expected in signs):
+        return "not confirmed, in part the opposite", "; ".join(evidence)
+    return "not confirmed", "; ".join(evidence)
+
+
+def judge_spread(runs: Runs) -> tuple[str, str]:
+    """Whether the scores of ctkd vary less over seeds than those of nll: an F test at 5 %."""
+    x = {name: runs.of(name, "mean") for name in ("ctkd", "nll", "rc")}
+    if min(map(len, x.values())) < 3:
+        return "unfinished", "three seeds are needed"
+    spread = {name: values.std(ddof=1) for name, values in x.items()}
+    told = (spread["nll"] / spread["ctkd"]) ** 2 > 19  # F(2, 2)
+    evidence = ", ".join(f"{name} {value:.2f}" for name, value in spread.items())
+    return ("confirmed" if told else "not confirmed",
+            f"deviation of the mean over three seeds: {evidence}; three seeds tell only deviations "
+            f"apart that differ 4.4 times")
+
+
+def judge_merging(runs: Runs) -> tuple[str, str]:
+    """Whether the mean of effective tokens scores higher, if any were merged at all."""
+    kept = runs.of("merged-nll", "kept")
+    claim = Claim("", "", [("merged-nll", "nll", "mean", 1)])
+    verdict, evidence = judge(runs, claim)
+    if len(kept) and (kept == runs.of("nll", "kept", runs.seeds("merged-nll"))).all():
+        verdict = "not testable here"
+    return verdict, f"{evidence}; tokens kept by seed: {', '.join(f'{n:.0f}' for n in kept)}"
+
+
+def untestable(why: str) -> Callable[[Runs], tuple[str, str]]:
+    """The judge of a claim that this size says nothing about."""
+    return lambda runs: ("not testable here", why)
+
+
+CLAIMS = [
+    Claim("Continuation beats reconstruction", "CTKD 52.49, NLL 46.22, RC 35.79 after stage 1",
+          [("ctkd", "rc", "mean", 1), ("nll", "rc", "mean", 1)]),
+    Claim("Distillation beats the plain likelihood", "CTKD 52.49, NLL 46.22",
+          [("ctkd", "nll", "mean", 1)]),
+    Claim("CTKD varies less over runs", "deviation 1.37, NLL 5.32, RC 2.65 (five runs)", [],
+          judge_spread),
+    Claim("Stage 1 beats the training-free mean", "CTKD 52.49, weighted mean 40.46",
+          [("ctkd", "weighted-mean", "mean", 1)]),
+    Claim("NLL's embeddings collapse to fewer dimensions", "about 10 against 100 (of 4,096)",
+          [("nll", "ctkd", "entropy", -1), ("nll", "ctkd", "participation", -1)]),
+    Claim("NLL's memory tokens are more alike", "Figures 5 and 6",
+          [("nll", "ctkd", "mean_cosine", 1)]),
+    Claim("Merging alike tokens helps NLL", "48.38 -> 51.09 (128,000 texts)",
+          [], judge_merging),
+    Claim("K from 1 to 8 makes little difference", "Figure 3",
+          [(f"K={k}", "ctkd", "mean", 0) for k in (1, 2, 4)]),
+    Claim("K = 16 hurts retrieval", "Figure 3", [("K=16", "ctkd", "retrieval", -1)]),
+    Claim("Bidirectional attention helps retrieval", "section 4",
+          [("causal", "ctkd", "retrieval", -1)]),
+    Claim("Causal attention helps STS and classification", "section 4",
+          [("causal", "ctkd", "sts", 1), ("causal", "ctkd", "classification", 1)]),
+    Claim("Each contrastive stage raises the scores", "52.49, 58.51, 66.78",
+          [("ucl-ctkd", "ctkd", "mean", 1), ("scl-ctkd", "ucl-ctkd", "mean", 1)]),
+    Claim("Each contrastive stage raises the effective dimension", "Figures 8 and 10",
+          [("ucl-ctkd", "ctkd", "entropy", 1), ("scl-ctkd", "ucl-ctkd", "entropy", 1)]),
+    Claim("Compression is a better start for the contrastive stages than none",
+          "66.78; LLM2Vec, another pretext task, 66.11",
+          [("ucl-ctkd", "ucl-none", "mean", 1), ("scl-ctkd", "scl-none", "mean", 1)]),
+    Claim("Stage 3 is best within 200 steps, retrieval declines after", "section 4", [],
+          untestable("stage 3 ran for 150 steps")),
+    Claim("The scores themselves", "66.78 on 14 tasks", [],
+          untestable("a Llama of 6.9 M weights, six tasks, small data")),
+]
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_scores(runs: Runs, path: Path):
+    """Objectives, K and stages: a dot a seed, a line through the means."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 2.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    groups = {"STS": "sts", "retrieval": "retrieval", "mean of all": "mean"}
+    axes = [("objective", ["weighted-mean", "rc", "nll", "ctkd"]),
+            ("K", ["K=1", "K=2", "K=4", "ctkd", "K=16"]),
+            ("after", ["ctkd", "ucl-ctkd", "scl-ctkd"])]
+    for panel, (title, variants) in zip(panels, axes):
+        there = [v for v in variants if runs.seeds(v)]
+        names = ["8" if v == "ctkd" and title == "K" else v.removeprefix("K=") for v in there]
+        for colour, (group, key) in enumerate(groups.items()):
+            values = [runs.of(v, key) for v in there]
+            if title == "objective":
+                panel.plot(range(len(there)), [x.mean() for x in values], "_", color=f"C{colour}")
+            else:
+                panel.plot(range(len(there)), [x.mean() for x in values], color=f"C{colour}")
+            for i, x in enumerate(values):
+                panel.plot([i] * len(x), x, ".", color=f"C{colour}",
+                           label=group if i == 0 and panel is panels[0] else None)
+        panel.set_xticks(range(len(there)), names, fontsize=7)
+        panel.set_xlabel(title)
+    panels[0].set_ylabel("score x 100")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def draw_collapse(runs: Runs, path: Path):
+    """Spectra of objectives and stages, a line a seed; mean cosines of the memory tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 4.8), layout="constrained")
+    rows = figure.subplots(2, 4, gridspec_kw={"height_ratios": [1.2, 1]})
+    for panel in rows[0, 1:3]:
+        panel.remove()
+    grid = rows[0, 0].get_gridspec()
+    for panel in rows[0, ::3]:
+        panel.remove()
+    for place, variants in ((grid[0, :2], ["weighted-mean", "rc", "nll", "ctkd"]),
+                            (grid[0, 2:], ["ctkd", "ucl-ctkd", "scl-ctkd"])):
+        panel = figure.add_subplot(place, yscale="log", xlabel="index")
+        for i, variant in enumerate(variants):
+            for turn, seed in enumerate(runs.seeds(variant)):
+                s = np.array(runs.files[variant, seed]["spectrum"])
+                panel.plot(np.arange(1, len(s) + 1), s / s[0], color=f"C{i}", linewidth=0.8,
+                           label=None if turn else variant)
+        panel.set_ylim(1e-5, 1.5)
+        panel.legend(frameon=False, fontsize=7)
+        panel.set_ylabel("singular value / first", fontsize=8)
+    for panel, variant in zip(rows[1], ["rc", "nll", "ctkd", "scl-ctkd"]):
+        if seeds := runs.seeds(variant):
+            image = panel.imshow(runs.files[variant, seeds[0]]["cosines"], vmin=0, vmax=1)
+            panel.set_title(f"{variant}, seed {seeds[0]}", fontsize=8)
+            figure.colorbar(image, ax=panel, shrink=0.8)
+        else:
+            panel.remove()
+    figure.savefig(path, metadata={"Date": None})
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------
+
+
+def page(runs: Runs) -> str:
+    """The text of RESULTS.md."""
+    setting, tasks = runs.setting, list(runs.tasks)
+    words = " ".join([*setting["common"], setting["ucl_flags"], setting["scl_flags"],
+                      *[folder for folder, _ in setting["task_dir"]]])
+    data = [f"* `{name}`: {what}" for name, what in PUBLIC.items() if name in words]
+    first = next((runs.folder / f"{v}-{s}" / "environment.json" for v, s in runs.values
+                  if (runs.folder / f"{v}-{s}" / "environment.json").is_file()), None)
+    about = json.loads(first.read_text()) if first else {}
+    analysed = next((f["analysed"] for f in runs.files.values() if "analysed" in f), 0)
+    flags = {k: v for k, v in setting.items() if v and k != "common"}
+    more = " \\\n    ".join(f"--{k.replace('_', '-')} " + (
+        " --task-dir ".join(f"{f} {kind}" for f, kind in v) if k == "task_dir" else
+        " ".join(v) if isinstance(v, list) else quoted(v)) for k, v in flags.items())
+    common = shlex.join(setting["common"][2:])
+    scores = by_variant(runs, lambda v: [
+        *(cell(runs.of(v, task)) for task in [*tasks, "mean"])])
+    measures = by_variant(runs, lambda v: [
+        cell(runs.of(v, key), digits) for key, (_, digits) in MEASURES.items()])
+    claims = [[c.text, c.paper, *judge(runs, c)] for c in CLAIMS]
+    commands = [[f"{study}: {variant}", losses_of(runs, variant),
+                 f"`{command_of(runs, study, variant)}`"]
+                for study, variants in runs.studies.items() for variant in variants]
+    unfinished = [f"* {study}: {variant}, seed {seed}: {runs.unfinished[variant, seed]}"
+                  for study, variants in runs.studies.items() for variant in variants
+                  for seed in ablations.SEEDS.get(study, [0, 1])
+                  if (variant, seed) in runs.unfinished]
+    return f"""# Results
+
+The paper's ablations and analysis at the size of a laptop: the embedded Llama (6.9 M weights,
+D = 256), not the paper's 7 B. `python bench/report.py --runs {runs.folder}` writes this page from
+the run folders that this command leaves (and takes up again where it was stopped):
+
+```sh
+python bench/ablations.py --study {' '.join(runs.studies)} \\
+    {common} \\
+    {more} \\
+    --out {runs.folder}
+```
+
+{chr(10).join(data)}
+
+Scores are main scores x 100, mean ± standard deviation over seeds; all variants of a seed see the
+same texts in the same order. Training in {about.get('dtype', '?').removeprefix('torch.')} on
+{about.get('device', '?')}, evaluation in {setting['eval_dtype']}, torch {about.get('torch', '?')}.
+Speed, memory and the evaluator's agreement with published scores are in
+[bench/MEASURED.md](bench/MEASURED.md).
+
+## The paper's claims
+
+A difference counts if it has one sign in every common seed (at least two) and is above two standard
+errors; a claim of differences is confirmed if all of them count, a claim of no difference if none
+does. Two or three seeds of a small model are little evidence either way.
+
+{table(["claim", "paper (7 B)", "here", "evidence"], claims)}
+
+## Scores
+
+![Scores over objectives, K and stages](bench/ablations.svg)
+
+{table(["study", "variant", "seeds", *tasks, "mean"], scores)}
+
+## Collapse
+
+Of the embeddings of {analysed:,} texts of {setting['analyse']} (`collapse.py --help` says what the
+columns are):
+
+![Spectra and token correlations](bench/collapse.svg)
+
+{table(["study", "variant", "seeds", *(name for name, _ in MEASURES.values())], measures)}
+
+## Commands
+
+S stands for the seed; the loss is the mean of the first and of the last 50 steps. Each run is then
+read by `evaluate.py` on the tasks above and by `collapse.py --task {setting['analyse']}`.
+
+{table(["runs", "loss", "command"], commands)}
+
+## Unfinished
+
+{chr(10).join(unfinished) or "Nothing."}
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the page and its figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", default="runs/ablations", help="folder of bench/ablations.py")
+    root = Path(__file__).resolve().parents[1]
+    parser.add_argument("--out", default=str(root / "RESULTS.md"))
+    args = parser.parse_args(argv)
+    if not (Path(args.runs) / "common.json").is_file():
+        sys.exit(f"{args.runs}: no common.json there; is it the --out of bench/ablations.py?")
+    runs = read_runs(Path(args.runs))
+    figures = Path(args.out).parent / "bench"
+    figures.mkdir(exist_ok=True)
+    Path(args.out).write_text(page(runs), encoding="utf-8")
+    draw_scores(runs, figures / "ablations.svg")
+    draw_collapse(runs, figures / "collapse.svg")
+    print(f"{args.out}: {len(runs.values)} runs, {len(runs.unfinished)} unfinished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
