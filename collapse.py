@@ -13,7 +13,8 @@ effective tokens  clusters of the tokens by complete linkage: two join while eve
                   them has a mean cosine of at least --merge (section 4.2). --save writes an
                   encoder whose embedding is the mean of one token of each, drawn by --seed.
 alignment         mean squared distance of positive pairs on the unit sphere, here the pairs of an
-                  STS task with at least 4/5 of the highest score (Wang & Isola 2020)
+                  STS task with at least 4/5 of the highest score (Wang & Isola 2020); none if more
+                  than --texts texts are drawn from
 uniformity        log of the mean over pairs of exp(-2 squared distance), of up to 4,096 texts
 
 Tokens are clustered by the correlation over all texts, not text by text: which of them say the
@@ -28,13 +29,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import UserError
 from data.corpora import read_texts
+from data.results import GROUPS
 from data.tasks import read_task
-from evaluate import find_task, instruction_for, open_model, unit
-from model import Encoder, encoder_of, find_device, flat_ids, save_encoder, token_batches, wide
+from evaluate import METHODS, encoding, find_task, instruction_for, open_model, unit
+from model import Encoder, encoder_of, find_device, find_model, is_encoder, save_encoder, wide
 from model import write_file
 from training import explain, keep_freed_memory, show_all
 
@@ -78,7 +79,7 @@ def correlation(memory: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     memory = memory.astype(np.float64)
     norm = np.linalg.norm(memory, axis=-1, keepdims=True)
     direction = memory / np.where(norm > 0, norm, 1)
-    return tuple(np.einsum("nid,njd->ij", m, m) for m in (memory, direction))
+    return tuple((m @ m.transpose(0, 2, 1)).sum(axis=0) for m in (memory, direction))
 
 
 def complete_linkage(cosine: np.ndarray, threshold: float) -> list[list[int]]:
@@ -95,19 +96,26 @@ def complete_linkage(cosine: np.ndarray, threshold: float) -> list[list[int]]:
     return [sorted(cluster) for cluster in clusters]
 
 
+def draw_tokens(clusters: list[list[int]], seed: int) -> list[int]:
+    """One random token of each cluster, in order."""
+    random = np.random.default_rng(seed)
+    return sorted(int(random.choice(cluster)) for cluster in clusters)
+
+
 def alignment(left: np.ndarray, right: np.ndarray) -> float:
     """Mean squared distance of pairs (n, D), (n, D) of equal meaning, on the unit sphere."""
-    return float(np.square(unit(left) - unit(right)).sum(axis=1).mean())
+    left, right = unit(left.astype(np.float64)), unit(right.astype(np.float64))
+    return float(np.square(left - right).sum(axis=1).mean())
 
 
 def uniformity(x: np.ndarray, block: int = 512) -> float:
     """log of the mean of exp(-2 squared distance) over the pairs of rows of x (n, D), n > 1."""
-    x, total = unit(x.astype(np.float64)), 0.0
-    for start in range(0, len(x), block):
+    x, total, n = unit(x.astype(np.float64)), 0.0, len(x)
+    for start in range(0, n, block):
         squared = 2 - 2 * x[start : start + block] @ x.T
-        total += np.exp(-2 * squared.clip(0)).sum()
-    n = len(x)
-    return float(np.log((total - n) / (n * (n - 1))))  # a row and itself are no pair
+        kernel = np.exp(-2 * squared.clip(0))
+        total += kernel.sum() - np.trace(kernel, offset=start)  # a row and itself are no pair
+    return float(np.log(total / (n * (n - 1))))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,72 +124,94 @@ def uniformity(x: np.ndarray, block: int = 512) -> float:
 
 
 @torch.no_grad()
-def read_states(encoder: Encoder, texts: list[str], instruction: str, batch_tokens: int):
-    """Embeddings (n, D) float32, and the means of Eq. 7 (None without memory tokens)."""
-    k, device = encoder.config.num_memory_tokens, encoder.llama.head.device
-    ids, tails = encoder.tokenize(texts, instruction)
-    x = np.empty((len(texts), encoder.table.shape[1]), dtype=np.float32)
-    sums = np.zeros((2, k, k))
-    with tqdm(total=len(texts), unit="text", leave=False) as bar:
-        for batch in token_batches([len(i) + k for i in ids], batch_tokens):
-            row, lengths = flat_ids([ids[i] for i in batch], device), [len(ids[i]) for i in batch]
-            if k:
-                memory = encoder.memory(row, lengths)
-                z = encoder.pool(memory)
-                sums += correlation(wide(memory).cpu().numpy())
-            else:
-                z = encoder.embed(row, lengths, tails=[tails[i] for i in batch])
-            x[batch] = z.float().cpu().numpy()
-            bar.update(len(batch))
-    return x, sums / len(texts) if k else None
+def read_states(encoder: Encoder, method: str, texts: list[str], instruction="", document=False,
+                batch_tokens=4096):
+    """Embeddings (n, D) float32, and the sums of Eq. 7 over the texts (0 without memory tokens)."""
+    options = instruction, document, batch_tokens, True
+    if not encoder.config.num_memory_tokens:
+        return encoding(encoder, method)(texts, instruction, document=document,
+                                         batch_tokens=batch_tokens, progress=True), 0.0
+    x, sums = np.empty((len(texts), encoder.table.shape[1]), dtype=np.float32), 0.0
+    for batch, row, lengths, _ in encoder.batches(texts, *options):
+        memory = encoder.memory(row, lengths)
+        x[batch] = encoder.pool(memory).float().cpu().numpy()
+        sums += np.stack(correlation(wide(memory).cpu().numpy()))
+    return x, sums
 
 
-def read_source(args) -> tuple[list[str], np.ndarray | None]:
-    """Up to --texts distinct texts, and the positive pairs (n, 2) among them as places."""
+def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
+    """Up to --texts distinct texts, and those of them that are a task's documents; positive pairs.
+
+    The pairs (n, 2) are places among the texts; None without an STS task, and if texts were drawn.
+    """
     if args.text:
-        texts, pairs = list(dict.fromkeys(read_texts(args.text))), None
+        texts, documents, pairs = read_texts(args.text), [], None
     else:
+        if args.task in GROUPS or args.task == "all":
+            raise UserError(f"--task {args.task}: is a group of tasks; name one, see evaluate.py "
+                            f"--list")
         task = find_task(args.task)
-        roles, labels, _ = read_task(task, args.data_dir)
-        texts, pairs = list(dict.fromkeys(t for role in roles.values() for t in role)), None
-        if task["kind"] == "sts":
-            place, gold = {text: i for i, text in enumerate(texts)}, np.asarray(labels["gold"])
-            same = np.flatnonzero(gold >= 0.8 * gold.max())
-            pairs = np.array([[place[roles["left"][i]], place[roles["right"][i]]] for i in same])
-    if len(texts) < 2:
-        raise UserError(f"{args.text or args.task}: {len(texts)} text; a covariance needs two")
-    if len(texts) > args.texts:
-        chosen = np.sort(np.random.default_rng(args.seed).permutation(len(texts))[: args.texts])
-        texts, pairs = [texts[i] for i in chosen], None
-    return texts, pairs
+        roles, labels, notes = read_task(task, args.data_dir)
+        for note in notes:
+            print(f"note: {note}")
+        documents = roles.pop("documents", [])
+        texts, pairs = [text for role in roles.values() for text in role], None
+    texts = list(dict.fromkeys(texts))
+    documents = [text for text in dict.fromkeys(documents) if text not in set(texts)]
+    if args.task and task["kind"] == "sts":
+        place, gold = {text: i for i, text in enumerate(texts)}, np.asarray(labels["gold"])
+        same = np.flatnonzero(gold >= 0.8 * gold.max())
+        pairs = np.array([[place[roles[side][i]] for side in ("left", "right")] for i in same])
+    n, of = len(texts), texts + documents
+    if len(of) < 2:
+        raise UserError(f"{args.text or args.task}: {len(of)} distinct text; a covariance needs "
+                        f"two")
+    if len(of) > args.texts:
+        chosen = np.sort(np.random.default_rng(args.seed).permutation(len(of))[: args.texts])
+        texts, documents = ([of[i] for i in chosen if i < n], [of[i] for i in chosen if i >= n])
+        pairs = None
+    return texts, documents, pairs
 
 
-def analyse(name: str, texts: list[str], pairs: np.ndarray | None, args) -> dict:
-    """All measures of one model; with --save also its merged form."""
-    encoder, method = open_model(name, args.method, dtype=getattr(torch, args.dtype),
-                                 device=find_device(args.device), base=args.base)
-    encoder.eval()
+def open_named(name: str, args) -> tuple[Encoder, str]:
+    """A model and how it is read; --method and --max-tokens are for those without a training."""
+    trained = is_encoder(find_model(encoder_of(name)))
+    device = find_device(args.device)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    options = {"base": args.base, "dtype": getattr(torch, dtype), "device": device}
+    return open_model(name, *((None, None) if trained else (args.method, args.max_tokens)),
+                      **options)
+
+
+def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
+    """All measures of one model, and the model."""
+    encoder, method = open_named(name, args)
     if args.save and not encoder.config.num_memory_tokens:
         raise UserError(f"--save: {name} has no memory tokens to merge")
+    texts, documents, pairs = source
     instruction = instruction_for(args.task or "", "auto", encoder)
-    x, mean = read_states(encoder, texts, instruction, args.batch_tokens)
+    x, sums = read_states(encoder, method, texts, instruction, False, args.batch_tokens)
+    if documents:
+        more, other = read_states(encoder, method, documents, "", True, args.batch_tokens)
+        x, sums = np.concatenate((x, more)), sums + other
     if not np.isfinite(x).all():
         raise UserError(f"{name}: embeddings that are no finite numbers; its training diverged")
-    values = spectrum(x)
-    found = {"model": name, "method": method, "texts": len(texts), "instruction": instruction,
-             "sha256": encoder.sha256 or encoder.base["sha256"], "spectrum": values.tolist(),
-             **dimensions(values), "uniformity": uniformity(x[:PAIRS_OF]),
+    random, values = np.random.default_rng(args.seed), spectrum(x)
+    found = {"model": name, "method": method, "source": args.text or args.task, "texts": len(x),
+             "instruction": instruction, "max_tokens": encoder.config.max_tokens,
+             "dtype": str(encoder.llama.head.dtype), "seed": args.seed, "base": encoder.base,
+             "sha256": encoder.sha256, "kept_tokens": list(encoder.config.kept_tokens),
+             "spectrum": values.tolist(), **dimensions(values),
+             "uniformity": uniformity(x[random.permutation(len(x))[:PAIRS_OF]]),
              "alignment": alignment(*x[pairs.T]) if pairs is not None and len(pairs) else None}
-    if mean is not None:
-        clusters, random = complete_linkage(mean[1], args.merge), np.random.default_rng(args.seed)
-        kept = sorted(int(random.choice(cluster)) for cluster in clusters)
-        others = mean[1][~np.eye(len(mean[1]), dtype=bool)]
-        found |= {"products": mean[0].tolist(), "cosines": mean[1].tolist(), "clusters": clusters,
-                  "kept_tokens": kept, "mean_cosine": float(others.mean()) if len(others) else None}
-        if args.save:
-            encoder.config = replace(encoder.config, kept_tokens=tuple(kept))
-            save_encoder(encoder, Path(args.save) / "encoder", Path(encoder_of(name)))
-    return found
+    if encoder.config.num_memory_tokens:
+        products, cosines = sums / len(x)
+        clusters = complete_linkage(cosines, args.merge)
+        others = cosines[~np.eye(len(cosines), dtype=bool)]
+        found |= {"products": products.tolist(), "cosines": cosines.tolist(), "merge": args.merge,
+                  "mean_cosine": float(others.mean()) if len(others) else None,
+                  "clusters": clusters, "drawn": draw_tokens(clusters, args.seed)}
+    return found, encoder
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,42 +229,40 @@ def print_table(results: list[dict]):
         return "-" if value is None else format(value, form)
 
     for r in results:
-        kept = r.get("kept_tokens")
         cells = [r["model"], f"{r['entropy']:.1f}", f"{r['participation']:.1f}",
                  str(r["above_1_percent"]), f"{r['uniformity']:.3f}", cell(r["alignment"], ".3f"),
                  cell(r.get("mean_cosine"), ".3f"),
-                 f"{len(kept)} of {len(r['cosines'])}" if kept else "-"]
+                 f"{len(r['clusters'])} of {len(r['cosines'])}" if "clusters" in r else "-"]
         print(f"| {' | '.join(cells)} |")
 
 
 def draw(results: list[dict], folder: Path):
-    """spectra.svg with a line a model, and correlation.svg with a square a model."""
+    """spectra.svg with a line a model, and correlation.svg with two squares a model."""
+    for name in ("spectra.svg", "correlation.svg"):  # those of an earlier call would mislead
+        (folder / name).unlink(missing_ok=True)
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no figures: matplotlib is not installed; the numbers are in the JSON")
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    names = [r["model"].replace("$", r"\$") for r in results]
     figure = Figure((5, 3.4), layout="constrained")
     panel = figure.add_subplot(xlabel="index", ylabel="singular value of the covariance",
                                xscale="log", yscale="log")
-    for r in results:
+    for name, r in zip(names, results):
         values = np.array(r["spectrum"])
         values = values[values > 1e-6 * values[0]]
-        panel.plot(np.arange(1, len(values) + 1), values, label=r["model"])
+        panel.plot(np.arange(1, len(values) + 1), values, label=name)
     panel.legend(frameon=False)
     figure.savefig(folder / "spectra.svg", metadata={"Date": None})
-    with_tokens = [r for r in results if "cosines" in r]
+    with_tokens = [(name, r) for name, r in zip(names, results) if "cosines" in r]
     if with_tokens:
-        figure = Figure((2.8 * len(with_tokens) + 0.6, 5.6), layout="constrained")
-        rows = figure.subplots(2, len(with_tokens), squeeze=False)
-        for title, panels, key in (("mean product", rows[0], "products"),
-                                   ("mean cosine", rows[1], "cosines")):
-            highest = max(np.max(r[key]) for r in with_tokens)
-            for panel, r in zip(panels, with_tokens):
-                image = panel.imshow(r[key], vmin=0, vmax=highest)
-                panel.set_title(r["model"], fontsize=8)
-            figure.colorbar(image, ax=list(panels), label=title)
+        figure = Figure((2.8 * len(with_tokens) + 0.6, 5.2), layout="constrained")
+        panels = figure.subplots(2, len(with_tokens), squeeze=False)
+        for i, (name, r) in enumerate(with_tokens):
+            for panel, key in zip(panels[:, i], ("products", "cosines")):
+                figure.colorbar(panel.imshow(r[key]), ax=panel, label=f"mean {key[:-1]}")
+            panels[0, i].set_title(name, fontsize=8)
         figure.savefig(folder / "correlation.svg", metadata={"Date": None})
     print(f"drawn in {folder}/")
 
@@ -254,17 +282,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--merge", type=float, default=0.9, help="cosine from which tokens are one")
     add("--save", metavar="FOLDER", help="write the one model, merged, as FOLDER/encoder")
     add("--seed", type=int, default=0, help="of the texts and of the token kept of a cluster")
-    add("--method", help="how plain Llamas are read, see evaluate.py")
+    add("--method", choices=list(METHODS), help="how plain Llamas are read (default weighted-mean)")
+    add("--max-tokens", type=int, help="of a text for a plain Llama (default 512)")
     add("--base", help="where the encoders' base model lies now")
     add("--data-dir", help="folder with the tasks' repositories, hub layout")
     add("--device", default="auto", help="auto, cpu, cuda")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="default: bfloat16 on cuda, float32 elsewhere")
     add("--batch-tokens", type=int, default=4096, help="tokens per forward pass")
     add("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
-    add("--out", default="results/collapse", help="folder of collapse.json and the figures")
+    add("--out", default="runs/collapse", help="folder of collapse.json and the figures")
     args = parser.parse_args(argv)
-    if args.texts < 2 or args.batch_tokens < 1 or args.threads < 0 or not -1 <= args.merge <= 1:
-        parser.error("--texts must be above 1, --batch-tokens above 0, --merge a cosine")
+    if args.texts < 2 or args.batch_tokens < 1 or min(args.threads, args.seed) < 0:
+        parser.error("--texts must be above 1, --batch-tokens above 0, --threads and --seed not "
+                     "below")
+    if not -1 <= args.merge <= 1:
+        parser.error(f"--merge {args.merge}: is no cosine")
     if args.save and len(args.model) > 1:
         parser.error("--save is for one --model")
     return args
@@ -277,17 +310,25 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
-        if args.save and Path(args.save).exists():
+        if args.save and (is_encoder(args.save) or is_encoder(Path(args.save) / "encoder")):
             raise UserError(f"--save {args.save}: exists already; name a new folder")
-        texts, pairs = read_source(args)
-        print(f"{len(texts):,} texts of {args.text or args.task}")
-        results = [analyse(name, texts, pairs, args) for name in args.model]
+        folders = [find_model(encoder_of(name)) for name in args.model]
+        (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
+        source = read_source(args)
+        print(f"{len(source[0]) + len(source[1]):,} texts of {args.text or args.task}")
+        results = []
+        for name in args.model:
+            found, encoder = analyse(name, source, args)
+            results.append(found)
+            write_file(out / "collapse.json", json.dumps(results, indent=1) + "\n")
         print_table(results)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(out / "collapse.json", json.dumps(results, indent=1) + "\n")
         print(f"\nwritten to {out}/collapse.json")
         draw(results, out)
+        if args.save:
+            encoder.config = replace(encoder.config, kept_tokens=tuple(found["drawn"]))
+            save_encoder(encoder, Path(args.save) / "encoder", folders[0])
+            print(f"memory tokens {', '.join(map(str, found['drawn']))} make the embedding of "
+                  f"{args.save}/encoder")
     except (UserError, OSError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2

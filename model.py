@@ -744,6 +744,20 @@ class Encoder(nn.Module):
             return ids, [len(i) for i in ids]
         return self.tokenizer.encode_prompted(texts, template, room)
 
+    def batches(
+        self, texts: list[str], instruction: str, document: bool, batch_tokens: int,
+        progress: bool | str,
+    ):
+        """Yield (places among the texts, ids (T,), lengths, tails) as `encode` reads them."""
+        k, label = self.config.num_memory_tokens, progress if isinstance(progress, str) else None
+        ids, tails = self.tokenize(texts, instruction, document)
+        with tqdm(total=len(texts), unit="text", desc=label, disable=not progress,
+                  leave=False) as bar:
+            for batch in token_batches([len(i) + k for i in ids], batch_tokens):
+                row = flat_ids([ids[i] for i in batch], self.llama.head.device)
+                yield batch, row, [len(ids[i]) for i in batch], [tails[i] for i in batch]
+                bar.update(len(batch))
+
     @torch.no_grad()
     def encode(
         self, texts: list[str], instruction="", document=False, batch_tokens=4096,
@@ -755,18 +769,12 @@ class Encoder(nn.Module):
         Batches hold texts of similar length, at most `batch_tokens` tokens each (at least a text).
         `progress` shows a bar, a string before it.
         """
-        k, was_training = self.config.num_memory_tokens, self.training
-        ids, tails = self.tokenize(texts, instruction, document)
+        was_training = self.training
         out = np.empty((len(texts), self.table.shape[1]), dtype=np.float32)
         self.eval()
-        label = progress if isinstance(progress, str) else None
-        with tqdm(total=len(texts), unit="text", desc=label, disable=not progress,
-                  leave=False) as bar:
-            for batch in token_batches([len(i) + k for i in ids], batch_tokens):
-                row = flat_ids([ids[i] for i in batch], self.llama.head.device)
-                z = self.embed(row, [len(ids[i]) for i in batch], tails=[tails[i] for i in batch])
-                out[batch] = z.float().cpu().numpy()
-                bar.update(len(batch))
+        options = instruction, document, batch_tokens, progress
+        for batch, row, lengths, tails in self.batches(texts, *options):
+            out[batch] = self.embed(row, lengths, tails=tails).float().cpu().numpy()
         self.train(was_training)
         return out
 

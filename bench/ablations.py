@@ -20,7 +20,8 @@ common setting, `ctkd`. A study is a list of variants beside it, each with flags
 
 A run is OUT/VARIANT-SEED: training, then evaluate.py (into OUT/results), then collapse.py (into
 OUT/VARIANT-SEED/collapse). What is finished is not repeated and an interrupted training goes on, so
-that the command may be stopped at any time, and parts of it (--study, --seeds) run side by side.
+that the command may be stopped at any time, and parts of it (--study, --seeds, --variant) run side
+by side.
 """
 
 import argparse
@@ -71,32 +72,44 @@ def finished(module, flags: list[str], out: Path) -> bool:
 
 def train(module, flags: list[str], out: Path):
     """Train by a stage file, from where an interrupted run stopped, unless it is done."""
-    flags = [*flags, "--out", str(out)]
     if not finished(module, flags, out):
-        flags += ["--resume"] if (out / "config.json").is_file() else []
+        flags = [*flags, *["--resume"] * (out / "config.json").is_file()]
         if code := module.main(flags):
             sys.exit(code)
 
 
-def make(variant: str, own: str, seed: int, args: argparse.Namespace, common: list[str]) -> Path:
-    """The run of a variant and a seed, and those that it starts from, trained."""
-    out = Path(args.out) / f"{variant}-{seed}"
+def recipe(variant: str, own: str, seed: object, args: argparse.Namespace):
+    """The module and the flags that make OUT/VARIANT-SEED, and the variant that it starts from."""
+    def folder(name: str) -> str:
+        return str(Path(args.out) / f"{name}-{seed}")
+
     kind, _, start = variant.partition("-")
     if kind == "merged":
-        source = make(start, studies(args.base)["objective"][start], seed, args, common)
-        if not (out / "encoder" / "encoder.json").is_file():
-            call(collapse, ["--model", str(source), "--text", args.base.text, "--texts", "1000",
-                            "--threads", "1", "--seed", str(seed), "--save", str(out),
-                            "--out", str(out / "merging")])
-    elif kind in ("ucl", "scl"):
-        before = "ucl-" + start if kind == "scl" else start
-        source = args.base.model if before == "none" else make(before, "", seed, args, common)
-        more = args.ucl_flags if kind == "ucl" else args.scl_flags
-        more += args.ucl_flags_none * (variant == "ucl-none")
-        train(contrastive, ["--preset", f"{kind}-demo", "--model", str(source), "--seed", str(seed),
-                            *shlex.split(more)], out)
+        flags = ["--model", folder(start), "--text", args.base.text, "--texts", "1000", "--threads",
+                 "1", "--out", folder(variant) + "/merging", "--save", folder(variant)]
+        return collapse, [*flags, "--seed", str(seed)], start
+    if kind in ("ucl", "scl"):
+        before = {"ucl": start, "scl": f"ucl-{start}"}[kind]
+        model = args.base.model if before == "none" else folder(before)
+        more = shlex.split(args.ucl_flags if kind == "ucl" else args.scl_flags)
+        more += shlex.split(args.ucl_flags_none) if variant == "ucl-none" else []
+        flags = ["--preset", f"{kind}-demo", "--model", model, *more]
+        module, start = contrastive, "" if before == "none" else before
     else:
-        train(pretrain_ctkd, [*common, "--seed", str(seed), *shlex.split(own)], out)
+        module, flags, start = pretrain_ctkd, [*args.common, *shlex.split(own)], ""
+    return module, [*flags, "--seed", str(seed), "--out", folder(variant)], start
+
+
+def make(variant: str, own: str, seed: int, args: argparse.Namespace) -> Path:
+    """The run of a variant and a seed, and those that it starts from, trained."""
+    module, flags, start = recipe(variant, own, seed, args)
+    out = Path(args.out) / f"{variant}-{seed}"
+    if start:
+        make(start, studies(args.base)["objective"].get(start, ""), seed, args)
+    if module is not collapse:
+        train(module, flags, out)
+    elif not (out / "encoder" / "encoder.json").is_file():
+        call(collapse, flags)
     return out
 
 
@@ -121,8 +134,8 @@ def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
                         "--out", str(out / "collapse")])
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and the flags of the common setting."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; `common` are the flags of the common setting, `base` is what they say."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -130,6 +143,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     add("--study", nargs="+", default=["untrained", "objective"],
         choices=list(studies(pretrain_ctkd.Config())))
     add("--seeds", nargs="+", type=int, help="of those of the study; default: all")
+    add("--variant", nargs="+", help="of those of the study; default: all")
     add("--task", nargs="+", default=["demo-sts", "demo-retrieval"])
     add("--task-dir", nargs=2, action="append", default=[], metavar=("FOLDER", "KIND"))
     add("--analyse", default="demo-sts", help="the task whose texts collapse.py reads")
@@ -140,18 +154,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     add("--scl-flags", default="", help="flags of contrastive.py for stage 3, in quotes")
     add("--out", default="runs/ablations")
     args, rest = parser.parse_known_args(argv)
-    common = ["--preset", "demo", *rest]
-    args.base = pretrain_ctkd.parse_arguments(common)
-    return args, common
+    args.common = ["--preset", "demo", *rest]
+    args.base = pretrain_ctkd.parse_arguments(args.common)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Make, score and analyse what is missing."""
-    args, common = parse_arguments(argv)
+    args = parse_arguments(argv)
     (folder := Path(args.out)).mkdir(parents=True, exist_ok=True)
     known = folder / "common.json"  # for the report
-    setting = {"common": common, **{k: v for k, v in vars(args).items()
-                                    if k not in ("base", "study", "seeds", "out")}}
+    setting = {k: v for k, v in vars(args).items()
+               if k not in ("base", "study", "seeds", "variant", "out")}
     known.write_text(json.dumps(setting, indent=2) + "\n")
     for study in args.study:
         for seed in SEEDS.get(study, [0, 1]):
@@ -159,11 +173,13 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             common_first = {} if study == "untrained" else {"ctkd": ""}
             for variant, own in (common_first | studies(args.base)[study]).items():
+                if variant not in (args.variant or [variant]):
+                    continue
                 print(f"\n== {study}: {variant}, seed {seed}", flush=True)
                 if study == "untrained":
                     score(args.base.model, ["--method", variant], folder / variant, args)
                 else:
-                    out = make(variant, own, seed, args, common)
+                    out = make(variant, own, seed, args)
                     score(str(out), [], out, args)
     return 0
 

@@ -21,7 +21,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
 
 import ablations
-import pretrain_ctkd
 from data.results import label_of
 from data.tasks import TASKS
 
@@ -53,9 +52,7 @@ MEASURES = {  # key of a run -> heading, digits
 class Runs:
     """All runs below a folder: values[variant, seed][key], and what is missing."""
 
-    folder: Path
-    setting: dict  # common.json
-    base: pretrain_ctkd.Config  # what all stage-1 runs have in common
+    args: argparse.Namespace  # of the command that made them, without its studies and seeds
     studies: dict[str, dict[str, str]]
     values: dict[tuple[str, int], dict[str, float]]
     files: dict[tuple[str, int], dict]  # spectrum, cosines, losses, config
@@ -113,11 +110,11 @@ def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dic
 def read_runs(folder: Path) -> Runs:
     """Everything that lies below the folder of bench/ablations.py."""
     setting = json.loads((folder / "common.json").read_text())
-    args, _ = ablations.parse_arguments(setting["common"])
-    tasks = {SHORT.get(TASKS[t]["name"], TASKS[t]["name"]): TASKS[t]["kind"]
-             for t in setting["task"]}
-    tasks |= {SHORT.get(Path(f).name, Path(f).name): kind for f, kind in setting["task_dir"]}
-    runs = Runs(folder, setting, args.base, ablations.studies(args.base), {}, {}, {}, tasks)
+    base = ablations.pretrain_ctkd.parse_arguments(setting["common"])
+    args = argparse.Namespace(**setting, base=base, out=str(folder))
+    tasks = {SHORT.get(TASKS[t]["name"], TASKS[t]["name"]): TASKS[t]["kind"] for t in args.task}
+    tasks |= {SHORT.get(Path(f).name, Path(f).name): kind for f, kind in args.task_dir}
+    runs = Runs(args, ablations.studies(args.base), {}, {}, {}, tasks)
     for study, variants in runs.studies.items():
         for variant in variants:
             for seed in ablations.SEEDS.get(study, [0, 1]):
@@ -172,23 +169,11 @@ def quoted(flags: str) -> str:
 
 def command_of(runs: Runs, study: str, variant: str) -> str:
     """The command that made the runs of a variant; S stands for the seed."""
-    folder, setting, base = runs.folder, runs.setting, shlex.join(runs.setting["common"])
-    out = folder / f"{variant}-S"
-    kind, _, start = variant.partition("-")
     if study == "untrained":
-        return (f"evaluate.py --model {runs.base.model} --method {variant} --max-tokens "
-                f"{runs.base.max_tokens}")
-    if kind == "merged":
-        return (f"collapse.py --model {folder}/{start}-S --text {runs.base.text} --texts 1000 "
-                f"--seed S --save {out}")
-    if kind in ("ucl", "scl"):
-        model = f"{folder}/{'ucl-' * (kind == 'scl')}{start}-S"
-        model = runs.base.model if model.endswith("/none-S") else model
-        flags = setting[f"{kind}_flags"] + setting["ucl_flags_none"] * (variant == "ucl-none")
-        return (f"contrastive.py --preset {kind}-demo --model {model} {flags.strip()} --seed S "
-                f"--out {out}")
-    return " ".join(f"pretrain_ctkd.py {base} {runs.studies[study][variant]} --seed S --out {out}"
-                    .split())
+        return (f"evaluate.py --model {runs.args.base.model} --method {variant} --max-tokens "
+                f"{runs.args.base.max_tokens}")
+    module, flags, _ = ablations.recipe(variant, runs.studies[study][variant], "S", runs.args)
+    return f"{module.__name__}.py {shlex.join(flags)}"
 
 
 def losses_of(runs: Runs, variant: str) -> str:
@@ -384,19 +369,18 @@ def draw_collapse(runs: Runs, path: Path):
 
 def page(runs: Runs) -> str:
     """The text of RESULTS.md."""
-    setting, tasks = runs.setting, list(runs.tasks)
-    words = " ".join([*setting["common"], setting["ucl_flags"], setting["scl_flags"],
-                      *[folder for folder, _ in setting["task_dir"]]])
+    args, tasks, folder = runs.args, list(runs.tasks), Path(runs.args.out)
+    words = " ".join([*args.common, args.ucl_flags, args.scl_flags, *sum(args.task_dir, [])])
     data = [f"* `{name}`: {what}" for name, what in PUBLIC.items() if name in words]
-    first = next((runs.folder / f"{v}-{s}" / "environment.json" for v, s in runs.values
-                  if (runs.folder / f"{v}-{s}" / "environment.json").is_file()), None)
+    first = next((folder / f"{v}-{s}" / "environment.json" for v, s in runs.values
+                  if (folder / f"{v}-{s}" / "environment.json").is_file()), None)
     about = json.loads(first.read_text()) if first else {}
     analysed = next((f["analysed"] for f in runs.files.values() if "analysed" in f), 0)
-    flags = {k: v for k, v in setting.items() if v and k != "common"}
+    flags = {k: v for k, v in vars(args).items() if v and k not in ("common", "base", "out")}
     more = " \\\n    ".join(f"--{k.replace('_', '-')} " + (
-        " --task-dir ".join(f"{f} {kind}" for f, kind in v) if k == "task_dir" else
+        " --task-dir ".join(f"{path} {kind}" for path, kind in v) if k == "task_dir" else
         " ".join(v) if isinstance(v, list) else quoted(v)) for k, v in flags.items())
-    common = shlex.join(setting["common"][2:])
+    common = shlex.join(args.common[2:])
     scores = by_variant(runs, lambda v: [
         *(cell(runs.of(v, task)) for task in [*tasks, "mean"])])
     measures = by_variant(runs, lambda v: [
@@ -412,21 +396,21 @@ def page(runs: Runs) -> str:
     return f"""# Results
 
 The paper's ablations and analysis at the size of a laptop: the embedded Llama (6.9 M weights,
-D = 256), not the paper's 7 B. `python bench/report.py --runs {runs.folder}` writes this page from
+D = 256), not the paper's 7 B. `python bench/report.py --runs {folder}` writes this page from
 the run folders that this command leaves (and takes up again where it was stopped):
 
 ```sh
 python bench/ablations.py --study {' '.join(runs.studies)} \\
     {common} \\
     {more} \\
-    --out {runs.folder}
+    --out {folder}
 ```
 
 {chr(10).join(data)}
 
 Scores are main scores x 100, mean ± standard deviation over seeds; all variants of a seed see the
 same texts in the same order. Training in {about.get('dtype', '?').removeprefix('torch.')} on
-{about.get('device', '?')}, evaluation in {setting['eval_dtype']}, torch {about.get('torch', '?')}.
+{about.get('device', '?')}, evaluation in {args.eval_dtype}, torch {about.get('torch', '?')}.
 Speed, memory and the evaluator's agreement with published scores are in
 [bench/MEASURED.md](bench/MEASURED.md).
 
@@ -446,7 +430,7 @@ does. Two or three seeds of a small model are little evidence either way.
 
 ## Collapse
 
-Of the embeddings of {analysed:,} texts of {setting['analyse']} (`collapse.py --help` says what the
+Of the embeddings of {analysed:,} texts of {args.analyse} (`collapse.py --help` says what the
 columns are):
 
 ![Spectra and token correlations](bench/collapse.svg)
@@ -456,7 +440,7 @@ columns are):
 ## Commands
 
 S stands for the seed; the loss is the mean of the first and of the last 50 steps. Each run is then
-read by `evaluate.py` on the tasks above and by `collapse.py --task {setting['analyse']}`.
+read by `evaluate.py` on the tasks above and by `collapse.py --task {args.analyse}`.
 
 {table(["runs", "loss", "command"], commands)}
 

@@ -135,19 +135,19 @@ def test_the_command_measures_writes_and_saves_a_merged_encoder(trained, tmp_pat
     assert run("--model", trained, "--task", "demo-sts", "--texts", 1000, "--out", out, "--merge",
                -1, "--save", tmp_path / "merged") == 0
     [found] = json.loads((out / "collapse.json").read_text())
-    assert found["texts"] == 503 and len(found["kept_tokens"]) == 1  # at cosine -1 all are one
+    assert found["texts"] == 503 and len(found["drawn"]) == 1  # at cosine -1 all are one
     encoder = load_encoder(trained)
-    texts, pairs = collapse.read_source(collapse.parse_arguments(
+    texts, _, pairs = collapse.read_source(collapse.parse_arguments(
         ["--model", "demo", "--task", "demo-sts"]))
     x = encoder.encode(texts).astype(np.float64)
     np.testing.assert_allclose(found["spectrum"], np.linalg.svd(np.cov(x.T, bias=True))[1],
                                rtol=0, atol=1e-5)
     assert found["alignment"] == pytest.approx(collapse.alignment(*x[pairs.T]), rel=1e-4)
     merged = load_encoder(tmp_path / "merged" / "encoder")
-    assert merged.config == replace(encoder.config, kept_tokens=tuple(found["kept_tokens"]))
+    assert merged.config == replace(encoder.config, kept_tokens=tuple(found["drawn"]))
     ids, _ = encoder.tokenize(texts[:3])
     memory = [encoder.memory(torch.from_numpy(i).long(), [len(i)])[0] for i in ids]
-    kept = torch.stack([m[found["kept_tokens"][0]] for m in memory]).detach().numpy()
+    kept = torch.stack([m[found["drawn"][0]] for m in memory]).detach().numpy()
     np.testing.assert_allclose(merged.encode(texts[:3]), kept, rtol=0, atol=1e-5)
     assert 0 < evaluate.demo_sts(merged) < 100
     assert "| " in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_the_kept_token_is_drawn_by_the_seed(trained, tmp_path):
         for turn in range(2):
             run("--model", trained, "--task", "demo-sts", "--texts", 20, "--merge", -1, "--seed",
                 seed, "--out", tmp_path / f"{turn}")
-        found = [json.loads((tmp_path / f"{turn}/collapse.json").read_text())[0]["kept_tokens"]
+        found = [json.loads((tmp_path / f"{turn}/collapse.json").read_text())[0]["drawn"]
                  for turn in range(2)]
         assert found[0] == found[1]
         kept.add(found[0][0])
@@ -183,11 +183,59 @@ def test_without_matplotlib_the_numbers_are_written(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("arguments, fragment", [
     (["--text", "nowhere.txt"], "nowhere.txt"), (["--task", "st17"], "did you mean sts17"),
+    (["--task", "sts"], "a group of tasks; name one"),
+    (["--text", "demo", "--model", "demo", "dmeo"], "dmeo: no such folder"),
+    (["--task", "sts"], "a group of tasks; name one"),
+    (["--model", "demo", "dmeo", "--text", "demo"], "dmeo: no such folder"),
     (["--task", "demo-sts", "--save", "x"], "no memory tokens"),
 ])
 def test_what_cannot_be_done_ends_in_a_line(arguments, fragment, tmp_path, capsys):
     assert run("--model", "demo", *arguments, "--out", tmp_path) == 2
     assert fragment in capsys.readouterr().err
+    assert not (tmp_path / "collapse.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--texts", "1"], ["--seed", "-1"], ["--merge", "1.5"], ["--merge", "nan"],
+    ["--method", "mode"], ["--text", "x"], ["--save", "x", "--model", "demo", "demo"],
+])
+def test_settings_that_make_no_sense_are_refused(arguments):
+    with pytest.raises(SystemExit) as stop:
+        collapse.main(["--model", "demo", "--task", "demo-sts", *arguments])
+    assert stop.value.code == 2
+
+
+def test_a_file_in_the_place_of_out_is_said_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(collapse, "read_source", lambda args: pytest.fail("reads"))
+    (out := tmp_path / "file").write_text("")
+    assert collapse.main(["--model", "demo", "--text", "demo", "--out", str(out)]) == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_the_embeddings_are_those_that_evaluate_scores(tmp_path, monkeypatch):
+    """MetaEOL is the mean over its prompts; documents are read as documents."""
+    seen = []
+    monkeypatch.setattr(collapse, "spectrum", lambda x: seen.append(x) or np.zeros(x.shape[1]))
+    assert run("--model", "demo", "--method", "metaeol", "--text", "demo", "--texts", 5, "--out",
+               tmp_path, "--max-tokens", 200) == 0
+    texts = collapse.read_source(collapse.parse_arguments(
+        ["--model", "demo", "--text", "demo", "--texts", "5"]))[0]
+    expected = evaluate.encoding(*evaluate.open_model("demo", "metaeol", 200))(texts)
+    np.testing.assert_allclose(seen[0], expected, rtol=0, atol=1e-4)
+    calls = []
+
+    def states(encoder, method, texts, instruction, document, batch_tokens):
+        calls.append((len(texts), document))
+        return np.ones((len(texts), 256)), 0.0
+
+    monkeypatch.setattr(collapse, "read_states", states)
+    assert run("--model", "demo", "--task", "demo-retrieval", "--out", tmp_path) == 0
+    assert [document for _, document in calls] == [False, True] and calls[1][0] > calls[0][0]
+
+
+def test_the_uniformity_of_zero_rows_is_a_number():
+    x = np.array([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0]])
+    assert collapse.uniformity(x) == pytest.approx(-4)  # all squared distances count as 2
 
 
 def test_save_never_replaces_an_encoder(trained, tmp_path, capsys):

@@ -52,7 +52,7 @@ def test_commands_parse(script, arguments, capsys):
 
 def test_paper_table_names_things_that_exist():
     table = ROOT.joinpath("README.md").read_text().split("## From the paper")[1].split("\n## ")[0]
-    modules = "model|pretrain_ctkd|contrastive|evaluate"
+    modules = "model|pretrain_ctkd|contrastive|evaluate|collapse"
     names = re.findall(rf"`((?:{modules})\.(?!py)[A-Z_a-z.]+)`", table)
     assert len(names) >= 5
     for name in names:
