@@ -20,8 +20,8 @@ common setting, `ctkd`. A study is a list of variants beside it, each with flags
 
 A run is OUT/VARIANT-SEED: training, then evaluate.py (into OUT/results), then collapse.py (into
 OUT/VARIANT-SEED/collapse). What is finished is not repeated and an interrupted training goes on, so
-that the command may be stopped at any time, and parts of it (--study, --seeds, --variant) run side
-by side.
+that the command may be stopped at any time. Seeds can run side by side; studies, too, once the
+`ctkd` of their seeds is there.
 """
 
 import argparse
@@ -36,8 +36,11 @@ import collapse
 import contrastive
 import evaluate
 import pretrain_ctkd
+from data import UserError
+from model import write_file
 
 SEEDS = {"untrained": [0], "objective": [0, 1, 2], "merging": [0, 1, 2]}  # of the others: 0, 1
+BESIDE = {"untrained": {}, "merging": {"ctkd": "", "nll": "--objective nll"}}  # of the others: ctkd
 
 
 def studies(base: pretrain_ctkd.Config) -> dict[str, dict[str, str]]:
@@ -86,8 +89,8 @@ def recipe(variant: str, own: str, seed: object, args: argparse.Namespace):
     kind, _, start = variant.partition("-")
     if kind == "merged":
         flags = ["--model", folder(start), "--text", args.base.text, "--texts", "1000", "--threads",
-                 "1", "--out", folder(variant) + "/merging", "--save", folder(variant)]
-        return collapse, [*flags, "--seed", str(seed)], start
+                 str(args.base.threads), "--seed", str(seed), "--save", folder(variant)]
+        return collapse, [*flags, "--out", folder(variant) + "/merging"], start
     if kind in ("ucl", "scl"):
         before = {"ucl": start, "scl": f"ucl-{start}"}[kind]
         model = args.base.model if before == "none" else folder(before)
@@ -121,7 +124,8 @@ def call(module, flags: list[str]):
 
 def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
     """Evaluate a model on all tasks and analyse how far it collapses, where that is not done."""
-    flags = ["--model", model, *method, "--dtype", args.eval_dtype, "--threads", "1"]
+    flags = ["--model", model, *method, "--dtype", args.eval_dtype, "--threads",
+             str(args.base.threads)]
     if method:  # an encoder knows its own length
         flags += ["--max-tokens", str(args.base.max_tokens)]
     data = ["--data-dir", args.data_dir] if args.data_dir else []
@@ -129,20 +133,21 @@ def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
     jobs += [["--task-dir", folder, "--kind", kind] for folder, kind in args.task_dir]
     for job in jobs:
         call(evaluate, [*flags, *job, "--results", str(Path(args.out) / "results")])
-    if not (out / "collapse" / "collapse.json").is_file():
-        call(collapse, ["--model", model, *method, "--task", args.analyse, *data, "--threads", "1",
-                        "--out", str(out / "collapse")])
+    path = out / "collapse" / "collapse.json"
+    if not path.is_file() or json.loads(path.read_text())[0]["source"] != args.analyse:
+        call(collapse, [*flags, "--task", args.analyse, *data, "--out", str(path.parent)])
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `common` are the flags of the common setting, `base` is what they say."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False
     )
     add = parser.add_argument
     add("--study", nargs="+", default=["untrained", "objective"],
         choices=list(studies(pretrain_ctkd.Config())))
-    add("--seeds", nargs="+", type=int, help="of those of the study; default: all")
+    add("--seeds", nargs="+", type=int, help="default: 0 1 2 of objective and merging, else 0 1")
     add("--variant", nargs="+", help="of those of the study; default: all")
     add("--task", nargs="+", default=["demo-sts", "demo-retrieval"])
     add("--task-dir", nargs=2, action="append", default=[], metavar=("FOLDER", "KIND"))
@@ -155,29 +160,49 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="runs/ablations")
     args, rest = parser.parse_known_args(argv)
     args.common = ["--preset", "demo", *rest]
+    for flag in ("--seed", "--out", "--resume", "--objective", "--attention"):
+        if flag in rest:
+            parser.error(f"{flag} is set by the variants; see --seeds, --study")
     args.base = pretrain_ctkd.parse_arguments(args.common)
+    if "texts" in args.study and not args.base.num_texts:
+        parser.error("--study texts needs --num-texts, of which it takes a part and a multiple")
+    try:
+        for task in [*args.task, args.analyse]:
+            evaluate.find_task(task)
+    except UserError as error:
+        parser.error(str(error))
     return args
+
+
+def keep_setting(args: argparse.Namespace):
+    """Write OUT/common.json for the report; ends with a line if its runs had another setting."""
+    path = Path(args.out) / "common.json"
+    now = {key: value for key, value in vars(args).items()
+           if key not in ("base", "study", "seeds", "variant")}
+    before = json.loads(path.read_text()) if path.is_file() else now
+    for key in ("common", "analyse", "eval_dtype", "ucl_flags", "ucl_flags_none", "scl_flags"):
+        if before[key] != now[key]:
+            sys.exit(f"{path}: its runs have {key}={before[key]!r}, now {now[key]!r}; name another "
+                     f"--out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(now, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Make, score and analyse what is missing."""
     args = parse_arguments(argv)
-    (folder := Path(args.out)).mkdir(parents=True, exist_ok=True)
-    known = folder / "common.json"  # for the report
-    setting = {k: v for k, v in vars(args).items()
-               if k not in ("base", "study", "seeds", "variant", "out")}
-    known.write_text(json.dumps(setting, indent=2) + "\n")
+    keep_setting(args)
     for study in args.study:
-        for seed in SEEDS.get(study, [0, 1]):
-            if seed not in (args.seeds or [seed]):
-                continue
-            common_first = {} if study == "untrained" else {"ctkd": ""}
-            for variant, own in (common_first | studies(args.base)[study]).items():
+        variants = BESIDE.get(study, {"ctkd": ""}) | studies(args.base)[study]
+        for seed in [0] if study == "untrained" else args.seeds or SEEDS.get(study, [0, 1]):
+            for variant, own in variants.items():
+                if variant not in (args.variant or variants):
+                    continue
                 if variant not in (args.variant or [variant]):
                     continue
                 print(f"\n== {study}: {variant}, seed {seed}", flush=True)
                 if study == "untrained":
-                    score(args.base.model, ["--method", variant], folder / variant, args)
+                    score(args.base.model, ["--method", variant], Path(args.out) / variant, args)
                 else:
                     out = make(variant, own, seed, args)
                     score(str(out), [], out, args)

@@ -13,27 +13,29 @@ import report
 
 SETTING = {"common": ["--preset", "demo", "--steps", "20"], "task": ["sts17", "scifact"],
            "task_dir": [], "analyse": "demo-sts", "data_dir": None, "eval_dtype": "float32",
-           "ucl_flags": "", "ucl_flags_none": "", "scl_flags": ""}
+           "ucl_flags": "", "ucl_flags_none": "", "scl_flags": "", "out": "runs/here"}
 
 
-def write_run(folder, variant, seed, sts, retrieval, entropy=10.0, steps=20, name=None):
+def write_run(folder, variant, seed, sts, retrieval, entropy=10.0, steps=20, kept=()):
     """A finished run as the commands leave it, with these scores (of 1)."""
-    out = folder / (name or f"{variant}-{seed}")
+    out, kept = folder / f"{variant}-{seed}", list(kept)
     for part in ("encoder", "collapse"):
         (out / part).mkdir(parents=True)
     (out / "encoder" / "encoder.json").write_text("{}")
     (out / "config.json").write_text(json.dumps({"steps": 20}))
     losses = [json.dumps({"step": i, "loss": 2.0 - i / 50}) for i in range(steps)]
     (out / "metrics.jsonl").write_text("\n".join(losses) + "\n")
-    results = folder / "results" / report.label_of(str(out), "memory")
+    results = folder / "results" / report.label_of(f"runs/here/{out.name}", "memory")
     results.mkdir(parents=True)
     for task, score in (("STS17", sts), ("SciFact", retrieval)):
         (results / f"{task}.json").write_text(json.dumps(
-            {"task_name": task, "scores": {"test": [{"main_score": score}]}}))
+            {"task_name": task, "scores": {"test": [{"main_score": score}]},
+             "settings": {"sha256": "ab"}}))
     (out / "collapse" / "collapse.json").write_text(json.dumps([{
         "spectrum": [4.0, 1.0], "cosines": np.eye(2).tolist(), "texts": 50, "entropy": entropy,
         "participation": entropy / 2, "above_1_percent": 2, "mean_cosine": 0.5,
-        "kept_tokens": [0, 1], "uniformity": -1.0, "alignment": None}]))
+        "clusters": [[0], [1]], "kept_tokens": kept, "uniformity": -1.0, "alignment": None,
+        "sha256": "ab"}]))
     return out
 
 
@@ -56,11 +58,10 @@ def test_claims_are_judged_by_the_scores(folder):
     found = verdicts(folder)
     verdict, evidence = found["Continuation beats reconstruction"]
     assert verdict == "confirmed"
-    assert evidence.startswith("mean: ctkd 45.5 ± 0.5 against 29.5 ± 0.5 rc; mean: nll")
-    assert found["Distillation beats the plain likelihood"][0] == (
-        "not confirmed, in part the opposite")
-    assert found["NLL's embeddings collapse to fewer dimensions"][0] == (
-        "not confirmed, in part the opposite")
+    assert evidence.startswith("mean: ctkd 45.5 ± 0.5, rc 29.5 ± 0.5, difference +16.0 ± 1.0 (3); ")
+    for text in ("Distillation beats the plain likelihood",
+                 "NLL's embeddings collapse to fewer dimensions"):
+        assert found[text][0] == "not confirmed: in part the opposite"
     assert found["NLL's memory tokens are more alike"][0] == "not confirmed"  # no difference
     assert found["CTKD varies less over runs"][0] == "not confirmed"  # 0.5 and 1.0
     assert found["K = 16 hurts retrieval"][0] == "unfinished"
@@ -68,23 +69,43 @@ def test_claims_are_judged_by_the_scores(folder):
     assert found["The scores themselves"][0] == "not testable here"
 
 
+def test_what_was_not_measured_is_not_judged(folder):
+    for seed in range(2):
+        write_run(folder, "causal", seed, 0.7, 0.3)  # there is no task of classification
+    assert verdicts(folder)["Causal attention helps STS and classification"][0] == (
+        "not testable here")
+    write_run(folder, "K=16", 0, 0.1, 0.1)
+    assert verdicts(folder)["K = 16 hurts retrieval"][0] == "unfinished"  # one seed
+
+
+@pytest.mark.parametrize("gains, verdict", [
+    ((0.001, 0.001), "confirmed"), ((0.0, 0.01), "not confirmed"),
+    ((0.20, 0.21), "not confirmed: in part the opposite"),
+])
+def test_little_difference_has_to_be_shown(folder, gains, verdict):
+    for k in (1, 2, 4):
+        for seed, gain in enumerate(gains):
+            write_run(folder, f"K={k}", seed, 0.60 + seed / 100 + 2 * gain, 0.30 + 2 * gain)
+    assert verdicts(folder)["K from 1 to 8 makes little difference"][0] == verdict
+
+
 def test_merging_is_judged_only_where_tokens_were_merged(folder):
-    for seed in range(3):
-        write_run(folder, "merged-nll", seed, 0.70, 0.50)
     claim = "Merging alike tokens helps NLL"
+    for seed in range(3):
+        write_run(folder, "merged-nll", seed, 0.70, 0.50, kept=[1])
     verdict, evidence = verdicts(folder)[claim]
-    assert verdict == "not testable here" and evidence.endswith("tokens kept by seed: 2, 2, 2")
-    merged = folder / "merged-nll-1" / "encoder" / "encoder.json"
-    merged.write_text(json.dumps({"kept_tokens": [1]}))
+    assert verdict == "confirmed" and evidence.endswith("tokens kept by seed: 1, 1, 1")
+    whole = folder / "merged-nll-1" / "collapse" / "collapse.json"
+    whole.write_text(whole.read_text().replace('"kept_tokens": [1]', '"kept_tokens": []'))
     verdict, evidence = verdicts(folder)[claim]
-    assert verdict == "confirmed" and evidence.endswith("tokens kept by seed: 2, 1, 2")
+    assert verdict == "not testable here" and evidence.endswith("tokens kept by seed: 1, 2, 1")
 
 
 @pytest.mark.parametrize("differences, sign", [
-    ([1.0], 0), ([1.0, 1.1], 1), ([-1.0, -1.1], -1), ([1.0, -0.1], 0), ([0.1, 2.0], 0),
-    ([1.0, 2.0, 1.5], 1), ([], 0), ([0.0, 0.0], 0), ([1.0, np.nan], 0),
+    ([1.0, 1.1], 1), ([-1.0, -1.1], -1), ([1.0, -0.1], 0), ([0.1, 2.0], 0),
+    ([1.0, 2.0, 1.5], 1), ([0.0, 0.0], 0),
 ])
-def test_a_difference_needs_two_seeds_one_sign_and_two_errors(differences, sign):
+def test_a_difference_needs_one_sign_and_two_errors(differences, sign):
     assert report.sign_of(np.array(differences)) == sign
 
 
@@ -92,19 +113,21 @@ def test_differences_are_between_equal_seeds(folder):
     write_run(folder, "causal", 1, 0.7, 0.3)
     runs = report.read_runs(folder)
     np.testing.assert_allclose(runs.difference("causal", "ctkd", "sts"), [9.0])
-    assert "(one seed)" in verdicts(folder)["Causal attention helps STS and classification"][1]
 
 
 def test_the_page_names_what_is_not_finished(folder, capsys):
     half = write_run(folder, "K=1", 0, 0.5, 0.3, steps=7)
     (half / "encoder" / "encoder.json").unlink()
     (write_run(folder, "K=2", 0, 0.5, 0.3) / "collapse" / "collapse.json").unlink()
+    other = write_run(folder, "K=4", 7, 0.5, 0.3) / "collapse" / "collapse.json"
+    other.write_text(other.read_text().replace('"ab"', '"cd"'))
     assert report.main(["--runs", str(folder), "--out", str(folder / "RESULTS.md")]) == 0
     text = (folder / "RESULTS.md").read_text()
     unfinished = text.split("## Unfinished")[1]
     assert "tokens: K=1, seed 0: 7 of 20 steps" in unfinished
     assert "tokens: K=2, seed 0: not analysed" in unfinished
     assert "tokens: K=2, seed 1: not begun" in unfinished
+    assert "tokens: K=4, seed 7: evaluated and analysed with different weights" in unfinished
     assert "ctkd, seed" not in unfinished.replace("ucl-ctkd", "").replace("scl-ctkd", "").replace(
         "merged-ctkd", "")
     row = next(line for line in text.splitlines() if line.startswith("| objective | ctkd | 3 |"))
@@ -128,7 +151,22 @@ def test_ablations_run_once_and_go_on(tmp_path, capsys, monkeypatch):
     assert ablations.main(command) == 0
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"common.json"}
+    with pytest.raises(SystemExit, match="its runs have common=.*name another --out"):
+        ablations.main([*command, "--dtype", "float32"])
+    (out / "common.json").unlink()
     with pytest.raises(SystemExit, match="was run with steps=2, now 3; name another --out"):
         ablations.main([*command, "--steps", "3"])
-    runs = report.read_runs(out)
+    runs = report.read_runs(tmp_path / "out")
     assert runs.values["causal", 0].keys() >= {"embedded STS", "sts", "mean", "entropy"}
+    assert ("merged-nll", 0) in runs.values and ("nll", 0) in runs.values
+
+
+@pytest.mark.parametrize("arguments, line", [
+    (["--study", "texts"], "needs --num-texts"), (["--seed", "3"], "--seed is set by"),
+    (["--task", "st17"], "did you mean sts17"), (["--steps", "many"], "many"),
+])
+def test_what_ablations_refuses(arguments, line, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ablations.main([*arguments, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and line in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
