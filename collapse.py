@@ -17,8 +17,9 @@ alignment         mean squared distance of positive pairs on the unit sphere, he
                   than --texts texts are drawn from
 uniformity        log of the mean over pairs of exp(-2 squared distance), of up to 4,096 texts
 
-Tokens are clustered by the correlation over all texts, not text by text: which of them say the
-same is a property of the encoder, and an embedding depends on its own text alone.
+Tokens are clustered by the correlation over all texts and drawn once, not for each text: there,
+two texts are represented by different tokens and their cosine loses what they share
+(bench/merging.py measures both).
 """
 
 import argparse
@@ -124,15 +125,15 @@ def uniformity(x: np.ndarray, block: int = 512) -> float:
 
 
 @torch.no_grad()
-def read_states(encoder: Encoder, method: str, texts: list[str], instruction="", document=False,
-                batch_tokens=4096):
-    """Embeddings (n, D) float32, and the sums of Eq. 7 over the texts (0 without memory tokens)."""
-    options = instruction, document, batch_tokens, True
+def read_states(encoder: Encoder, method: str, texts: list[str], **options):
+    """Embeddings (n, D) float32, and the sums of Eq. 7 over the texts (0 without memory tokens).
+
+    `options` are those of Encoder.encode.
+    """
     if not encoder.config.num_memory_tokens:
-        return encoding(encoder, method)(texts, instruction, document=document,
-                                         batch_tokens=batch_tokens, progress=True), 0.0
+        return encoding(encoder, method)(texts, **options), 0.0
     x, sums = np.empty((len(texts), encoder.table.shape[1]), dtype=np.float32), 0.0
-    for batch, row, lengths, _ in encoder.batches(texts, *options):
+    for batch, row, lengths, _ in encoder.batches(texts, **options):
         memory = encoder.memory(row, lengths)
         x[batch] = encoder.pool(memory).float().cpu().numpy()
         sums += np.stack(correlation(wide(memory).cpu().numpy()))
@@ -157,7 +158,7 @@ def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
         documents = roles.pop("documents", [])
         texts, pairs = [text for role in roles.values() for text in role], None
     texts = list(dict.fromkeys(texts))
-    documents = [text for text in dict.fromkeys(documents) if text not in set(texts)]
+    documents = list(dict.fromkeys([*texts, *documents]))[len(texts) :]
     if args.task and task["kind"] == "sts":
         place, gold = {text: i for i, text in enumerate(texts)}, np.asarray(labels["gold"])
         same = np.flatnonzero(gold >= 0.8 * gold.max())
@@ -190,9 +191,10 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
         raise UserError(f"--save: {name} has no memory tokens to merge")
     texts, documents, pairs = source
     instruction = instruction_for(args.task or "", "auto", encoder)
-    x, sums = read_states(encoder, method, texts, instruction, False, args.batch_tokens)
+    options = {"batch_tokens": args.batch_tokens, "progress": name}
+    x, sums = read_states(encoder, method, texts, instruction=instruction, **options)
     if documents:
-        more, other = read_states(encoder, method, documents, "", True, args.batch_tokens)
+        more, other = read_states(encoder, method, documents, document=True, **options)
         x, sums = np.concatenate((x, more)), sums + other
     if not np.isfinite(x).all():
         raise UserError(f"{name}: embeddings that are no finite numbers; its training diverged")

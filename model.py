@@ -745,8 +745,8 @@ class Encoder(nn.Module):
         return self.tokenizer.encode_prompted(texts, template, room)
 
     def batches(
-        self, texts: list[str], instruction: str, document: bool, batch_tokens: int,
-        progress: bool | str,
+        self, texts: list[str], instruction="", document=False, batch_tokens=4096,
+        progress: bool | str = False,
     ):
         """Yield (places among the texts, ids (T,), lengths, tails) as `encode` reads them."""
         k, label = self.config.num_memory_tokens, progress if isinstance(progress, str) else None
@@ -772,8 +772,8 @@ class Encoder(nn.Module):
         was_training = self.training
         out = np.empty((len(texts), self.table.shape[1]), dtype=np.float32)
         self.eval()
-        options = instruction, document, batch_tokens, progress
-        for batch, row, lengths, tails in self.batches(texts, *options):
+        batches = self.batches(texts, instruction, document, batch_tokens, progress)
+        for batch, row, lengths, tails in batches:
             out[batch] = self.embed(row, lengths, tails=tails).float().cpu().numpy()
         self.train(was_training)
         return out

@@ -88,7 +88,7 @@ def recipe(variant: str, own: str, seed: object, args: argparse.Namespace):
 
     kind, _, start = variant.partition("-")
     if kind == "merged":
-        flags = ["--model", folder(start), "--text", args.base.text, "--texts", "1000", "--threads",
+        flags = ["--model", folder(start), "--text", args.base.text, "--texts", "256", "--threads",
                  str(args.base.threads), "--seed", str(seed), "--save", folder(variant)]
         return collapse, [*flags, "--out", folder(variant) + "/merging"], start
     if kind in ("ucl", "scl"):

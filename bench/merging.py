@@ -26,7 +26,7 @@ def memories(encoder, texts: list[str]) -> np.ndarray:
     """The memory states (n, K, D) of all texts, float32."""
     shape = len(texts), encoder.config.num_memory_tokens, encoder.table.shape[1]
     out = np.empty(shape, dtype=np.float32)
-    for batch, row, lengths, _ in encoder.batches(texts, "", False, 4096, False):
+    for batch, row, lengths, _ in encoder.batches(texts):
         out[batch] = wide(encoder.memory(row, lengths)).numpy()
     return out
 

@@ -73,12 +73,12 @@ class Runs:
         seeds = self.seeds(variant) if seeds is None else seeds
         return np.array([self.values[variant, seed].get(key, np.nan) for seed in seeds])
 
-    def difference(self, a: str, b: str, key: str) -> np.ndarray:
-        """a - b, one number a common seed; an untrained b has one value for all."""
+    def both(self, a: str, b: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """The values of a and b, one a common seed; an untrained b has one value for all."""
         if b in self.studies["untrained"]:
-            return self.of(a, key) - self.of(b, key) if self.seeds(b) else self.of(b, key)
-        both = [seed for seed in self.seeds(a) if seed in self.seeds(b)]
-        return self.of(a, key, both) - self.of(b, key, both)
+            return self.of(a, key), np.repeat(self.of(b, key), len(self.seeds(a)))
+        seeds = [seed for seed in self.seeds(a) if seed in self.seeds(b)]
+        return self.of(a, key, seeds), self.of(b, key, seeds)
 
 
 def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dict, str]:
@@ -238,8 +238,9 @@ def judge(runs: Runs, claim: Claim) -> tuple[str, str]:
         return claim.judge(runs)
     verdicts, evidence = [], []
     for a, b, key, expected in claim.comparisons:
-        d, digits, title = runs.difference(a, b, key), *FORMAT.get(key, (1, key))
-        one = f"{title}: {a} {cell(runs.of(a, key), digits)}, {b} {cell(runs.of(b, key), digits)}"
+        (x, y), (digits, title) = runs.both(a, b, key), FORMAT.get(key, (1, key))
+        one = f"{title}: {a} {cell(x, digits)}, {b} {cell(y, digits)}"
+        d = x - y if len(x) == len(y) else x[:0]
         if len(d) < 2:
             verdicts.append("unfinished")
         elif np.isnan(d).any():
@@ -253,7 +254,8 @@ def judge(runs: Runs, claim: Claim) -> tuple[str, str]:
             one += f", difference {d.mean():+.{digits}f} ± {d.std(ddof=1):.{digits}f} ({len(d)})"
         evidence.append(one)
     if "opposite" in verdicts:
-        return "not confirmed: in part the opposite", "; ".join(evidence)
+        part = "" if set(verdicts) == {"opposite"} else "in part "
+        return f"not confirmed: {part}the opposite", "; ".join(evidence)
     for verdict in ("unfinished", "not testable here"):
         if verdict in verdicts:
             return verdict, "; ".join(evidence)

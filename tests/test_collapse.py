@@ -151,6 +151,10 @@ def test_the_command_measures_writes_and_saves_a_merged_encoder(trained, tmp_pat
     np.testing.assert_allclose(merged.encode(texts[:3]), kept, rtol=0, atol=1e-5)
     assert 0 < evaluate.demo_sts(merged) < 100
     assert "| " in capsys.readouterr().out
+    for name in ("spectra.svg", "correlation.svg"):
+        assert (out / name).read_text().startswith("<?xml")
+    assert run("--model", "demo", "--text", "demo", "--texts", 20, "--out", out) == 0
+    assert not (out / "correlation.svg").exists()  # that of the first call would mislead
 
 
 def test_the_kept_token_is_drawn_by_the_seed(trained, tmp_path):
@@ -224,7 +228,7 @@ def test_the_embeddings_are_those_that_evaluate_scores(tmp_path, monkeypatch):
     np.testing.assert_allclose(seen[0], expected, rtol=0, atol=1e-4)
     calls = []
 
-    def states(encoder, method, texts, instruction, document, batch_tokens):
+    def states(encoder, method, texts, document=False, **options):
         calls.append((len(texts), document))
         return np.ones((len(texts), 256)), 0.0
 
