@@ -1516,4 +1516,7 @@ def test_mteb_gives_an_encoder_the_same_score(name, tolerance, mteb, tiny):
 def test_a_row_of_the_paper_is_named_for_its_recipe_only(objective, stages, row):
     history = [{"stage": stage} for stage in stages.split()]
     history[0]["objective"] = objective
-    assert evaluate.paper_row(SimpleNamespace(history=history), "memory") == row
+    encoder = SimpleNamespace(history=history, config=EncoderConfig())
+    assert evaluate.paper_row(encoder, "memory") == row
+    encoder.config = EncoderConfig(kept_tokens=(0, 3))  # effective tokens are no row of Table 1
+    assert evaluate.paper_row(encoder, "memory") is None
