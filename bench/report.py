@@ -249,7 +249,7 @@ def judge(runs: Runs, claim: Claim) -> tuple[str, str]:
         else:
             small = abs(d.mean()) + 2 * error_of(d) < NO_DIFFERENCE
             as_expected = small if expected == 0 else sign_of(d) == expected
-            opposite = sign_of(d) == -expected if expected else sign_of(d) and not small
+            opposite = expected and sign_of(d) == -expected
             verdicts.append("confirmed" if as_expected else "opposite" if opposite else "open")
             one += f", difference {d.mean():+.{digits}f} ± {d.std(ddof=1):.{digits}f} ({len(d)})"
         evidence.append(one)

@@ -79,8 +79,7 @@ def test_what_was_not_measured_is_not_judged(folder):
 
 
 @pytest.mark.parametrize("gains, verdict", [
-    ((0.001, 0.001), "confirmed"), ((0.0, 0.01), "not confirmed"),
-    ((0.20, 0.21), "not confirmed: the opposite"),
+    ((0.001, 0.001), "confirmed"), ((0.0, 0.01), "not confirmed"), ((0.20, 0.21), "not confirmed"),
 ])
 def test_little_difference_has_to_be_shown(folder, gains, verdict):
     for k in (1, 2, 4):
