@@ -288,7 +288,8 @@ def judge_merging(runs: Runs) -> tuple[str, str]:
 def judge_peak(runs: Runs) -> tuple[str, str]:
     """Stage 3 is not followed over its steps here."""
     steps = {runs.files["scl-ctkd", seed]["config"]["steps"] for seed in runs.seeds("scl-ctkd")}
-    return "not testable here", f"stage 3 was scored at its end only, after {steps or '?'} steps"
+    after = f", after {' or '.join(map(str, sorted(steps)))} steps" if steps else ""
+    return "not testable here", f"stage 3 was scored at its end only{after}"
 
 
 def judge_size(runs: Runs) -> tuple[str, str]:
