@@ -14,7 +14,7 @@ common setting, `ctkd`. A study is a list of variants beside it, each with flags
     attention    causal in place of bidirectional
     texts        0.3 and 3 times as many texts and steps; the same steps over an eighth of the texts
     embeddings   the memory rows trained in place of the whole table
-    memory       memory rows that are nearly equal at the start
+    memory       memory rows that are nearly equal at the start, and their effective tokens
     merging      the mean of the effective tokens of ctkd and nll                  section 4.2
     stages       stages 2 and 3 after ctkd, and without stage 1                    Figures 8 and 10
 
@@ -55,7 +55,7 @@ def studies(base: pretrain_ctkd.Config) -> dict[str, dict[str, str]]:
                   "texts-again": f"--num-texts {texts // 8}",
                   "texts-more": f"--num-texts {texts * 3} --steps {steps * 3}"},
         "embeddings": {"memory-rows": "--train-embeddings memory"},
-        "memory": {"equal-rows": "--memory-init mean"},
+        "memory": {"equal-rows": "--memory-init mean", "merged-equal-rows": ""},
         "merging": {"merged-ctkd": "", "merged-nll": ""},
         "stages": {"ucl-none": "", "scl-none": "", "ucl-ctkd": "", "scl-ctkd": ""},
     }
@@ -108,7 +108,8 @@ def make(variant: str, own: str, seed: int, args: argparse.Namespace) -> Path:
     module, flags, start = recipe(variant, own, seed, args)
     out = Path(args.out) / f"{variant}-{seed}"
     if start:
-        make(start, studies(args.base)["objective"].get(start, ""), seed, args)
+        flags_of = {v: own for study in studies(args.base).values() for v, own in study.items()}
+        make(start, flags_of[start], seed, args)
     if module is not collapse:
         train(module, flags, out)
     elif not (out / "encoder" / "encoder.json").is_file():
