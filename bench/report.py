@@ -504,6 +504,9 @@ def main(argv: list[str] | None = None) -> int:
     runs = read_runs(Path(args.runs))
     figures = Path(args.out).parent / "bench"
     figures.mkdir(parents=True, exist_ok=True)
+    from matplotlib import rcParams
+
+    rcParams["svg.hashsalt"] = "ablations"  # the same runs draw the same file
     draw_scores(runs, figures / "ablations.svg")
     draw_collapse(runs, figures / "collapse.svg")
     Path(args.out).write_text(page(runs), encoding="utf-8")
