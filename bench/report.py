@@ -403,9 +403,9 @@ def draw_collapse(runs: Runs, path: Path):
 # ---------------------------------------------------------------------------------------------
 
 
-def page(runs: Runs) -> str:
-    """The text of RESULTS.md."""
-    args, tasks = runs.args, list(runs.tasks)
+def first_section(runs: Runs) -> str:
+    """The first section: model, command, data."""
+    args = runs.args
     words = shlex.split(" ".join([*args.common, args.ucl_flags, args.scl_flags,
                                   *sum(args.task_dir, [])]))
     names = {Path(word).name for word in words}
@@ -414,23 +414,11 @@ def page(runs: Runs) -> str:
     dtype = about.get("dtype", "?").removeprefix("torch.")
     llama = args.base.model
     llama = "the embedded one (6.9 M weights, D = 256)" if llama == "demo" else llama
-    analysed = next((f["analysed"] for f in runs.files.values() if "analysed" in f), 0)
     flags = {k: v for k, v in vars(args).items() if v and k not in ("common", "base", "out")}
     more = " \\\n    ".join(f"--{k.replace('_', '-')} " + (
         " --task-dir ".join(f"{path} {kind}" for path, kind in v) if k == "task_dir" else
         " ".join(v) if isinstance(v, list) else quoted(v)) for k, v in flags.items())
     common = shlex.join(args.common[2:])
-    scores = by_variant(runs, lambda v: [
-        *(cell(runs.of(v, task)) for task in [*tasks, "mean"])])
-    measures = by_variant(runs, lambda v: [
-        cell(runs.of(v, key), digits) for key, (_, digits) in MEASURES.items()])
-    claims = [[c.text, c.paper, *judge(runs, c)] for c in CLAIMS]
-    commands = [[f"{study}: {variant}", losses_of(runs, variant),
-                 f"`{command_of(runs, study, variant)}`"]
-                for study, variants in runs.studies.items() for variant in variants]
-    unfinished = [f"* {study}: {variant}, seed {seed}: {why}"
-                  for study, variants in runs.studies.items()
-                  for (variant, seed), why in runs.unfinished.items() if variant in variants]
     return f"""# Results
 
 The paper's ablations and analysis at the size of a laptop: the Llama is {llama}, not the paper's
@@ -446,12 +434,30 @@ python bench/ablations.py --study {' '.join(runs.studies)} \\
 
 {chr(10).join(data)}
 
-Scores are main scores x 100, mean ± standard deviation over seeds. Within stage 1 all variants of a
-seed see the same texts in the same order, except those of the study `texts`. Training in {dtype} on
-{about.get('device', '?')}, evaluation in {args.eval_dtype}, torch {about.get('torch', '?')}. Speed,
+Scores are main scores x 100, mean ± standard deviation over seeds. Within stage 1 all variants of
+a seed see the same texts in the same order, except those of the study `texts`. Training in {dtype}
+on {about.get('device', '?')}, evaluation in {args.eval_dtype}, torch {about.get('torch', '?')}. Speed,
 memory and the evaluator's agreement with published scores are in
 [bench/MEASURED.md](bench/MEASURED.md).
+"""
 
+
+def page(runs: Runs) -> str:
+    """The text of RESULTS.md."""
+    args, tasks = runs.args, list(runs.tasks)
+    analysed = next((f["analysed"] for f in runs.files.values() if "analysed" in f), 0)
+    scores = by_variant(runs, lambda v: [
+        *(cell(runs.of(v, task)) for task in [*tasks, "mean"])])
+    measures = by_variant(runs, lambda v: [
+        cell(runs.of(v, key), digits) for key, (_, digits) in MEASURES.items()])
+    claims = [[c.text, c.paper, *judge(runs, c)] for c in CLAIMS]
+    commands = [[f"{study}: {variant}", losses_of(runs, variant),
+                 f"`{command_of(runs, study, variant)}`"]
+                for study, variants in runs.studies.items() for variant in variants]
+    unfinished = [f"* {study}: {variant}, seed {seed}: {why}"
+                  for study, variants in runs.studies.items()
+                  for (variant, seed), why in runs.unfinished.items() if variant in variants]
+    return f"""{first_section(runs)}
 ## The paper's claims
 
 A difference is taken seed by seed; it counts if it has one sign in all common seeds (their number

@@ -58,7 +58,8 @@ def test_claims_are_judged_by_the_scores(folder):
     found = verdicts(folder)
     verdict, evidence = found["Continuation beats reconstruction"]
     assert verdict == "confirmed"
-    assert evidence.startswith("mean: ctkd 45.5 ± 0.5, rc 29.5 ± 0.5, difference +16.0 ± 1.0 (3); ")
+    assert evidence.startswith(
+        "mean: ctkd 45.5 ± 0.5, rc 29.5 ± 0.5, difference +16.0 ± 1.0 (3); ")
     for text in ("Distillation beats the plain likelihood",
                  "NLL's embeddings collapse to fewer dimensions"):
         assert found[text][0] == "not confirmed: the opposite"
