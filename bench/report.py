@@ -436,8 +436,8 @@ python bench/ablations.py --study {' '.join(runs.studies)} \\
 
 Scores are main scores x 100, mean ± standard deviation over seeds. Within stage 1 all variants of
 a seed see the same texts in the same order, except those of the study `texts`. Training in {dtype}
-on {about.get('device', '?')}, evaluation in {args.eval_dtype}, torch {about.get('torch', '?')}. Speed,
-memory and the evaluator's agreement with published scores are in
+on {about.get('device', '?')}, evaluation and analysis in {args.eval_dtype}, torch
+{about.get('torch', '?')}. Speed, memory and the evaluator's agreement with published scores are in
 [bench/MEASURED.md](bench/MEASURED.md).
 """
 
