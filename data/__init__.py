@@ -1,5 +1,1 @@
-"""Text in, lists of token ids out. This package imports nothing from the rest of the project."""
-
-
-class UserError(Exception):
-    """A mistake the user can mend: shown as a clear message (value, file, fix), exit code 2."""
+"""Text in, lists of token ids out; triples, evaluation tasks, and tables in JSON."""

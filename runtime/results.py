@@ -1,4 +1,4 @@
-"""Results of evaluate.py: one JSON file a task in MTEB's form, averages, published rows beside.
+"""Results of evaluate.py: one JSON file per task in MTEB's form, averages, published rows.
 
 A run's folder is results/<model>[@method]/ with one <Task>.json each, which mteb can read too.
 """
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError
-from data.tasks import TASKS
+from runtime.errors import UserError
+from runtime.files import write_file
 
-PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+TABLES = Path(__file__).resolve().parents[1] / "data"
+TASKS = json.loads((TABLES / "tasks.json").read_text(encoding="utf-8"))
+PUBLISHED = json.loads((TABLES / "published.json").read_text(encoding="utf-8"))
 PAPER = PUBLISHED["tasks"]  # the 14
 GROUPS = {group: [task for task in PAPER if TASKS[task]["group"] == group]
           for group in ("clustering", "retrieval", "sts", "classification", "reranking")}
@@ -31,7 +33,7 @@ def label_of(model: str, method: str, instruction: str = "auto") -> str:
 
 
 def read_result(path: Path) -> dict:
-    """A file that `write_result` has written; UserError if it is something else or damaged."""
+    """A file that `write_result` has written; UserError if it is something else, or damaged."""
     try:
         result = json.loads(path.read_text())
         for value in (result["scores"]["test"][0]["main_score"], result["evaluation_time"]):
@@ -80,14 +82,12 @@ def result_of(task: dict, scores: dict, settings: dict, seconds: float) -> dict:
 
 
 def write_result(path: Path, result: dict):
-    """Write a result beside its place and rename it, so that no file is ever half a result."""
+    """Write a result so that no file is ever half a result."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".writing")
-        aside.write_text(json.dumps(result, indent=2) + "\n")
-        aside.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); name another --results")
+    write_file(path, json.dumps(result, indent=2) + "\n")
 
 
 def mean_of(scores: dict[str, float], tasks: list[str]) -> float | None:

@@ -1,0 +1,99 @@
+"""Files that are never half written, and hashes by which they are known again."""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from runtime.errors import UserError
+
+
+def read_json(path: Path, whole: str = "a complete model folder") -> dict:
+    """The JSON object in `path`; UserError if there is none. `whole`: what its folder should be."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; is {path.parent} {whole}?")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); fetch it again")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def write_folder(target: Path):
+    """Yield a folder beside `target` to fill; then sync it to disk and rename it into place.
+
+    UserError if the disk is full or read-only; what was at `target` is then still there.
+    """
+    aside, old = (target.parent / f".{target.name}.{part}" for part in ("writing", "old"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        finish_renaming(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            sync(path)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(aside, target)
+        sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: cannot be written ({error}); make room or name another place, "
+                        f"what was saved before is intact")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            finish_renaming(target)
+
+
+def finish_renaming(target: Path):
+    """Put back what write_folder had set aside if nothing took its place; else remove it."""
+    old = target.parent / f".{target.name}.old"
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(path: Path, text: str):
+    """Write a file beside its place, sync it and rename it: at no moment is it half a file."""
+    aside = path.parent / f".{path.name}.writing"
+    try:
+        aside.write_text(text)
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or name another "
+                        f"place")
+
+
+def sync(path: Path):
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_files(paths: list[Path]) -> str:
+    """sha256 over the sha256 of each file."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def sha256_of_json(value) -> str:
+    """sha256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

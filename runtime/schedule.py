@@ -1,0 +1,65 @@
+"""Learning rate, order and randomness: pure functions of seed and step.
+
+So a resumed run needs no generator's state, and the order of samples does not depend on the number
+of ranks.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+# what a generator is for: the second number of its key
+ORDER, SPLIT, DROPOUT, NEGATIVES, SOURCE, ADAPTER = range(6)
+
+
+def learning_rate(step: int, steps: int, warmup: int, low: float, high: float) -> float:
+    """DeepSpeed's WarmupDecayLR: lr = low + (high - low) g, step counted from 0.
+
+    g rises as ln(step + 1) / ln(warmup) for `warmup` steps, then falls linearly to 0 at `steps`, so
+    that the rate returns to `low`.
+    """
+    warmup = max(2, warmup)  # as DeepSpeed: the logarithm of 1 is no divisor
+    if step < warmup:
+        g = math.log(step + 1) / math.log(warmup)
+    else:
+        g = max(0.0, (steps - step) / max(1, steps - warmup))
+    return low + (high - low) * g
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A generator that depends on its key alone: seed, purpose, position."""
+    return np.random.default_rng(list(key))
+
+
+def seed_torch(*key: int):
+    """Seed torch's dropout by a key alone, so that a micro-batch drops the same after a resume."""
+    torch.manual_seed(int(generator(*key).integers(2**62)))
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of n samples in an epoch."""
+    return generator(seed, ORDER, epoch).permutation(n)
+
+
+def global_batch(seed: int, step: int, batch: int, n: int) -> list[int]:
+    """The samples of a step; the last incomplete batch of an epoch is dropped."""
+    steps_per_epoch = n // batch
+    epoch, index = divmod(step, steps_per_epoch)
+    return epoch_order(seed, epoch, n)[index * batch : (index + 1) * batch].tolist()
+
+
+def one_source_batch(seed: int, step: int, batch: int, sizes: list[int]) -> list[int]:
+    """The samples of a step, all from one of the sources that lie one after another.
+
+    sizes: of the sources. An epoch has each source's full batches in a drawn order. With one
+    source: global_batch.
+    """
+    counts = [size // batch for size in sizes]
+    epoch, index = divmod(step, sum(counts))
+    order = generator(seed, SOURCE, epoch).permutation(np.repeat(np.arange(len(sizes)), counts))
+    source = int(order[index])
+    earlier = int((order[:index] == source).sum())  # batches of this source in this epoch
+    first = sum(sizes[:source])
+    rows = global_batch(seed + source, epoch * counts[source] + earlier, batch, sizes[source])
+    return [first + row for row in rows]

@@ -1,0 +1,100 @@
+"""Settings: one dataclass per stage, one field per line; command line, bounds and JSON follow."""
+
+import argparse
+from dataclasses import MISSING, asdict, dataclass, field, fields
+
+from runtime.errors import UserError
+
+
+def setting(default, help: str, choices=None, *, least=None, below=None, resumable=False):
+    """A field of a stage's Config, with its sentence of help and its bounds.
+
+    choices: the values allowed (a tuple, a mapping whose keys they are, or a function that returns
+    them when the command line is read). least <= value < below. resumable: may change when a run is
+    resumed.
+    """
+    return field(default=default, metadata={
+        "help": help, "choices": choices, "least": least, "below": below, "resumable": resumable})
+
+
+@dataclass
+class RunConfig:
+    """The settings of every stage that keep its run alive and do not touch the method."""
+
+    dtype: str = setting("auto", "dtype of frozen weights and activations",
+                         ("auto", "bfloat16", "float32", "float64"))
+    device: str = setting("auto", "auto, cpu, cuda")
+    threads: int = setting(0, "CPU threads per process; 0 = the cores shared among processes",
+                           least=0)
+    seed: int = setting(0, "seed of order, draws, initialisation and dropout", least=0)
+    deterministic: bool = setting(False, "on CUDA: the same bits from the same input, slower")
+    save_every: int = setting(500, "steps between checkpoints", least=1, resumable=True)
+    save_minutes: float = setting(0.0, "also save when the last checkpoint is this old; 0 = off",
+                                  least=0, resumable=True)
+    timeout: float = setting(30.0, "minutes that a rank waits for the others in a step",
+                             least=0.01, resumable=True)
+    resume: bool = setting(False, "resume from the newest checkpoint in --out", resumable=True)
+
+
+def parse_config(config_class, presets: dict, pick_preset, argv: list[str] | None, doc: str):
+    """A configuration from its defaults, a preset, and the flags given (the stronger last).
+
+    `pick_preset(given)` names the preset when no --preset is given.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=list(presets), help="a set of defaults, see below; by "
+                        "default the demo's, with --model that of the paper")
+    parser.epilog = "\n".join(
+        f"preset {name}: " + (", ".join(f"{k} {v}" for k, v in changes.items()) or "the defaults")
+        for name, changes in presets.items()
+    )
+    own = list(config_class.__annotations__)  # the stage's settings first, then those of every run
+    for f in sorted(fields(config_class),
+                    key=lambda f: own.index(f.name) if f.name in own else len(own)):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if choices := f.metadata["choices"]:
+            kind["choices"] = list(choices() if callable(choices) else choices)
+        text = f.metadata["help"].replace("%", "%%")
+        text += "" if f.default is MISSING or f.type is bool else f" (default {f.default!r})"
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset") or pick_preset(given)
+    return config_class(**{**presets[preset], **given})
+
+
+def check_bounds(config):
+    """UserError for a number that is outside its field's bounds, or not finite."""
+    for f in fields(config):
+        value, least, below = (getattr(config, f.name), *map(f.metadata.get, ("least", "below")))
+        if isinstance(value, float) and not abs(value) < 1e38:  # also true for nan
+            raise UserError(f"{flag(f.name)} {value}: must be finite, and below 1e38")
+        if least is not None and value < least:
+            raise UserError(f"{flag(f.name)} {value}: must be at least {least}")
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{flag(f.name)} {value}: must be below 2^63")
+        if below is not None and value >= below:
+            raise UserError(f"{flag(f.name)} {value}: must be below {below}")
+    if config.lr < config.min_lr:
+        raise UserError(f"--lr {config.lr}: must be at least --min-lr {config.min_lr}; lower both")
+
+
+def flag(name: str) -> str:
+    """The command line's flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def stored_settings(config) -> dict:
+    """The configuration as it is stored with the run and the encoder."""
+    return {name: value for name, value in asdict(config).items() if name != "resume"}
+
+
+def changed_settings(config, before: dict) -> list[str]:
+    """What a resumed run may not change but does: 'name: old -> new' for each such setting.
+
+    A setting that is newer than the run had its default.
+    """
+    return [f"{f.name}: {old!r} -> {new!r}" for f in fields(config)
+            if (old := before.get(f.name, f.default)) != (new := getattr(config, f.name))
+            and not f.metadata["resumable"]]
