@@ -3,23 +3,22 @@
     y = W x + (alpha / r) B A dropout(x)        W (out, in) frozen, A (r, in), B (out, r) trained
 
 Every projection of the Llama in model.py is a `LoraLinear`. Whether its adapter takes part is an
-argument of the forward call, never a hidden switch: one copy of W serves the frozen language
+argument of the forward call, never a switch on the layer: one copy of W serves the frozen language
 model (`adapters=False`, bit-identical to a plain linear layer) and the encoder (`adapters=True`),
 and a checkpointed forward that is recomputed during backward repeats the same computation.
 """
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data import UserError
+from runtime import cpu
+from runtime.devices import at_least_fp32
+from runtime.formats import check_adapter_fits, read_adapter, write_adapter
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's name
 
@@ -35,37 +34,23 @@ class LoraConfig:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer without bias that has room for one low-rank adapter."""
+    """A linear layer with room for one low-rank adapter."""
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
         self.scaling, self.dropout = 0.0, 0.0
 
     def forward(self, x: Tensor, adapters: bool = False) -> Tensor:
-        """x (T, in) -> (T, out). The small matrices are cast to x's dtype, never x to theirs."""
-        y = F.linear(x, self.weight)
+        """x (T, in) -> (T, out)."""
+        y = F.linear(x, self.weight, self.bias)
         if not adapters or self.lora_A is None:
             return y
-        x = dropout(x, self.dropout if self.training else 0.0)
+        x = cpu.dropout(x, self.dropout if self.training else 0.0)  # F.dropout, drawn faster
+        # the fp32 matrices are small: cast them to x's dtype, never x to theirs
         low = F.linear(x, self.lora_A.to(x.dtype))
         return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """x with each element zero with probability p, or else divided by 1 - p.
-
-    On the CPU torch draws a number per element, one after another, which takes longer than the
-    matrix product beside it. Here four elements share the 64 bits of one number: p is rounded to a
-    multiple of 2^-16.
-    """
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    if x.device.type != "cpu" or not dropped:
-        return F.dropout(x, p)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return x * ((bits >= dropped - 2**15).to(x.dtype) / (1 - dropped / 2**16))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -81,16 +66,16 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
     """Put a fresh fp32 adapter (fp64 in an fp64 model) on every target layer.
 
     A is Kaiming-uniform with a = sqrt(5), as in nn.Linear; B is zero, so the model is unchanged.
-    A is drawn on the CPU, hence equal on all devices.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLinear) or name.rpartition(".")[2] not in config.targets:
             continue
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        a = torch.empty(config.r, layer.in_features, dtype=dtype)
+        weight = at_least_fp32(layer.weight[:0])
+        a = torch.empty(config.r, layer.in_features, dtype=weight.dtype)
+        # drawn on the CPU, hence the same numbers whatever the device
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        layer.lora_A = nn.Parameter(a.to(layer.weight.device))
-        layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, config.r).to(dtype))
+        layer.lora_A = nn.Parameter(a.to(weight.device))
+        layer.lora_B = nn.Parameter(weight.new_zeros(layer.out_features, config.r))
         layer.scaling, layer.dropout = config.alpha / config.r, config.dropout
 
 
@@ -98,9 +83,8 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
 def merge_lora(model: nn.Module):
     """W <- W + (alpha / r) B A, summed in at least fp32 and rounded once; the adapter is gone."""
     for layer in lora_layers(model).values():
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        delta = layer.scaling * (layer.lora_B.to(wide) @ layer.lora_A.to(wide))
-        layer.weight.copy_(layer.weight.to(wide) + delta)
+        a, b = at_least_fp32(layer.lora_A), at_least_fp32(layer.lora_B)
+        layer.weight.copy_(at_least_fp32(layer.weight) + layer.scaling * (b @ a))
         layer.lora_A = layer.lora_B = None
 
 
@@ -114,56 +98,17 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str):
-    """Write adapter_config.json and adapter_model.safetensors; `base` is the base model's name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.float().cpu().contiguous() for name, t in lora_state(model).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    peft = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-        "target_modules": list(config.targets), "bias": "none", "fan_in_fan_out": False,
-        "init_lora_weights": True, "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
+    """Store the adapter on the model in PEFT's layout; `base` is the base model's name."""
+    write_adapter(folder, asdict(config), lora_state(model), base)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
-    """Put the adapter stored in `folder` on the model; strict in names and shapes.
-
-    Raises UserError for damaged files and for kinds of adapters other than plain LoRA.
-    """
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    try:
-        peft = json.loads(config_file.read_text())
-        targets = peft["target_modules"]
-        config = LoraConfig(
-            int(peft["r"]), float(peft["lora_alpha"]), float(peft.get("lora_dropout", 0.0)),
-            (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        )
-        if config.r < 1:
-            raise ValueError(f"r is {config.r}")
-        if not 0 <= config.dropout < 1 or not abs(config.alpha) < 1e38:
-            raise ValueError(f"lora_dropout is {config.dropout}, lora_alpha {config.alpha}")
-        tensors = load_file(weights_file)
-        for name, tensor in tensors.items():
-            if config.r not in tensor.shape or not tensor.is_floating_point():
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, r {config.r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
-            RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder}: no readable LoRA adapter in adapter_config.json and "
-                        f"adapter_model.safetensors ({error!r}); write it anew")
-    unsupported = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    for key in unsupported:
-        if peft.get(key):
-            raise UserError(f"{config_file}: {key}={peft[key]!r} is not supported; plain LoRA only")
+    """Put the adapter stored in `folder` on the model; strict in names and shapes."""
+    settings, tensors = read_adapter(folder)
+    config = LoraConfig(**settings)
     add_lora(model, config)
     slots = lora_state(model)  # they share the parameters' memory
-    odd = sorted(slots.keys() ^ tensors.keys()) or sorted(
-        name for name in slots if slots[name].shape != tensors[name].shape
-    )
-    if odd:
-        raise UserError(f"{weights_file}: {odd[0]} is missing, extra or of another shape; is the "
-                        f"adapter of another base model?")
+    check_adapter_fits(folder, tensors, slots)
     with torch.no_grad():
         for name, slot in slots.items():
             slot.copy_(tensors[name])

@@ -16,7 +16,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
-from data import UserError
+from runtime.errors import UserError
 
 DEMO_PASSAGES = Path(__file__).parent / "demo" / "passages.jsonl.gz"
 # WikiText-103 (Merity et al. 2016), the raw zip; the first address wants a User-Agent.
@@ -26,15 +26,16 @@ WIKITEXT_BYTES = 191_984_949
 WIKITEXT_SHA256 = "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"
 WIKITEXT_MEMBER = "wikitext-103-raw/wiki.train.raw"
 WIKITEXT_MEMBER_CAP = 700_000_000  # bytes; the member has about 540 million
-# A million sentences of Wikipedia (SimCSE, Gao et al. 2021, arXiv 2104.08821), one a line.
+# A million sentences of Wikipedia (SimCSE, Gao et al. 2021, arXiv 2104.08821), one per line.
 WIKI1M = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt")  # a hub data set
 
 
 def read_texts(source: str) -> list[str]:
     """The texts of `source`, stripped, empty ones left out.
 
-    `source` is `demo`, `wikitext103`, `wiki1m`, a .txt(.gz) with one text a line, or a .jsonl(.gz)
-    with a field `text`. Raises UserError with file and line number for whatever cannot be read.
+    `source` is `demo`, `wikitext103`, `wiki1m`, a .txt(.gz) with one text per line, or a
+    .jsonl(.gz) with a field `text`. Raises UserError with file and line number for whatever cannot
+    be read.
     """
     if source == "wikitext103":
         lines = wikitext_lines(wikitext_zip())
@@ -79,9 +80,9 @@ def json_text(path: Path, number: int, line: str) -> str:
         text = json.loads(line)["text"]
         text.encode()  # half a surrogate pair is JSON, but no text
     except UnicodeEncodeError as error:
-        raise UserError(f"{path}, line {number}: not a text ({error}); mend or remove the line")
+        raise UserError(f"{path}, line {number}: not a text ({error}); fix or remove the line")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line")
+        raise UserError(f"{path}, line {number}: not JSON ({error}); fix or remove the line")
     except (KeyError, TypeError, AttributeError):
         text = None
     if not isinstance(text, str):

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data import UserError
 from data.corpora import read_lines
+from runtime.errors import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".tsv", ".tsv.gz", ".csv", ".csv.gz")
 
@@ -66,7 +66,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
             for row in reader:
                 yield f"line {reader.line_num}", {k: v for k, v in row.items() if v is not None}
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}; mend the line")
+            raise UserError(f"{path}, line {reader.line_num}: {error}; fix the line")
         return
     if ending == "json":
         whole = "".join(read_lines(path))
@@ -76,14 +76,14 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
                         enumerate(rows if isinstance(rows, list) else [rows], 1))
             return
         except (ValueError, RecursionError):
-            pass  # several objects, one a line
+            pass  # several objects, one per line
     for i, line in enumerate(read_lines(path), 1):
         if line.strip():
             try:
                 yield f"line {i}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {i}: not JSON ({error}); fetch the file again or "
-                                f"mend the line")
+                                f"fix the line")
 
 
 def flatten(record, fields: dict[str, Callable], optional: tuple[str, ...]) -> list[dict]:

@@ -13,9 +13,9 @@ import numpy as np
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from data import UserError
 from data.rows import ENDINGS, identifier, label, number, read_blocks, read_rows, read_unique
 from data.rows import text, texts
+from runtime.errors import UserError
 
 HERE = Path(__file__).parent
 TASKS = json.loads((HERE / "tasks.json").read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def find_file(task: dict, role: str, data_dir: str | Path | None) -> Path:
                         f"orient='records', lines=True)")
     state = "no such folder" if not folder.is_dir() else f"has no file {' or '.join(stems)}"
     raise UserError(f"{folder}: {state} (one of {', '.join(ENDINGS)}); task {task['name']} wants "
-                    f"{LAYOUT[task['kind']]}. --data-dir takes a folder with one folder a "
+                    f"{LAYOUT[task['kind']]}. --data-dir takes a folder with one folder per "
                     f"repository, as on the hub")
 
 
@@ -152,7 +152,7 @@ def read_retrieval(task: dict, file: Callable):
 
 
 def draw_training_sets(labels: list, samples_per_label: int, draws: int = 10) -> list[np.ndarray]:
-    """Indices of ten training sets with so many samples a label, drawn as MTEB draws them.
+    """Indices of ten training sets with so many samples per label, drawn as MTEB draws them.
 
     Each draw shuffles the order that the one before has left, with a generator seeded anew.
     """

@@ -5,14 +5,45 @@ The begin-of-sequence ids are those that the checkpoint's own post-processor put
 no library version can drop or double them; anything appended after a text (EOS) is left out.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from data import UserError
+from runtime.errors import UserError, check_text
 
+INSTRUCTED = "{instruction}:{text}\n"  # the one template with instructions (paper, official code)
 CHUNK = 512  # texts tokenised per call: bounds the memory of the library's Encoding objects
+
+
+def choose_template(
+    template: str, document_template: str, instruction: str = "", document: bool = False
+) -> str:
+    """The template in which texts with (or without) an instruction, or documents, are read.
+
+    UserError if the template has no place for the instruction.
+    """
+    if document and document_template:
+        return document_template
+    check_text(instruction, "instruction")
+    if not instruction:
+        return "{text}" if "{instruction}" in template else template
+    if template == "{text}":
+        template = INSTRUCTED
+    if "{instruction}" not in template:
+        raise UserError(f"instruction {instruction!r}: the template {template[:60]!r} has no place "
+                        f"for one; leave the instruction out")
+    return template.replace("{instruction}", instruction)
+
+
+def check_special_tokens(tokenizer: "Tokenizer", templates: tuple[str, ...]):
+    """UserError if a template has a special token like </s> that the tokenizer does not know."""
+    for template in templates:
+        for token in re.findall(r"<[^<>\s]+>", template):
+            if tokenizer.backend.token_to_id(token) is None:
+                raise UserError(f"template {template!r}: {token} is no token of {tokenizer.file}; "
+                                f"write its own end-of-text token")
 
 
 class Tokenizer:
@@ -47,7 +78,7 @@ class Tokenizer:
             raise UserError(f"{self.file}: cannot tokenize ({error}); fetch it again")
         if any(not 0 <= i < vocab_size for i in self.bos):
             raise UserError(f"{self.file}: the BOS ids {self.bos} are not all in the model's "
-                            f"vocabulary of {vocab_size}; mend them, or bos_token_id in "
+                            f"vocabulary of {vocab_size}; fix them, or bos_token_id in "
                             f"config.json")
 
     def _find_bos(self, bos_token_id: int | None) -> list[int]:
@@ -61,8 +92,25 @@ class Tokenizer:
                             f"bos_token_id; set bos_token_id in config.json")
         return [bos_token_id]
 
+    def read(
+        self, texts: list[str], template: str, max_tokens: int, num_memory_tokens: int
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """int32 ids with BOS of each text in its template, and the length of its tail.
+
+        The tail counts the tokens from the last occurrence of the text on. At most max_tokens with
+        BOS and the memory tokens to come; where that is too many the text is cut.
+        """
+        room = max_tokens - num_memory_tokens
+        if room <= len(self.bos):
+            raise UserError(f"{max_tokens} tokens leave no room for a text beside BOS and "
+                            f"{num_memory_tokens} memory tokens; raise the limit")
+        if template != "{text}":
+            return self.encode_prompted(texts, template, room)
+        ids = self.encode(texts, room)
+        return ids, [len(i) for i in ids]
+
     def encode(self, texts: list[str], max_tokens: int | None = None) -> list[np.ndarray]:
-        """One int32 array a text: BOS, then at most max_tokens - len(BOS) tokens of the text."""
+        """One int32 array per text: BOS, then at most max_tokens - len(BOS) tokens of the text."""
         arrays = []
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]

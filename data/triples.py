@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import UserError
+from runtime.errors import UserError
 
 HERE = Path(__file__).parent
 DEMO_TRIPLES = HERE / "demo" / "triples.jsonl"  # what the name `demo` stands for
@@ -150,7 +150,7 @@ def find_files(source: str | Path) -> list[Path]:
         files = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
         if not files:
             raise UserError(f"{path}: no .jsonl or .jsonl.gz file in this folder; put the triples "
-                            f"there, one JSON object a line")
+                            f"there, one JSON object per line")
         twice = [p for p in files if p.with_name(p.name + ".gz") in files]
         if twice:
             raise UserError(f"{twice[0]}: lies there twice, also as .gz; remove one of them")
@@ -162,7 +162,7 @@ def find_files(source: str | Path) -> list[Path]:
                         f"folder of them")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path}: unknown kind of file; triples are .jsonl or .jsonl.gz, one JSON "
-                        f"object a line")
+                        f"object per line")
     return [path]
 
 

@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root: run by path
 
-from data import UserError  # noqa: E402
 from data.corpora import read_texts  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
-from model import Llama, find_model, load_llama, rotate  # noqa: E402
+from model import Llama, load_llama, rotate  # noqa: E402
+from runtime.errors import UserError, run_command  # noqa: E402
+from runtime.hub import find_model  # noqa: E402
 
 SHINGLE = 8  # words; a copied sentence has at least as many
 COPIED = "has a sentence of the training text"
@@ -46,7 +47,7 @@ ODD_CHARACTER = re.compile(r"[^ -~\u00a1-\u00ac\u00ae-\u024f\u2010-\u2027]")  # 
 
 
 class CachedLlama:
-    """Next-token logits of B equally long sequences, one position a call."""
+    """Next-token logits of B equally long sequences, one position per call."""
 
     def __init__(self, llama: Llama, batch: int, length: int):
         c = llama.config
@@ -193,12 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
-    try:
-        write_passages(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: write_passages(args))
 
 
 def write_passages(args: argparse.Namespace):

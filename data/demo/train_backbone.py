@@ -3,7 +3,7 @@
     python data/demo/train_backbone.py --text FILE... --out FOLDER                     from scratch
     python data/demo/train_backbone.py --text FILE... --out FOLDER --from data/demo/llama
 
-FILE is a .txt with one text a line or a .jsonl with a field `text`, both may be gzipped. FOLDER
+FILE is a .txt with one text per line or a .jsonl with a field `text`, both may be gzipped. FOLDER
 becomes a Hugging Face folder in bf16. Matrices are trained by Muon, the rest by AdamW. --bf16 takes
 half the time on CPUs that multiply bf16 themselves. The learning rates are for a start from scratch
 or a long continuation; a short one wants about a fifth of them.
@@ -21,17 +21,18 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root: run by path
 
-from data import UserError  # noqa: E402
 from data.corpora import read_texts  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
-from model import Llama, LlamaConfig, find_model, load_llama  # noqa: E402
-from model import read_config, read_json, write_folder  # noqa: E402
+from model import BASES, Llama, LlamaConfig, load_llama  # noqa: E402
+from runtime.errors import UserError, run_command  # noqa: E402
+from runtime.files import read_json, write_folder  # noqa: E402
+from runtime.formats import read_llama_config, write_tensors  # noqa: E402
+from runtime.hub import find_model  # noqa: E402
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
          "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
@@ -159,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--from", dest="start", metavar="FOLDER", help="a Llama to continue from")
-    parser.add_argument("--batch", type=int, default=16, help="windows a step")
-    parser.add_argument("--context", type=int, default=256, help="tokens a window")
+    parser.add_argument("--batch", type=int, default=16, help="windows per step")
+    parser.add_argument("--context", type=int, default=256, help="tokens per window")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop by then")
     parser.add_argument("--muon-lr", type=float, default=0.01, help="of the matrices")
@@ -173,12 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     for key, value in SHAPE.items():
         shape.add_argument("--" + key.replace("_", "-"), type=int, default=value)
     args = parser.parse_args(argv)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace):
@@ -200,15 +196,16 @@ def run(args: argparse.Namespace):
             train_tokenizer(texts, args.vocab_size).save(str(folder / "tokenizer.json"))
             config = CONFIG | {key: getattr(args, key) for key in SHAPE}
             (folder / "config.json").write_text(json.dumps(config))
-            llama = new_llama(read_config(folder / "config.json"), generator)
+            config = LlamaConfig(**read_llama_config(folder / "config.json", BASES))
+            llama = new_llama(config, generator)
         tokenizer = Tokenizer(start, llama.config.vocab_size, llama.config.bos_token_id)
         ids = tokenizer.encode(texts)
         print(f"{len(texts):,} texts, {sum(map(len, ids)):,} tokens; "
               f"{sum(p.numel() for p in llama.parameters()):,} parameters")
 
         train(llama, batches(ids, args.batch, args.context, generator), args)
-        tensors = {name: p.detach().bfloat16() for name, p in llama.named_parameters()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        weights = dict(llama.named_parameters())
+        write_tensors(folder / "model.safetensors", weights, torch.bfloat16)
         config = read_json(start / "config.json") | {"torch_dtype": "bfloat16"}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.backend.save(str(folder / "tokenizer.json"))

@@ -1,0 +1,264 @@
+"""What a step reads: split texts (stage 1), sentences (ucl) or triples (scl), as global batches.
+
+Order, splits and negatives are functions of (seed, step): the same on any number of ranks.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.corpora import digest_ids, read_texts
+from data.tokenizer import Tokenizer
+from data.triples import Triples
+from runtime.errors import UserError
+from runtime.schedule import NEGATIVES, SPLIT, generator, global_batch, one_source_batch
+
+MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
+
+# tokenize(texts, instruction="", document=False, max_tokens=None) -> (ids with BOS, tails)
+Tokenize = Callable[..., tuple[list[np.ndarray], list[int]]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 1
+# ---------------------------------------------------------------------------------------------
+
+
+class SplitBatch(NamedTuple):
+    """Texts of a step as token ids with BOS: all of them, or the part of a micro-batch.
+
+    splits: where each text is cut, the tokens of its context with BOS; rows: places in the data.
+    The totals are those of the global batch: sums of losses are divided by them, so that
+    micro-batches add up.
+    """
+
+    texts: list[np.ndarray]
+    splits: list[int]
+    rows: list[int]
+    total_texts: int
+    total_tokens: int  # of the texts, with BOS
+    total_targets: int  # of the continuations
+
+    def part(self, places: range) -> "SplitBatch":
+        """The texts at these places."""
+        part = {key: [getattr(self, key)[j] for j in places] for key in ("texts", "splits", "rows")}
+        return self._replace(**part)
+
+    @property
+    def contexts(self) -> list[np.ndarray]:
+        """BOS n_1..n_a of each text."""
+        return [ids[:cut] for ids, cut in zip(self.texts, self.splits)]
+
+    @property
+    def continuations(self) -> list[np.ndarray]:
+        """n_{a+1}..n_{a+S} of each text."""
+        return [ids[cut:] for ids, cut in zip(self.texts, self.splits)]
+
+
+def split_point(seed: int, position: int, length: int) -> int:
+    """Where the text at `position` in the run is cut: uniform in [10, length - 10], BOS counted."""
+    return int(generator(seed, SPLIT, position).integers(MIN_SIDE, length - MIN_SIDE + 1))
+
+
+class SplitTexts:
+    """Stage 1: texts that a step cuts into a context and its continuation."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, num_texts: int = 0,
+                 min_characters: int = -1, max_text_tokens: int = -1, room: int = 504):
+        """Read, filter and tokenise the first num_texts (0: all) texts, cut to `room` tokens.
+
+        -1 is the paper's filter for wikitext103 (from 1,000 characters, under 512 tokens), no
+        filter for other sources.
+        """
+        paper = source == "wikitext103"
+        min_characters = min_characters if min_characters >= 0 else 1000 * paper
+        max_text_tokens = max_text_tokens if max_text_tokens >= 0 else 512 * paper
+        texts = read_texts(source)
+        long = [text for text in texts if len(text) >= min_characters]
+        kept, shorter, longer, wanted = [], 0, 0, num_texts or len(long)
+        for start in range(0, len(long), 4096):
+            for ids in tokenizer.encode(long[start : start + 4096]):
+                if len(ids) < 2 * MIN_SIDE:  # cannot be split
+                    shorter += 1
+                elif max_text_tokens and len(ids) >= max_text_tokens:
+                    longer += 1
+                else:
+                    kept.append(ids[:room])
+            if len(kept) >= wanted:
+                break
+        dropped = {f"under {min_characters} characters": len(texts) - len(long),
+                   f"under {2 * MIN_SIDE} tokens": shorter,
+                   f"{max_text_tokens} tokens or more": longer}
+        counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none dropped"
+        if not kept:
+            raise UserError(f"{source}: no text left of {len(texts)} after the filters ({counts}); "
+                            f"change --min-characters or --max-text-tokens")
+        self._hold(source, kept[:wanted], counts)
+
+    @classmethod
+    def of_ids(cls, source: str, texts: list[np.ndarray]) -> "SplitTexts":
+        """Texts that are token ids with BOS already."""
+        data = object.__new__(cls)
+        data._hold(source, texts, "none dropped")
+        return data
+
+    def _hold(self, source: str, texts: list[np.ndarray], dropped: str):
+        self.source, self.texts, self.dropped = source, texts, dropped
+        self.sizes, self.sha256 = {f"{source} ({dropped})": len(texts)}, digest_ids(texts)
+
+    def read_batch(self, seed: int, step: int, batch_size: int) -> SplitBatch:
+        """The global batch of a step, each text with its split point."""
+        rows = global_batch(seed, step, batch_size, len(self.texts))
+        texts, first = [self.texts[i] for i in rows], step * batch_size
+        splits = [split_point(seed, first + j, len(ids)) for j, ids in enumerate(texts)]
+        tokens = sum(map(len, texts))
+        return SplitBatch(texts, splits, rows, len(texts), tokens, tokens - sum(splits))
+
+    def name(self, row: int) -> str:
+        """A row's place for messages."""
+        return f"{self.source} {row} (after its filters)"
+
+    def __str__(self) -> str:
+        tokens = sum(map(len, self.texts)) / len(self.texts)
+        return f"{self.source}: {len(self.texts):,} texts, {tokens:.0f} tokens each"
+
+
+# ---------------------------------------------------------------------------------------------
+# Stages 2 and 3
+# ---------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """A global batch as token ids with BOS: B queries, M keys (the B positives first).
+
+    excluded (B, M) marks the keys that are no negatives; `rows` are places in the data, of the
+    queries, and `key_rows` those of the keys.
+    """
+
+    queries: list[np.ndarray]
+    keys: list[np.ndarray]
+    excluded: Tensor
+    rows: list[int]
+    key_rows: list[int]
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of all texts with BOS, without memory tokens."""
+        return sum(map(len, self.queries + self.keys))
+
+
+def same_texts(keys: list[np.ndarray], rows: int) -> Tensor:
+    """(rows, M): whether key j != i duplicates the text of row i's positive: a false negative."""
+    names: dict[bytes, int] = {}
+    text = torch.tensor([names.setdefault(ids.tobytes(), len(names)) for ids in keys])
+    return (text[:rows, None] == text).fill_diagonal_(False)
+
+
+class Sentences:
+    """Stage 2: each text is query and positive at once, read twice under different dropout."""
+
+    instructions: tuple = ()
+
+    def __init__(self, source: str, num_texts: int, tokenize: Tokenize):
+        """Read and tokenise the texts (of the embedded passages, the sentences)."""
+        texts = read_texts(source)
+        if source == "demo":
+            texts = [s for text in texts for s in re.split(r"(?<=[.?!])\s+", text)]
+        self.source, (self.texts, _) = source, tokenize(texts[: num_texts or None])
+        if len({ids.tobytes() for ids in self.texts}) < 2:
+            raise UserError(f"{source}: all {len(self.texts):,} texts are the same (after "
+                            f"{len(self.texts[0])} tokens), nothing tells them apart; give "
+                            f"different ones")
+        self.sizes, self.sha256 = {source: len(self.texts)}, digest_ids(self.texts)
+
+    def read_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """The global batch of a step: B queries, and the same texts as B keys."""
+        rows = global_batch(seed, step, batch_size, len(self.texts))
+        queries = keys = [self.texts[i] for i in rows]
+        return Batch(queries, keys, same_texts(keys, len(rows)), rows, rows)
+
+    def name(self, row: int) -> str:
+        """A row's place for messages."""
+        return f"{self.source} {row}"
+
+    def __str__(self) -> str:
+        tokens = sum(map(len, self.texts)) / len(self.texts)
+        return f"{self.source}: {len(self.texts):,} texts, {tokens:.0f} tokens each"
+
+
+class TripleRows:
+    """Stage 3: queries with their instructions, positives and hard negatives as bare documents."""
+
+    def __init__(self, triples: Triples, tokenize: Tokenize, document_tokens: int, negatives: int,
+                 one_file: bool):
+        """negatives: drawn per row where it has more; one_file: no batch mixes files.
+
+        UserError for an instruction that the encoder has no room for.
+        """
+        self.triples, self.tokenize, self.document_tokens = triples, tokenize, document_tokens
+        self.negatives, self.one_file = negatives, one_file
+        self.instructions, self.sha256 = triples.instructions, triples.sha256
+        self.sizes = {str(triples.source): len(triples)}
+        if one_file:
+            self.sizes = {str(file.path): len(file.offsets) for file in triples.files}
+        try:
+            for text in ["", *self.instructions]:
+                tokenize(["a"], text)
+            tokenize(["a"], document=True, max_tokens=document_tokens)
+        except UserError as error:  # no place in a template, or no room in its length
+            raise UserError(f"{error} (--instruction none, --max-tokens or --document-tokens)")
+
+    def read_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """The global batch of a step: B queries, then the B positives and the hard negatives."""
+        rows = one_source_batch(seed, step, batch_size, list(self.sizes.values()))
+        triples = [self.triples[i] for i in rows]
+        queries: list = [None] * len(rows)
+        for instruction in dict.fromkeys(triple.instruction for triple in triples):
+            places = [j for j, triple in enumerate(triples) if triple.instruction == instruction]
+            ids, _ = self.tokenize([triples[j].query for j in places], instruction)
+            for j, query in zip(places, ids):
+                queries[j] = query
+        texts, key_rows = [triple.positive for triple in triples], list(rows)
+        for j, triple in enumerate(triples):
+            random = generator(seed, NEGATIVES, step * len(rows) + j)
+            order = random.permutation(len(triple.negatives))
+            texts += [triple.negatives[n] for n in order[: self.negatives]]
+            key_rows += [rows[j]] * len(order[: self.negatives])
+        keys, _ = self.tokenize(texts, document=True, max_tokens=self.document_tokens)
+        return Batch(queries, keys, same_texts(keys, len(rows)), rows, key_rows)
+
+    def name(self, row: int) -> str:
+        """A row's place for messages: its file, and the row in it from 0."""
+        file, place = self.triples.locate(row)
+        return f"{file.path.name} {place}"
+
+    def __str__(self) -> str:
+        kinds = [f"\n  {len(file.offsets):>9,}  {file.path.name}: "
+                 f"{' | '.join(filter(None, file.instructions)) or 'no instruction'}"
+                 for file in self.triples.files]
+        mixed = "single-dataset" if self.one_file else "mixed"
+        return f"{self.triples.source}: {len(self.triples):,} rows, {mixed}{''.join(kinds)}"
+
+
+def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of texts, longest first, in batches whose lengths sum to at most `budget`."""
+    batches, room = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches
+
+
+def require_rows(sizes: dict[str, int], batch_size: int):
+    """UserError for a source that has fewer rows than a batch; sizes: rows by source."""
+    for name, size in sizes.items():
+        if size < batch_size:
+            raise UserError(f"--batch-size {batch_size} is larger than the {size:,} rows of "
+                            f"{name}; lower it or give more")
