@@ -13,13 +13,13 @@ effective tokens  clusters of the tokens by complete linkage: two join while eve
                   them has a mean cosine of at least --merge (section 4.2). --save writes an
                   encoder whose embedding is the mean of one token of each, drawn by --seed.
 alignment         mean squared distance of positive pairs on the unit sphere, here the pairs of an
-                  STS task with at least 4/5 of the highest score (Wang & Isola 2020); none if more
-                  than --texts texts are drawn from
+                  STS task with at least 4/5 of the highest score (Wang & Isola 2020); none if the
+                  texts are a sample
 uniformity        log of the mean over pairs of exp(-2 squared distance), of up to 4,096 texts
 
 Tokens are clustered by the correlation over all texts and drawn once, not for each text: there,
 two texts are represented by different tokens and their cosine loses what they share
-(bench/merging.py measures both).
+(measured in docs/measured.md).
 """
 
 import argparse
@@ -31,14 +31,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import UserError
 from data.corpora import read_texts
-from data.results import GROUPS
 from data.tasks import read_task
-from evaluate import METHODS, encoding, find_task, instruction_for, open_model, unit
-from model import Encoder, encoder_of, find_device, find_model, is_encoder, save_encoder, wide
-from model import write_file
-from training import explain, keep_freed_memory, show_all
+from evaluate import METHODS, encoding, find_task, instruction_for, open_model
+from measures import unit
+from model import Encoder, save_encoder
+from runtime.cpu import keep_freed_memory
+from runtime.devices import at_least_fp32, find_device, scoring_dtype
+from runtime.errors import UserError, run_command
+from runtime.files import write_file
+from runtime.formats import encoder_of, is_encoder
+from runtime.hub import find_model
+from runtime.results import GROUPS
 
 PAIRS_OF = 4096  # texts whose pairs make the uniformity
 
@@ -76,7 +80,8 @@ def dimensions(values: np.ndarray) -> dict[str, float]:
 
 
 def correlation(memory: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 7, summed over the texts: products and cosines (K, K) of memory states (n, K, D)."""
+    """Eq. 7 before the division by N: sums over the texts of the products, and of the cosines, of
+    memory states (n, K, D): two (K, K)."""
     memory = memory.astype(np.float64)
     norm = np.linalg.norm(memory, axis=-1, keepdims=True)
     direction = memory / np.where(norm > 0, norm, 1)
@@ -136,7 +141,7 @@ def read_states(encoder: Encoder, method: str, texts: list[str], **options):
     for batch, row, lengths, _ in encoder.batches(texts, **options):
         memory = encoder.memory(row, lengths)
         x[batch] = encoder.pool(memory).float().cpu().numpy()
-        sums += np.stack(correlation(wide(memory).cpu().numpy()))
+        sums += np.stack(correlation(at_least_fp32(memory).cpu().numpy()))
     return x, sums
 
 
@@ -175,11 +180,10 @@ def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
 
 
 def open_named(name: str, args) -> tuple[Encoder, str]:
-    """A model and how it is read; --method and --max-tokens are for those without a training."""
+    """A model and how it is read; --method and --max-tokens are for untrained models."""
     trained = is_encoder(find_model(encoder_of(name)))
     device = find_device(args.device)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    options = {"base": args.base, "dtype": getattr(torch, dtype), "device": device}
+    options = {"base": args.base, "dtype": scoring_dtype(args.dtype, device), "device": device}
     return open_model(name, *((None, None) if trained else (args.method, args.max_tokens)),
                       **options)
 
@@ -197,11 +201,11 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
         more, other = read_states(encoder, method, documents, document=True, **options)
         x, sums = np.concatenate((x, more)), sums + other
     if not np.isfinite(x).all():
-        raise UserError(f"{name}: embeddings that are no finite numbers; its training diverged")
+        raise UserError(f"{name}: embeddings with nan or inf; its training diverged")
     random, values = np.random.default_rng(args.seed), spectrum(x)
     found = {"model": name, "method": method, "source": args.text or args.task, "texts": len(x),
              "instruction": instruction, "max_tokens": encoder.config.max_tokens,
-             "dtype": str(encoder.llama.head.dtype), "seed": args.seed, "base": encoder.base,
+             "dtype": str(encoder.dtype), "seed": args.seed, "base": encoder.base,
              "sha256": encoder.sha256, "kept_tokens": list(encoder.config.kept_tokens),
              "spectrum": values.tolist(), **dimensions(values),
              "uniformity": uniformity(x[random.permutation(len(x))[:PAIRS_OF]]),
@@ -222,7 +226,7 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
 
 
 def print_table(results: list[dict]):
-    """One Markdown row a model."""
+    """One Markdown row per model."""
     titles = ("model", "entropy", "participation", "above 1 %", "uniformity", "alignment",
               "tokens' mean cosine", "effective tokens")
     print(f"| {' | '.join(titles)} |\n|---|" + "---:|" * (len(titles) - 1))
@@ -239,7 +243,7 @@ def print_table(results: list[dict]):
 
 
 def draw(results: list[dict], folder: Path):
-    """spectra.svg with a line a model, and correlation.svg with two squares a model."""
+    """spectra.svg with a line per model, and correlation.svg with two squares per model."""
     for name in ("spectra.svg", "correlation.svg"):  # those of an earlier call would mislead
         (folder / name).unlink(missing_ok=True)
     try:
@@ -280,13 +284,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="a .txt, a .jsonl, wiki1m, wikitext103, or demo")
     source.add_argument("--task", help="the texts of a task, see evaluate.py --list")
-    add("--texts", type=int, default=60_000, help="at most; more are drawn from by --seed")
-    add("--merge", type=float, default=0.9, help="cosine from which tokens are one")
+    add("--texts", type=int, default=60_000, help="use at most this many, sampled by --seed")
+    add("--merge", type=float, default=0.9, help="merge tokens whose mean cosine is at least this")
     add("--save", metavar="FOLDER", help="write the one model, merged, as FOLDER/encoder")
     add("--seed", type=int, default=0, help="of the texts and of the token kept of a cluster")
     add("--method", choices=list(METHODS), help="how plain Llamas are read (default weighted-mean)")
     add("--max-tokens", type=int, help="of a text for a plain Llama (default 512)")
-    add("--base", help="where the encoders' base model lies now")
+    add("--base", help="path of the encoders' base model, if it has moved")
     add("--data-dir", help="folder with the tasks' repositories, hub layout")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--dtype", choices=["float32", "bfloat16"],
@@ -305,36 +309,36 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def run(args: argparse.Namespace):
+    """Analyse the models; print the table, write the JSON, the figures and, with --save, an encoder
+    of the effective tokens."""
+    keep_freed_memory()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    if args.save and (is_encoder(args.save) or is_encoder(Path(args.save) / "encoder")):
+        raise UserError(f"--save {args.save}: exists already; name a new folder")
+    folders = [find_model(encoder_of(name)) for name in args.model]
+    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
+    source = read_source(args)
+    print(f"{len(source[0]) + len(source[1]):,} texts of {args.text or args.task}")
+    results = []
+    for name in args.model:
+        found, encoder = analyse(name, source, args)
+        results.append(found)
+        write_file(out / "collapse.json", json.dumps(results, indent=1) + "\n")
+    print_table(results)
+    print(f"\nwritten to {out}/collapse.json")
+    draw(results, out)
+    if args.save:
+        encoder.config = replace(encoder.config, kept_tokens=tuple(found["drawn"]))
+        save_encoder(encoder, Path(args.save) / "encoder", folders[0])
+        print(f"memory tokens {', '.join(map(str, found['drawn']))} make the embedding of "
+              f"{args.save}/encoder")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = parse_arguments(argv)
-    show_all()
-    keep_freed_memory()
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    try:
-        if args.save and (is_encoder(args.save) or is_encoder(Path(args.save) / "encoder")):
-            raise UserError(f"--save {args.save}: exists already; name a new folder")
-        folders = [find_model(encoder_of(name)) for name in args.model]
-        (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
-        source = read_source(args)
-        print(f"{len(source[0]) + len(source[1]):,} texts of {args.text or args.task}")
-        results = []
-        for name in args.model:
-            found, encoder = analyse(name, source, args)
-            results.append(found)
-            write_file(out / "collapse.json", json.dumps(results, indent=1) + "\n")
-        print_table(results)
-        print(f"\nwritten to {out}/collapse.json")
-        draw(results, out)
-        if args.save:
-            encoder.config = replace(encoder.config, kept_tokens=tuple(found["drawn"]))
-            save_encoder(encoder, Path(args.save) / "encoder", folders[0])
-            print(f"memory tokens {', '.join(map(str, found['drawn']))} make the embedding of "
-                  f"{args.save}/encoder")
-    except (UserError, OSError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

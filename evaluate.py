@@ -1,17 +1,16 @@
 """Score a text encoder on the paper's 14 MTEB tasks (Muennighoff et al. 2022, arXiv 2210.07316).
 
     python evaluate.py --task demo-sts                   the newest encoder under runs/
-    python evaluate.py --task all --model runs/llama2    the paper's row; interrupted, it goes on
+    python evaluate.py --task all --model runs/llama2    the paper's row; resumes if interrupted
     python evaluate.py --task sts retrieval --model demo --method echo       no training at all
     python evaluate.py --task-dir FOLDER --kind clustering                   data of your own
     python evaluate.py --compare runs/llama2 "LLM2Comp KL + SCL"
-    torchrun --nproc-per-node 4 evaluate.py --task all --model runs/llama2   texts shared
+    torchrun --nproc-per-node 4 evaluate.py --task all --model runs/llama2   texts split over ranks
 
 Pooling, attention, length and instructions come from the encoder's folder; a plain Llama is read
-by one of the training-free methods of data/prompts.json. Data lie under --data-dir in the hub's
-layout (one folder a repository), or are downloaded once at the revision that MTEB pins. Protocol:
-MTEB 1.12 (the official code's version); random draws are those of NumPy's and scikit-learn's
-generators, so that the same sentences and clusters are drawn.
+by one of the training-free methods of data/prompts.json. Data are read from --data-dir in the hub's
+layout (one folder per repository), or are downloaded once at the revision that MTEB pins.
+Protocol: MTEB 1.12 (the official code's version). The scores themselves are in measures.py.
 """
 
 import argparse
@@ -27,339 +26,42 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data import UserError
-from data.results import GROUPS, PAPER, PUBLISHED, compare, summary
-from data.results import finished, label_of, result_of, write_result
 from data.tasks import LAYOUT, TASKS, folder_task, read_task, task_place
-from model import PLAIN, Encoder, encoder_of, find_model, is_encoder, load_encoder, plain_encoder
-from training import LostRank, Ranks, explain, leave_ranks, show_all, start_ranks
+from measures import KINDS
+from model import PLAIN, Encoder, load_encoder, plain_encoder
+from runtime.devices import scoring_dtype
+from runtime.errors import UserError, run_command
+from runtime.formats import encoder_of, is_encoder
+from runtime.hub import find_model
+from runtime.ranks import Ranks, join_ranks
+from runtime.results import (
+    GROUPS,
+    PAPER,
+    PUBLISHED,
+    compare,
+    finished,
+    label_of,
+    result_of,
+    summary,
+    write_result,
+)
 
 DATA = Path(__file__).parent / "data"
 METHODS = json.loads((DATA / "prompts.json").read_text())  # training-free: prompts and pooling
 INSTRUCTIONS = json.loads((DATA / "instructions.json").read_text())["instructions"]
-UNTRAINED = ("last", "mean", "weighted-mean")  # the methods without a prompt
-SEED = 42  # MTEB's
+UNTRAINED = ("last", "mean", "weighted-mean")  # what stage 1 reports beside its encoder
 
 Encode = Callable[[list[str]], np.ndarray]
-
-# ---------------------------------------------------------------------------------------------
-# Similarity and rank correlation
-# ---------------------------------------------------------------------------------------------
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """The rows of x (n, D) at length one; a zero row stays zero."""
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)
-
-
-def paired_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each row of a (n, D) with the same row of b, as 1 - |a/|a| - b/|b||^2 / 2.
-
-    This is MTEB's form: equal rows give exactly 1, so that equal texts stay tied. The cosine with
-    a zero row is 0.
-    """
-    a, b = unit(a), unit(b)
-    cosines = 1 - 0.5 * np.square(a - b).sum(axis=1)
-    return np.where(a.any(axis=1) & b.any(axis=1), cosines, 0)
-
-
-def average_ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks 1..n of x (n,); equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear correlation of x and y (n,); nan if one of them is constant."""
-    x, y = (np.asarray(v, dtype=np.float64) for v in (x, y))
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    x, y = x - x.mean(), y - y.mean()
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation of x and y (n,), ties by average ranks; nan if one of them is constant."""
-    return pearson(average_ranks(np.asarray(x)), average_ranks(np.asarray(y)))
-
-
-def average_precision(relevant: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the steps of the precision-recall curve; equal scores make one step.
-
-    relevant (n,) of 0 and 1, scores (n,); 0 where nothing is relevant.
-    """
-    order = np.argsort(-scores, kind="stable")
-    last_of_step = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    hits = np.cumsum(relevant[order])[last_of_step]
-    if hits[-1] == 0:
-        return 0.0
-    return float(np.diff(hits, prepend=0) @ (hits / (last_of_step + 1)) / hits[-1])
-
-
-# ---------------------------------------------------------------------------------------------
-# The six kinds: embeddings and labels in, scores out (fractions, under MTEB's names)
-# ---------------------------------------------------------------------------------------------
-
-
-def sts(left: np.ndarray, right: np.ndarray, gold: np.ndarray) -> dict:
-    """Correlation of the cosines of pairs (n, D), (n, D) with human scores (n,)."""
-    cosines = paired_cosine(left, right)
-    return {"cosine_spearman": spearman(cosines, gold), "cosine_pearson": pearson(cosines, gold),
-            "cosines": cosines, "gold": np.asarray(gold)}
-
-
-def rank_documents(queries: np.ndarray, documents: np.ndarray, ids: list[str], k: int = 1000,
-                   block: int = 4096) -> np.ndarray:
-    """The k nearest documents of each query by cosine, best first: indices (Q, min(k, n)).
-
-    Equal scores rank by document id, descending (trec_eval's rule). Scores are float32, of sums in
-    float64: equal documents get equal scores. Score and rank of the id are packed into one integer,
-    so that top-k over blocks of documents is exact whatever the block.
-    """
-    order = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
-    q, d = torch.from_numpy(unit(queries)), torch.from_numpy(unit(documents)[order])
-    best = []
-    for some in q.double().split(1024):
-        top = torch.empty(len(some), 0, dtype=torch.int64)
-        for start in range(0, len(d), block):
-            scores = (some @ d[start : start + block].double().T).float() + 0.0  # no -0.0
-            bits = scores.view(torch.int32)
-            ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # sorts as the floats
-            key = (ordered << 32) - torch.arange(start, start + ordered.shape[1])
-            top = torch.cat((top, key), dim=1)
-            top = top.topk(min(k, top.shape[1])).values
-        best.append(-top & 0xFFFFFFFF)
-    return np.array(order)[torch.cat(best).numpy()]
-
-
-def retrieval(queries: np.ndarray, documents: np.ndarray, query_ids: list[str],
-              document_ids: list[str], judged: list[dict], skip_same_id: bool = False) -> dict:
-    """nDCG@10 (linear gain), MAP@10 and recall@100 as trec_eval has them, means over the queries.
-
-    queries (Q, D), documents (n, D); judged[i] maps document ids to the grades of query i.
-    skip_same_id takes a document with the query's own id out of its ranking (ArguAna).
-    """
-    ranking = rank_documents(queries, documents, document_ids)
-    discount = 1 / np.log2(np.arange(2, 12))
-    ndcg, precision, recall = np.zeros((3, len(queries)))
-    for i, grades in enumerate(judged):
-        ranked = [document_ids[j] for j in ranking[i, :101]]
-        if skip_same_id:
-            ranked = [d for d in ranked if d != query_ids[i]]
-        gains = np.array([max(0, grades.get(d, 0)) for d in ranked[:100]])
-        hits, best = gains > 0, sorted((g for g in grades.values() if g > 0), reverse=True)
-        if best:
-            ideal = np.array(best[:10]) @ discount[: len(best)]
-            ndcg[i] = gains[:10] @ discount[: len(gains)] / ideal
-            found = np.flatnonzero(hits[:10])
-            precision[i] = (np.arange(1, len(found) + 1) / (found + 1)).sum() / len(best)
-            recall[i] = hits.sum() / len(best)
-    return {"ndcg_at_10": float(ndcg.mean()), "map_at_10": float(precision.mean()),
-            "recall_at_100": float(recall.mean()), "per_query": ndcg}
-
-
-def logistic_regression(x: np.ndarray, y: np.ndarray, classes: int) -> Callable:
-    """Fit by at most 100 L-BFGS iterations; returns a function from (n, D) to labels (n,).
-
-    Mean cross entropy of x (n, D), y (n,) + |W|^2 / (2 n), the intercept free, in x's dtype: as
-    scikit-learn's LogisticRegression() (1.9). Two classes share one row of weights.
-    """
-    rows = classes if classes > 2 else 1
-    inputs, target = torch.from_numpy(x), torch.from_numpy(y)
-    w = torch.zeros(rows, x.shape[1] + 1, dtype=inputs.dtype, requires_grad=True)
-
-    def logits(x: torch.Tensor) -> torch.Tensor:
-        z = x @ w[:, :-1].T + w[:, -1]
-        return z if rows > 1 else F.pad(z, (1, 0))
-
-    def objective() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits(inputs), target) + w[:, :-1].square().sum() / (2 * len(x))
-        loss.backward()
-        return loss
-
-    optimizer = torch.optim.LBFGS([w], max_iter=100, max_eval=5000, history_size=10,
-                                  tolerance_grad=1e-4, tolerance_change=1e-14,
-                                  line_search_fn="strong_wolfe")
-    optimizer.step(objective)
-    return lambda x: logits(torch.from_numpy(x)).argmax(dim=1).numpy()
-
-
-def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Mean F1 over the labels that occur in either (n,) array."""
-    f1 = [2 * np.sum((predicted == c) & (truth == c)) / np.sum((predicted == c) * 1 + (truth == c))
-          for c in np.union1d(predicted, truth)]
-    return float(np.mean(f1))
-
-
-def classification(train: np.ndarray, test: np.ndarray, train_labels: list, test_labels: list,
-                   draws: list[np.ndarray]) -> dict:
-    """Accuracy and macro-F1 of logistic regression on each drawn training set, and their means.
-
-    train (n, D) and test (m, D), the draws index rows of train; no scaling of embeddings.
-    """
-    names = {name: i for i, name in enumerate(sorted(set(train_labels), key=str))}
-    y, truth = (np.array([names[v] for v in labels]) for labels in (train_labels, test_labels))
-    accuracy, f1 = [], []
-    for rows in draws:
-        predicted = logistic_regression(train[rows], y[rows], len(names))(test)
-        accuracy.append(float(np.mean(predicted == truth)))
-        f1.append(macro_f1(predicted, truth))
-    return {"accuracy": float(np.mean(accuracy)), "f1": float(np.mean(f1)),
-            "scores_per_experiment": [{"accuracy": a, "f1": f} for a, f in zip(accuracy, f1)]}
-
-
-def squared_distances(x: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """|x_i - c_j|^2 (n, k) of x (n, D) and centres (k, D)."""
-    of_x, of_centers = (np.einsum("nd,nd->n", v, v) for v in (x, centers))
-    return np.maximum(of_x[:, None] - 2 * (x @ centers.T) + of_centers, 0)
-
-
-def k_means_plus_plus(x: np.ndarray, k: int, random: np.random.RandomState) -> np.ndarray:
-    """k rows of x (n, D) far from each other (Arthur & Vassilvitskii 2007), the greedy variant.
-
-    Each further centre is the best of 2 + ln k candidates drawn in proportion to the squared
-    distance from the centres so far.
-    """
-    centers = [random.choice(len(x), p=np.full(len(x), 1 / len(x)))]
-    nearest = squared_distances(x, x[centers])[:, 0]
-    for _ in range(1, k):
-        levels = random.uniform(size=2 + int(np.log(k))) * nearest.sum()
-        candidates = np.minimum(np.searchsorted(np.cumsum(nearest), levels), len(x) - 1)
-        after = np.minimum(nearest[:, None], squared_distances(x, x[candidates]))
-        best = after.sum(axis=0).argmin()
-        centers.append(candidates[best])
-        nearest = after[:, best]
-    return x[centers]
-
-
-def mini_batch_k_means(x: np.ndarray, k: int, batch: int = 500, seed: int = SEED) -> np.ndarray:
-    """Cluster labels (n,) of x (n, D) by mini-batch k-means (Sculley 2010), drawn and stopped as
-    scikit-learn's MiniBatchKMeans does it (1.9, default settings).
-
-    It ends after 100 passes, or 10 batches without a new minimum of the smoothed inertia; centres
-    with under 1 % of the largest count are now and then replaced by samples.
-    """
-    n, random = len(x), np.random.RandomState(seed)
-    batch = min(batch, n)
-    start = min(n, 3 * batch if 3 * batch >= k else 3 * k)
-    random.randint(0, n, start)  # the validation set of several starts; there is one
-    centers = k_means_plus_plus(x[random.randint(0, n, start)] if start < n else x, k, random)
-    counts, since, smooth, lowest, waited = np.zeros(k), 0, None, np.inf, 0
-    for step in range(100 * n // batch):
-        rows = x[random.choice(n, batch, p=np.full(n, 1 / n))]
-        distances = squared_distances(rows, centers)
-        labels = distances.argmin(axis=1)
-        inertia = distances.min(axis=1).sum() / batch
-        since += batch
-        replacing = (counts == 0).any() or since >= 10 * k
-        member = labels[:, None] == np.arange(k)  # (batch, k)
-        totals = centers * counts[:, None] + member.T @ rows
-        counts += member.sum(axis=0)
-        centers = np.where(counts[:, None] > 0, totals / np.maximum(counts, 1)[:, None], centers)
-        if replacing:
-            since = 0
-            small = counts < 0.01 * counts.max()
-            if small.sum() > batch / 2:
-                small[np.argsort(counts)[batch // 2 :]] = False
-            if small.any():
-                centers[small] = rows[random.choice(batch, small.sum(), replace=False)]
-            counts[small] = counts[~small].min()
-        if step == 0:
-            continue
-        weight = min(1, 2 * batch / (n + 1))
-        smooth = inertia if smooth is None else (1 - weight) * smooth + weight * inertia
-        waited = 0 if smooth < lowest else waited + 1
-        lowest = min(lowest, smooth)
-        if waited >= 10:
-            break
-    return squared_distances(x, centers).argmin(axis=1)
-
-
-def v_measure(truth: list, clusters: np.ndarray) -> float:
-    """Harmonic mean of homogeneity and completeness (Rosenberg & Hirschberg 2007)."""
-    _, a = np.unique(np.asarray(truth, dtype=str), return_inverse=True)
-    _, b = np.unique(clusters, return_inverse=True)
-    joint = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(joint, (a, b), 1 / len(a))
-
-    def entropy(p: np.ndarray) -> float:
-        return float(-(p[p > 0] * np.log(p[p > 0])).sum())
-
-    of_truth, of_clusters = entropy(joint.sum(1)), entropy(joint.sum(0))
-    shared = of_truth + of_clusters - entropy(joint)  # mutual information
-    homogeneity = shared / of_truth if of_truth > 0 else 1.0
-    completeness = shared / of_clusters if of_clusters > 0 else 1.0
-    both = homogeneity + completeness
-    return 2 * homogeneity * completeness / both if both > 0 else 0.0
-
-
-def clustering(sentences: np.ndarray, labels: list[list]) -> dict:
-    """Mean V-measure of mini-batch k-means over sets, k = the number of labels in the set.
-
-    sentences (n, D) holds the sets one after another, labels one list for each.
-    """
-    sets = np.split(sentences, np.cumsum([len(truth) for truth in labels])[:-1])
-    scores = [v_measure(truth, mini_batch_k_means(x, len(set(truth))))
-              for x, truth in zip(sets, labels)]
-    return {"v_measure": float(np.mean(scores)), "v_measure_std": float(np.std(scores)),
-            "v_measures": scores}
-
-
-def pair_classification(left: np.ndarray, right: np.ndarray, labels: np.ndarray,
-                        block: int = 4096) -> dict:
-    """Average precision of four similarities of pairs, and their maximum.
-
-    left and right (n, D), labels (n,) of 0 and 1; sums over D go by blocks of pairs.
-    """
-    scores = {name: np.empty(len(labels)) for name in ("cosine", "dot", "manhattan", "euclidean")}
-    for start in range(0, len(labels), block):
-        part = slice(start, start + block)
-        a, b = left[part], right[part]
-        scores["cosine"][part] = paired_cosine(a, b)
-        scores["dot"][part] = (a * b).sum(axis=1)
-        scores["manhattan"][part] = -np.abs(a - b).sum(axis=1)
-        scores["euclidean"][part] = -np.sqrt(np.square(a - b).sum(axis=1))
-    ap = {f"{name}_ap": average_precision(labels, s) for name, s in scores.items()}
-    return {**ap, "max_ap": max(ap.values())}
-
-
-def reranking(queries: np.ndarray, documents: np.ndarray, candidates: list[np.ndarray],
-              relevant: list[np.ndarray]) -> dict:
-    """Mean average precision and MRR@10 of each query's candidates by cosine.
-
-    queries (Q, D), documents (n, D); candidates[i] index documents, relevant[i] are 0 or 1. For
-    the reciprocal rank, a tie counts against the relevant document.
-    """
-    queries, documents = unit(queries).astype(np.float64), unit(documents)
-    precision, reciprocal = [], []
-    for query, rows, truth in zip(queries, candidates, relevant):
-        scores = (documents[rows] @ query).astype(np.float32)  # equal documents stay tied
-        precision.append(average_precision(truth, scores))
-        rank = 1 + np.sum(scores[truth == 0] >= scores[truth == 1].max())
-        reciprocal.append(1 / rank if rank <= 10 else 0.0)
-    return {"map": float(np.mean(precision)), "mrr_at_10": float(np.mean(reciprocal)),
-            "per_query": np.array(precision)}
-
-
-KINDS = {  # kind -> (its function, the main score)
-    "sts": (sts, "cosine_spearman"),
-    "retrieval": (retrieval, "ndcg_at_10"),
-    "classification": (classification, "accuracy"),
-    "clustering": (clustering, "v_measure"),
-    "pair-classification": (pair_classification, "max_ap"),
-    "reranking": (reranking, "map"),
-}
 
 # ---------------------------------------------------------------------------------------------
 # Tasks: texts become embeddings, and go with the labels to their kind
 # ---------------------------------------------------------------------------------------------
 
 
-def embed(encode: Encode, texts: dict[str, list[str]], notes: list[str]) -> dict[str, np.ndarray]:
+def encode_roles(
+    encode: Encode, texts: dict[str, list[str]], notes: list[str]
+) -> dict[str, np.ndarray]:
     """Encode the texts of all roles, each distinct text once; role -> (n, D) float32.
 
     Raises UserError for a wrong shape and for nan or inf; zero vectors are counted in the notes.
@@ -383,9 +85,9 @@ def embed(encode: Encode, texts: dict[str, list[str]], notes: list[str]) -> dict
 def score_task(task: dict, read: tuple, encode: Encode, encode_documents: Encode) -> dict:
     """Encode and score a task that was read by read_task (see `evaluate_task`)."""
     (texts, labels, notes), (kind, main) = read, KINDS[task["kind"]]
-    x = embed(encode, {r: t for r, t in texts.items() if r != "documents"}, notes)
+    x = encode_roles(encode, {r: t for r, t in texts.items() if r != "documents"}, notes)
     if "documents" in texts:
-        x |= embed(encode_documents, {"documents": texts["documents"]}, notes)
+        x |= encode_roles(encode_documents, {"documents": texts["documents"]}, notes)
     scores = kind(**x, **labels)
     if np.isnan(scores[main]):
         raise UserError(f"{task['name']}: no rank correlation, all cosines or all scores are "
@@ -400,7 +102,7 @@ def evaluate_task(task: str | dict, encode: Encode, data_dir: str | Path | None 
     `encode_documents` is for the documents of retrieval and reranking, if they are encoded in
     another way than queries (without an instruction). Returns main_score (a fraction), MTEB's
     other scores, arrays of single samples, and notes. Raises UserError for data that are missing
-    or damaged, and for embeddings that are no (n, D) finite numbers.
+    or damaged, and for embeddings that are not finite (n, D) arrays.
     """
     task = find_task(task) if isinstance(task, str) else task
     return score_task(task, read_task(task, data_dir), encode, encode_documents or encode)
@@ -411,6 +113,13 @@ def demo_sts(encoder: Encoder) -> float:
     instruction = instruction_for("demo-sts", "auto", encoder)
     encode = partial(encoder.encode, instruction=instruction)
     return 100 * evaluate_task("demo-sts", encode)["main_score"]
+
+
+def check_tasks(flag: str, names: list[str]):
+    """UserError unless all names are tasks (not groups) of data/tasks.json."""
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"{flag} {name}: unknown; one or more of {', '.join(TASKS)}")
 
 
 def find_task(name: str) -> dict:
@@ -516,17 +225,24 @@ def over_ranks(encode: Encode, ranks: Ranks) -> Encode:
     return shared
 
 
-def evaluate_together(task: dict, encode: Callable, instruction: str, data_dir: str | None,
+def evaluate_on_ranks(task: dict, encode: Callable, instruction: str, data_dir: str | None,
                       ranks: Ranks, **options) -> dict:
     """evaluate_task on all ranks, each encoding its share of the texts.
 
     `options` go to `encode(texts, instruction=, document=, **options)`, see Encoder.encode.
     """
-    with ranks.together():
+    with ranks.fail_together():
         read = read_task(task, data_dir)
     query = partial(encode, instruction=instruction, **options)
     document = partial(encode, document=True, **options)
     return score_task(task, read, over_ranks(query, ranks), over_ranks(document, ranks))
+
+
+def score_on_ranks(task: dict, name: str, encoder: Encoder, data_dir: str, ranks: Ranks) -> float:
+    """The main score x 100 of an encoder in training; all ranks share the encoding."""
+    instruction = instruction_for(name, "auto", encoder)
+    found = evaluate_on_ranks(task, encoder.encode, instruction, data_dir or None, ranks)
+    return 100 * found["main_score"]
 
 
 def paper_row(encoder: Encoder, method: str) -> str | None:
@@ -541,7 +257,7 @@ def paper_row(encoder: Encoder, method: str) -> str | None:
     return row if row in PUBLISHED["rows"] and not encoder.config.kept_tokens else None
 
 
-def settings_of(encoder: Encoder, name: str, method: str, ranks: Ranks) -> dict:
+def score_settings(encoder: Encoder, name: str, method: str, ranks: Ranks) -> dict:
     """What a score depends on besides the data, as it is written beside each score."""
     config = encoder.config
     return {
@@ -550,7 +266,7 @@ def settings_of(encoder: Encoder, name: str, method: str, ranks: Ranks) -> dict:
         "attention": config.attention,
         "pooling": config.pooling, "template": config.template,
         "document_template": config.document_template, "max_tokens": config.max_tokens,
-        "dtype": str(encoder.llama.head.dtype), "device": str(encoder.llama.head.device),
+        "dtype": str(encoder.dtype), "device": str(encoder.device),
         "threads": torch.get_num_threads(), "ranks": ranks.size, "history": encoder.history,
         "paper": paper_row(encoder, method),
         "versions": {p: version(p) for p in ("torch", "tokenizers", "numpy", "safetensors")},
@@ -614,12 +330,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "instructions), none, or a text for all tasks")
     add("--data-dir", help="folder with the tasks' repositories, hub layout")
     add("--revision", help="branch, tag or commit of a hub model")
-    add("--base", help="where an encoder's base model lies now")
+    add("--base", help="path of an encoder's base model, if it has moved")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--dtype", choices=["float32", "bfloat16"],
         help="default: bfloat16 on cuda, float32 elsewhere")
     add("--batch-tokens", type=int, default=4096, help="tokens per forward pass")
-    add("--threads", type=int, default=0, help="CPU threads a process; 0 = the cores, shared")
+    add("--threads", type=int, default=0, help="CPU threads per process; 0 = the cores, shared")
     add("--timeout", type=float, default=60, help="minutes that a rank waits for the others")
     add("--results", default="results", help="folder for the JSON files")
     add("--force", action="store_true", help="evaluate finished tasks again")
@@ -634,17 +350,16 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
     """Evaluate the tasks, print the table, write the JSON files."""
     say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
     name = args.model or newest_encoder()
-    dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
+    dtype = scoring_dtype(args.dtype, ranks.device)
     encoder, method = open_model(name, args.method, args.max_tokens, base=args.base,
-                                 revision=args.revision, dtype=getattr(torch, dtype),
-                                 device=ranks.device)
+                                 revision=args.revision, dtype=dtype, device=ranks.device)
     label = label_of(name, "memory" if encoder.history else method, args.instruction)
     folder = Path(args.results) / label
-    common = settings_of(encoder, name, method, ranks)
+    common = score_settings(encoder, name, method, ranks)
     jobs = {}  # task -> file, settings, the result if it is there
     for key, task in tasks.items():
         instruction = instruction_for(key, args.instruction, encoder)
-        encoder.template(instruction)  # raises if the method has no place for one
+        encoder.tokenize([], instruction)  # raises if the method has no place for one
         settings = common | {"instruction": instruction,
                              "data": task_place(task, args.data_dir)[1]}
         path = folder / f"{task['name']}.json"
@@ -652,7 +367,7 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
 
     chosen = "  (the newest encoder under runs/)" if not args.model and name != "demo" else ""
     say(f"model   {name}{'  (the embedded tiny Llama)' if name == 'demo' else chosen}\n"
-        f"method  {method}, {encoder.config.attention}, {dtype}\n\n"
+        f"method  {method}, {encoder.config.attention}, {str(dtype).removeprefix('torch.')}\n\n"
         f"{'task':<26}{'main score':<17}{'x 100':>7}{'seconds':>9}")
     encode, scores, failed = encoding(encoder, method), {}, False
     for key, (path, settings, result) in jobs.items():
@@ -660,10 +375,10 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
         there = torch.tensor([float(result is not None and ranks.rank == 0)], device=ranks.device)
         if not ranks.sum(there).item():  # rank 0 decides: others may not see its files
             try:
-                found = evaluate_together(
+                found = evaluate_on_ranks(
                     tasks[key], encode, settings["instruction"], args.data_dir, ranks,
                     batch_tokens=args.batch_tokens, progress=key if ranks.rank == 0 else "")
-            except UserError as error:  # the other tasks go on
+            except UserError as error:  # continue with the other tasks
                 failed = True
                 print(f"error: {error}", file=sys.stderr)
                 continue
@@ -689,23 +404,18 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 2 after a UserError, or a file or folder that
     cannot be used, 1 if another rank was lost."""
-    args, ranks = parse_arguments(argv), None
-    show_all()
-    try:
+    args = parse_arguments(argv)
+
+    def command() -> int | None:
         if args.list:
-            list_tasks()
-        elif args.compare:
-            compare(args.compare, Path(args.results))
-        else:
-            tasks = chosen_tasks(args)
-            ranks = start_ranks(args.device, args.threads, args.timeout)
+            return list_tasks()
+        if args.compare:
+            return compare(args.compare, Path(args.results))
+        tasks = chosen_tasks(args)
+        with join_ranks(args.device, args.threads, args.timeout) as ranks:
             return run(args, tasks, ranks)
-    except (UserError, LostRank, OSError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 1 if isinstance(error, LostRank) else 2
-    finally:
-        leave_ranks(ranks)
-    return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":
