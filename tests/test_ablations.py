@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "bench")]
 import ablations
 import report
 
@@ -134,10 +134,36 @@ def test_the_page_names_what_is_not_finished(folder, capsys):
     assert row == "| objective | ctkd | 3 | 61.0 ± 1.0 | 30.0 ± 0.0 | 45.5 ± 0.5 |"
     assert "1.81 ± 0.00 → 1.81 ± 0.00" in text  # 20 steps: the first and last 50 are the same
     for name in ("ablations.svg", "collapse.svg"):
-        assert (folder / "bench" / name).read_text().startswith("<?xml")
+        assert (folder / name).read_text().startswith("<?xml") and f"]({name})" in text
 
 
-def test_ablations_run_once_and_go_on(tmp_path, capsys, monkeypatch):
+def test_the_committed_page_is_not_overwritten_by_unfinished_runs(folder, capsys, monkeypatch):
+    page = folder / "docs" / "results.md"
+    monkeypatch.setattr(report, "PAGE", page)
+    assert report.main(["--runs", str(folder)]) == 0  # there was none yet
+    assert report.main(["--runs", str(folder), "--out", str(folder / "other.md")]) == 0
+    page.write_text("as committed")
+    capsys.readouterr()
+    assert report.main(["--runs", str(folder)]) == 2
+    found = capsys.readouterr()
+    assert "runs are unfinished (" in found.err and "--force" in found.err
+    assert found.err.count("\n") == 1 and not found.out and page.read_text() == "as committed"
+    assert report.main(["--runs", str(folder), "--force"]) == 0
+    assert page.read_text().startswith("# Results")
+    runs = report.read_runs(folder)
+    runs.unfinished.clear()
+    monkeypatch.setattr(report, "read_runs", lambda _: runs)  # a finished set needs no force
+    page.write_text("as committed")
+    assert report.main(["--runs", str(folder)]) == 0 and page.read_text() != "as committed"
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "results.md")]) == 2
+    assert "no common.json" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ablations_run_once_and_resume(tmp_path, capsys):
     """Two steps of two variants: a second call trains, evaluates and analyses nothing."""
     command = ["--study", "attention", "merging", "--seeds", "0", "--steps", "2", "--num-texts",
                "16", "--threads", "1", "--task", "demo-sts", "--out", str(tmp_path / "out")]
@@ -151,11 +177,14 @@ def test_ablations_run_once_and_go_on(tmp_path, capsys, monkeypatch):
     assert ablations.main(command) == 0
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"common.json"}
-    with pytest.raises(SystemExit, match="its runs have common=.*name another --out"):
-        ablations.main([*command, "--dtype", "float32"])
+    capsys.readouterr()
+    assert ablations.main([*command, "--dtype", "float32"]) == 2
+    error = capsys.readouterr().err
+    assert "its runs have common=" in error and "name another --out" in error
     (out / "common.json").unlink()
-    with pytest.raises(SystemExit, match="was run with steps=2, now 3; name another --out"):
-        ablations.main([*command, "--steps", "3"])
+    assert ablations.main([*command, "--steps", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "was run with other settings (steps: 2 -> 3); name another --out" in error
     runs = report.read_runs(tmp_path / "out")
     assert runs.values["causal", 0].keys() >= {"embedded STS", "sts", "mean", "entropy"}
     assert ("merged-nll", 0) in runs.values and ("nll", 0) in runs.values

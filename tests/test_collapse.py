@@ -1,17 +1,23 @@
-"""The analysis of collapse against NumPy's direct computation, and its command."""
+"""collapse.py: the measures against NumPy and SciPy computed directly, and the command."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import error_line, run_of, trained_encoder, words
 from scipy.cluster.hierarchy import fcluster, linkage
 
 import collapse
 import evaluate
+import export
 import model
-from model import load_encoder, plain_encoder, save_encoder
+import pretrain_ctkd as stage1
+from data.tasks import TASKS, read_task
+from model import EncoderConfig, load_encoder, plain_encoder, save_encoder
+from runtime.devices import flat_ids
 
 
 def random_rows(n, d, rank=None, seed=0):
@@ -30,7 +36,7 @@ def test_the_spectrum_is_that_of_numpys_covariance(n, d, block):
     np.testing.assert_allclose(collapse.spectrum(x), values, rtol=0, atol=1e-8)
 
 
-def test_a_mean_far_from_zero_costs_no_digits():
+def test_a_mean_far_from_zero_costs_no_precision():
     x = random_rows(300, 6).astype(np.float32)
     moved = (x + np.float32(1024)).astype(np.float32)
     exact = np.cov(moved.astype(np.float64).T, bias=True)
@@ -73,21 +79,21 @@ def cosines_of(*angles):
     return np.cos(radians[:, None] - radians)
 
 
-def test_copies_merge_and_orthogonal_tokens_do_not():
+def test_equal_tokens_are_joined_and_orthogonal_ones_are_not():
     assert collapse.complete_linkage(cosines_of(0, 90, 0), 0.9) == [[0, 2], [1]]
     assert collapse.complete_linkage(np.eye(4), 0.9) == [[0], [1], [2], [3]]
     assert collapse.complete_linkage(np.ones((3, 3)), 1.0) == [[0, 1, 2]]
     assert collapse.complete_linkage(np.ones((1, 1)), 0.9) == [[0]]
 
 
-def test_a_chain_is_not_one_cluster():
+def test_a_chain_of_neighbours_is_not_one_cluster():
     """Neighbours are 20 degrees apart (0.94), the ends 60 (0.5): single linkage would join all."""
     clusters = collapse.complete_linkage(cosines_of(0, 20, 40, 60), 0.9)
     assert sorted(clusters) == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_clusters_are_scipys(seed):
+def test_clusters_match_scipys_complete_linkage(seed):
     x = np.random.default_rng(seed).normal(size=(9, 3))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     distance = 1 - (x @ x.T)[np.triu_indices(9, 1)]
@@ -98,7 +104,7 @@ def test_clusters_are_scipys(seed):
     assert ((found[:, None] == found) == (expected[:, None] == expected)).all()
 
 
-def test_alignment_and_uniformity_equal_plain_loops():
+def test_alignment_and_uniformity_match_plain_loops():
     x, y = random_rows(30, 4), random_rows(30, 4, seed=1)
     u, v = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
     assert collapse.alignment(x, y) == pytest.approx(np.mean([np.sum((a - b) ** 2)
@@ -114,12 +120,9 @@ def test_alignment_and_uniformity_equal_plain_loops():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """An encoder folder of the embedded Llama with four memory tokens, two of them equal."""
-    import pretrain_ctkd as stage1
-    from training import Ranks
-
+    """An encoder folder of the embedded Llama with four memory tokens."""
     config = stage1.Config(**stage1.PRESETS["demo"] | {"memory_tokens": 4, "dtype": "float32"})
-    encoder = stage1.new_encoder(config, Ranks(0, 1, torch.device("cpu")))
+    encoder = stage1.new_encoder(config, run_of(config))
     encoder.history[0]["stage"] = "ctkd"
     folder = tmp_path_factory.mktemp("run") / "encoder"
     save_encoder(encoder, folder)
@@ -154,10 +157,10 @@ def test_the_command_measures_writes_and_saves_a_merged_encoder(trained, tmp_pat
     for name in ("spectra.svg", "correlation.svg"):
         assert (out / name).read_text().startswith("<?xml")
     assert run("--model", "demo", "--text", "demo", "--texts", 20, "--out", out) == 0
-    assert not (out / "correlation.svg").exists()  # that of the first call would mislead
+    assert not (out / "correlation.svg").exists()  # the one of the first call would mislead
 
 
-def test_the_kept_token_is_drawn_by_the_seed(trained, tmp_path):
+def test_the_seed_draws_the_kept_token(trained, tmp_path):
     kept = set()
     for seed in range(6):
         for turn in range(2):
@@ -170,7 +173,37 @@ def test_the_kept_token_is_drawn_by_the_seed(trained, tmp_path):
     assert len(kept) > 1
 
 
-def test_a_plain_llama_has_a_spectrum_and_no_tokens(tmp_path, capsys):
+def test_mean_products_and_cosines_are_reported(tiny, tmp_path):
+    config = EncoderConfig(num_memory_tokens=3, max_tokens=64)
+    save_encoder(trained_encoder(tiny, config), tmp_path / "encoder")
+    texts = words(7, 0)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    assert run("--model", tmp_path / "encoder", "--text", tmp_path / "texts.txt", "--out",
+               tmp_path / "out") == 0
+    [found] = json.loads((tmp_path / "out/collapse.json").read_text())
+    encoder = load_encoder(tmp_path / "encoder")
+    ids, _ = encoder.tokenize(texts)
+    memory = [encoder.memory(flat_ids([one], "cpu"), [len(one)])[0].double() for one in ids]
+    products = sum(m @ m.T for m in memory) / 7
+    cosines = sum(m @ m.T / (m.norm(dim=1)[:, None] * m.norm(dim=1)) for m in memory) / 7
+    assert np.array(found["products"]) == pytest.approx(products.numpy(), rel=1e-4)
+    assert np.array(found["cosines"]) == pytest.approx(cosines.numpy(), abs=1e-5)
+    others = [cosines[i, j].item() for i in range(3) for j in range(3) if i != j]
+    assert found["mean_cosine"] == pytest.approx(np.mean(others), abs=1e-5)
+
+
+def test_positive_pairs_have_four_fifths_of_the_highest_score():
+    roles, labels, _ = read_task(TASKS["demo-sts"])
+    pairs = list(zip(roles["left"], roles["right"], labels["gold"]))
+    highest = max(score for *_, score in pairs)
+    expected = [(left, right) for left, right, score in pairs if score / highest >= 0.8 - 1e-12]
+    assert any(0.5 < score / highest < 0.8 for *_, score in pairs)
+    arguments = collapse.parse_arguments(["--model", "demo", "--task", "demo-sts"])
+    texts, _, found = collapse.read_source(arguments)
+    assert [(texts[i], texts[j]) for i, j in found] == expected
+
+
+def test_a_plain_llama_has_a_spectrum_but_no_memory_tokens(tmp_path, capsys):
     assert run("--model", "demo", "--text", "demo", "--texts", 30, "--out", tmp_path) == 0
     [found] = json.loads((tmp_path / "collapse.json").read_text())
     assert "cosines" not in found and found["alignment"] is None and found["texts"] == 30
@@ -178,8 +211,8 @@ def test_a_plain_llama_has_a_spectrum_and_no_tokens(tmp_path, capsys):
     assert len(found["spectrum"]) == x.shape[1]
 
 
-def test_without_matplotlib_the_numbers_are_written(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+def test_without_matplotlib_the_numbers_are_still_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("--model", "demo", "--text", "demo", "--texts", 20, "--out", tmp_path) == 0
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert (tmp_path / "collapse.json").is_file()
@@ -189,13 +222,11 @@ def test_without_matplotlib_the_numbers_are_written(tmp_path, capsys, monkeypatc
     (["--text", "nowhere.txt"], "nowhere.txt"), (["--task", "st17"], "did you mean sts17"),
     (["--task", "sts"], "a group of tasks; name one"),
     (["--text", "demo", "--model", "demo", "dmeo"], "dmeo: no such folder"),
-    (["--task", "sts"], "a group of tasks; name one"),
     (["--model", "demo", "dmeo", "--text", "demo"], "dmeo: no such folder"),
     (["--task", "demo-sts", "--save", "x"], "no memory tokens"),
 ])
-def test_what_cannot_be_done_ends_in_a_line(arguments, fragment, tmp_path, capsys):
-    assert run("--model", "demo", *arguments, "--out", tmp_path) == 2
-    assert fragment in capsys.readouterr().err
+def test_a_mistake_ends_in_one_line_and_writes_nothing(arguments, fragment, tmp_path, capsys):
+    error_line(run("--model", "demo", *arguments, "--out", tmp_path), capsys, fragment)
     assert not (tmp_path / "collapse.json").exists()
 
 
@@ -203,13 +234,13 @@ def test_what_cannot_be_done_ends_in_a_line(arguments, fragment, tmp_path, capsy
     ["--texts", "1"], ["--seed", "-1"], ["--merge", "1.5"], ["--merge", "nan"],
     ["--method", "mode"], ["--text", "x"], ["--save", "x", "--model", "demo", "demo"],
 ])
-def test_settings_that_make_no_sense_are_refused(arguments):
+def test_impossible_settings_are_refused(arguments):
     with pytest.raises(SystemExit) as stop:
         collapse.main(["--model", "demo", "--task", "demo-sts", *arguments])
     assert stop.value.code == 2
 
 
-def test_a_file_in_the_place_of_out_is_said_before_anything_is_read(tmp_path, capsys, monkeypatch):
+def test_a_file_in_place_of_out_is_reported_before_anything_is_read(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(collapse, "read_source", lambda args: pytest.fail("reads"))
     (out := tmp_path / "file").write_text("")
     assert collapse.main(["--model", "demo", "--text", "demo", "--out", str(out)]) == 2
@@ -242,7 +273,7 @@ def test_the_uniformity_of_zero_rows_is_a_number():
     assert collapse.uniformity(x) == pytest.approx(-4)  # all squared distances count as 2
 
 
-def test_save_never_replaces_an_encoder(trained, tmp_path, capsys):
+def test_save_never_overwrites_an_encoder(trained, tmp_path, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
     assert run("--model", trained, "--task", "demo-sts", "--texts", 20, "--out", tmp_path / "out",
                "--save", trained.parent) == 2
@@ -250,8 +281,8 @@ def test_save_never_replaces_an_encoder(trained, tmp_path, capsys):
     assert sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*")) == before
 
 
-def test_an_encoder_of_kept_tokens_is_another_one(trained, tmp_path, capsys):
-    """Its results are not taken for those of the whole, and it is not merged into a plain Llama."""
+def test_an_encoder_with_kept_tokens_is_another_encoder(trained, tmp_path, capsys):
+    """The whole encoder's results are not reused for it, and it cannot be exported."""
     whole = ["--model", str(trained), "--task", "demo-sts", "--results", str(tmp_path / "results")]
     assert evaluate.main(whole) == 0
     about = json.loads((trained / "encoder.json").read_text())
@@ -263,12 +294,12 @@ def test_an_encoder_of_kept_tokens_is_another_one(trained, tmp_path, capsys):
         assert evaluate.main(whole) == 2
         assert fragment in capsys.readouterr().err
     (trained / "encoder.json").write_text(json.dumps(about | {"kept_tokens": [0, 2]}))
-    assert model.main(["merge", str(trained), str(tmp_path / "plain")]) == 2
+    assert export.main(["merge", str(trained), str(tmp_path / "plain")]) == 2
     assert "would average all 4 memory tokens" in capsys.readouterr().err
     (trained / "encoder.json").write_text(json.dumps(about))
 
 
-def test_embeddings_that_are_no_numbers_end_in_a_line(trained, tmp_path, capsys, monkeypatch):
+def test_non_finite_embeddings_end_in_one_line(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model.Encoder, "pool", lambda self, memory: memory[:, 0] * torch.nan)
     assert run("--model", trained, "--task", "demo-sts", "--texts", 9, "--out", tmp_path) == 2
-    assert "no finite numbers" in capsys.readouterr().err
+    assert "embeddings with nan or inf" in capsys.readouterr().err

@@ -1,6 +1,7 @@
-"""Whatever is given to the three commands: exit code 0 or 2 with one clear line, inputs untouched.
+"""Whatever the three commands are given: exit code 0 or 2 with one clear line, inputs untouched.
 
-FUZZ_CASES=300 python -m pytest tests/test_fuzz.py      so many random cases a test
+FUZZ_CASES=300 python -m pytest tests/test_fuzz.py      so many random cases per test
+
 Without it the cases are few, and the same every time.
 """
 
@@ -20,11 +21,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SPELLINGS, TASK_FILES, write_task
 from hypothesis import HealthCheck, Phase, currently_in_test_context, given, note, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_contrastive_runs import ctkd, home  # noqa: F401  fixtures
-from test_tasks import FILES, SPELLINGS, write
 
 import contrastive
 import evaluate
@@ -151,8 +151,9 @@ def value(field: dataclasses.Field, names: list[str]):
     """Values for a setting; strings may also be one of `names`."""
     if field.name in BOUNDED:
         return BOUNDED[field.name]
-    if field.metadata["choices"]:
-        return st.sampled_from([*field.metadata["choices"], "", "nonsense"])
+    if choices := field.metadata["choices"]:
+        choices = choices() if callable(choices) else choices
+        return st.sampled_from([*choices, "", "nonsense"])
     strings = st.sampled_from(names) | STRINGS
     return {int: INTS, float: FLOATS, str: strings, bool: st.booleans()}[field.type]
 
@@ -182,14 +183,14 @@ FAST2 = {"steps": 2, "max_tokens": 40, "batch_size": 4, "threads": 1, "dtype": "
          "device": "cpu", "micro_tokens": 160, "lora_r": 4, "out": "out"}
 
 
-def names(home: Path, tiny: Path) -> list[str]:  # noqa: F811
+def names(home: Path, tiny: Path) -> list[str]:
     """Places that are there, most of them of the wrong kind for most settings."""
     return [str(p) for p in (home, tiny, home / "texts.txt", home / "triples.jsonl",
                              home / "folder", home / "ctkd", tiny / "config.json")] + [
         "demo-sts", "sts17, demo-sts", "wiki1m"]
 
 
-def data_of(stage: str, home: Path) -> dict:  # noqa: F811
+def data_of(stage: str, home: Path) -> dict:
     """The settings that name a contrastive stage's data."""
     if stage == "ucl":
         return {"stage": stage, "text": home / "texts.txt"}
@@ -198,7 +199,7 @@ def data_of(stage: str, home: Path) -> dict:  # noqa: F811
 
 @fuzz
 @given(data=st.data())
-def test_settings_of_stage_1(data, home, ctkd, tiny):  # noqa: F811
+def test_settings_of_stage_1(data, home, ctkd, tiny):
     drawn = data.draw(some_settings(pretrain_ctkd.Config, names(home, tiny)))
     usual = {"model": tiny, "text": home / "texts.txt", **FAST1}
     with fresh():
@@ -207,7 +208,7 @@ def test_settings_of_stage_1(data, home, ctkd, tiny):  # noqa: F811
 
 @fuzz
 @given(data=st.data(), stage=st.sampled_from(["ucl", "scl"]), plain=st.booleans())
-def test_settings_of_stages_2_and_3(data, stage, plain, home, ctkd, tiny):  # noqa: F811
+def test_settings_of_stages_2_and_3(data, stage, plain, home, ctkd, tiny):
     drawn = data.draw(some_settings(contrastive.Config, names(home, tiny)))
     usual = {"model": tiny if plain else ctkd, **data_of(stage, home), **FAST2}
     with fresh():
@@ -216,7 +217,7 @@ def test_settings_of_stages_2_and_3(data, stage, plain, home, ctkd, tiny):  # no
 
 EVALUATE = {
     "task": st.sampled_from(["demo-sts", "sts17", "all", "", "nonsense"]),
-    "task_dir": STRINGS, "kind": st.sampled_from([*FILES, "", "nonsense"]), "model": STRINGS,
+    "task_dir": STRINGS, "kind": st.sampled_from([*TASK_FILES, "", "nonsense"]), "model": STRINGS,
     "method": st.sampled_from(["memory", *evaluate.METHODS, "nonsense"]),
     "max_tokens": INTS, "instruction": STRINGS, "data_dir": STRINGS, "revision": STRINGS,
     "base": STRINGS, "device": BOUNDED["device"], "dtype": st.sampled_from(["bfloat16", "half"]),
@@ -227,13 +228,13 @@ EVALUATE = {
 
 @fuzz
 @given(data=st.data(), plain=st.booleans())
-def test_settings_of_evaluate(data, plain, home, ctkd, tiny):  # noqa: F811
+def test_settings_of_evaluate(data, plain, home, ctkd, tiny):
     chosen = data.draw(st.lists(st.sampled_from(sorted(EVALUATE)), max_size=4, unique=True))
     usual = {"model": tiny if plain else ctkd, "task_dir": "task", "kind": "sts", "threads": 1,
              "device": "cpu"}
     drawn = {name: data.draw(EVALUATE[name]) for name in chosen}
     with fresh() as folder:
-        write(folder / "task", "sts")
+        write_task(folder / "task", "sts")
         outcome(evaluate.main, flags({**usual, **drawn}), home, tiny, folder / "task")
 
 
@@ -290,7 +291,7 @@ ENDINGS = st.sampled_from([".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".csv", ""]
 
 @fuzz
 @given(data=st.data(), ending=ENDINGS, stage=st.sampled_from(["ctkd", "ucl"]))
-def test_files_of_texts(data, ending, stage, home, ctkd, tiny):  # noqa: F811
+def test_files_of_texts(data, ending, stage, home, ctkd, tiny):
     lines = rows("text") if "jsonl" in ending else TEXTS | SENTENCES
     with fresh() as folder:
         path = folder / "given" / f"texts{ending}"
@@ -312,7 +313,7 @@ TRIPLES = ["rows.jsonl", "rows.jsonl.gz", "allnli.jsonl", "msmarco_passage.jsonl
 @given(data=st.data(), files=st.lists(st.sampled_from(TRIPLES), min_size=1, max_size=3,
                                       unique=True), whole=st.booleans(),
        batches=st.sampled_from(["mixed", "single-dataset"]))
-def test_files_of_triples(data, files, whole, batches, home, ctkd, tiny):  # noqa: F811
+def test_files_of_triples(data, files, whole, batches, home, ctkd, tiny):
     lines = rows("query", "positive", "negative")
     with fresh() as folder:
         given_folder = folder / "given"
@@ -448,13 +449,13 @@ def damage_some(draw, folder: Path, most: int = 3):
 
 
 @fuzz
-@given(data=st.data(), kind=st.sampled_from(sorted(FILES)),
+@given(data=st.data(), kind=st.sampled_from(sorted(TASK_FILES)),
        spelling=st.sampled_from(sorted(SPELLINGS)))
 def test_damaged_task_folders(data, kind, spelling, tiny):
     if kind == "reranking" and re.search("sv|columns", spelling):  # its fields are lists
         spelling = "lines"
     with fresh() as folder:
-        write(folder / "task", kind, spelling)
+        write_task(folder / "task", kind, spelling)
         damage_some(data.draw, folder / "task")
         argv = flags({"model": tiny, "task_dir": "task", "kind": kind, "threads": 1,
                       "device": "cpu", "results": "results"})
@@ -465,7 +466,7 @@ def test_damaged_task_folders(data, kind, spelling, tiny):
 def scored(tiny, tmp_path_factory) -> Path:
     """A folder with a task, and its results by two methods."""
     folder = tmp_path_factory.mktemp("scored")
-    write(folder / "task", "sts")
+    write_task(folder / "task", "sts")
     with chdir(folder):
         for method in ("last", "mean"):
             argv = {"model": tiny, "task_dir": "task", "kind": "sts", "method": method,
@@ -500,17 +501,17 @@ STAGES = ["ctkd", "ucl", "scl"]
 
 
 @pytest.fixture(scope="module")
-def runs(home, ctkd, tiny, tmp_path_factory) -> Path:  # noqa: F811
+def runs(home, ctkd, tiny, tmp_path_factory) -> Path:
     """A folder with a finished run of each stage that keeps its last two checkpoints of three."""
     folder = tmp_path_factory.mktemp("runs")
-    write(folder / "data/sts17-crosslingual-sts", "sts")
+    write_task(folder / "data/sts17-crosslingual-sts", "sts")
     with chdir(folder):
         for stage in STAGES:
             assert again(stage, home, ctkd, tiny, folder / "data", resume=False) == 0
     return folder
 
 
-def again(stage: str, home, ctkd, tiny, tasks: Path, resume=True) -> int:  # noqa: F811
+def again(stage: str, home, ctkd, tiny, tasks: Path, resume=True) -> int:
     """A run of a stage into a folder of its name below the working directory."""
     common = {"out": stage, "steps": 3, "save_every": 1, "resume": resume}
     if stage == "ctkd":
@@ -524,8 +525,8 @@ def again(stage: str, home, ctkd, tiny, tasks: Path, resume=True) -> int:  # noq
 @fuzz
 @given(data=st.data(), stage=st.sampled_from(STAGES), removed=st.sampled_from(
     [(), ("encoder",), ("encoder", "checkpoints/step-0000003")]))
-def test_damaged_runs(data, stage, removed, runs, home, ctkd, tiny):  # noqa: F811
-    """What a damaged run ends with, if it goes on at all, is what the whole one ended with."""
+def test_damaged_runs(data, stage, removed, runs, home, ctkd, tiny):
+    """What a damaged run ends with, if it resumes at all, is what the whole one ended with."""
     with fresh() as folder:
         run = Path(shutil.copytree(runs / stage, folder / stage))
         for name in removed:
@@ -538,7 +539,7 @@ def test_damaged_runs(data, stage, removed, runs, home, ctkd, tiny):  # noqa: F8
 
 @fuzz
 @given(data=st.data(), reader=st.sampled_from(["ucl", "scl", "evaluate"]))
-def test_damaged_encoders(data, reader, home, ctkd, tiny):  # noqa: F811
+def test_damaged_encoders(data, reader, home, ctkd, tiny):
     with fresh() as folder:
         encoder = Path(shutil.copytree(ctkd / "encoder", folder / "given/encoder"))
         damage_some(data.draw, encoder)
@@ -547,17 +548,17 @@ def test_damaged_encoders(data, reader, home, ctkd, tiny):  # noqa: F811
 
 @fuzz
 @given(data=st.data(), reader=st.sampled_from(["ctkd", "scl", "evaluate"]))
-def test_damaged_models(data, reader, home, tiny):  # noqa: F811
+def test_damaged_models(data, reader, home, tiny):
     with fresh() as folder:
         model = Path(shutil.copytree(tiny, folder / "given"))
         damage_some(data.draw, model, most=2)
         read(reader, model, home, tiny)
 
 
-def read(reader: str, model: Path, home: Path, tiny: Path) -> int:  # noqa: F811
+def read(reader: str, model: Path, home: Path, tiny: Path) -> int:
     """A command on a model: a stage, or an evaluation."""
     if reader == "evaluate":
-        write(Path("task"), "sts")
+        write_task(Path("task"), "sts")
         argv = {"model": model, "task_dir": "task", "kind": "sts", "threads": 1, "device": "cpu"}
         return outcome(evaluate.main, flags(argv), model, tiny)
     if reader == "ctkd":
@@ -576,13 +577,13 @@ def read(reader: str, model: Path, home: Path, tiny: Path) -> int:  # noqa: F811
     "--lora-alpha=1e308", f"--threads={10**30}", f"--schedule-steps={10**400}",
     f"--out={'x' * 300}", f"--model={'x' * 300}", f"--text={'x' * 300}", "--template=\udc80{text}",
 ], ids=lambda value: repr(value)[:30])
-def test_a_setting_that_once_ended_in_a_traceback(words, home, tiny):  # noqa: F811
+def test_a_setting_that_once_ended_in_a_traceback(words, home, tiny):
     argv = flags({"model": tiny, "text": home / "texts.txt", **FAST2})
     with fresh():
         assert outcome(contrastive.main, [*argv, words], home, tiny) == 2
 
 
-def test_a_name_that_is_not_utf_8_is_printed_escaped(home, ctkd, tiny):  # noqa: F811
+def test_a_name_that_is_not_utf_8_is_printed_escaped(home, ctkd, tiny):
     argv = flags({"model": ctkd, "text": home / "texts.txt", **FAST2, "out": "\udc80"})
     with fresh() as folder:
         assert outcome(contrastive.main, argv, home, tiny) == 0
@@ -602,7 +603,7 @@ def test_a_name_that_is_not_utf_8_is_printed_escaped(home, ctkd, tiny):  # noqa:
     ("tokenizer.json", ("post_processor", "special_tokens", "<s>", "ids"), [9999]),
     ("tokenizer.json", ("post_processor", "special_tokens", "<s>"), ...),
 ], ids=lambda value: repr(value)[:50])
-def test_a_file_that_once_ended_in_a_traceback(file, path, new, home, ctkd, tiny):  # noqa: F811
+def test_a_file_that_once_ended_in_a_traceback(file, path, new, home, ctkd, tiny):
     source = tiny if file in ("config.json", "tokenizer.json") else ctkd / "encoder"
     with fresh() as folder:
         model = Path(shutil.copytree(source, folder / "given"))
@@ -612,7 +613,7 @@ def test_a_file_that_once_ended_in_a_traceback(file, path, new, home, ctkd, tiny
 
 
 @pytest.mark.parametrize("name", ["memory_tokens", "embed_tokens"])
-def test_tensors_that_are_no_floats_are_refused(name, home, ctkd, tiny):  # noqa: F811
+def test_tensors_that_are_not_floats_are_refused(name, home, ctkd, tiny):
     with fresh() as folder:
         model = Path(shutil.copytree(ctkd / "encoder", folder / "given"))
         tensors = load_file(model / "embeddings.safetensors")
@@ -635,7 +636,7 @@ def test_a_result_that_once_ended_in_a_traceback(path, new, scored, tiny):
 
 @pytest.mark.parametrize("line", ['{"step": 2}', '{"step": 2, "mean": {}}', "[" * 100_000],
                          ids=lambda value: value[:30])
-def test_odd_lines_among_a_runs_scores_are_left_out(line, runs, home, ctkd, tiny):  # noqa: F811
+def test_odd_lines_among_the_scores_of_a_run_are_left_out(line, runs, home, ctkd, tiny):
     with fresh() as folder:
         run = Path(shutil.copytree(runs / "ucl", folder / "ucl"))
         shutil.rmtree(run / "checkpoints/step-0000003")

@@ -1,31 +1,26 @@
-"""model.py against transformers: the network, its loading, and what bad files lead to."""
+"""model.py against transformers: the network, its attention, the encoder and its poolings."""
 
 import hashlib
 import json
 import math
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+import random
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import edit_json, write_llama
+from helpers import ECHO, EOL, MEMORY, TEXT, TEXTS, K
+from helpers import edit_json, random_qkv, slow_attention, trained_encoder, write_llama
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig as HFLlamaConfig
+from transformers import PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import model
-from data import UserError
-from model import attend, attend_jagged, find_model, fingerprint, inverse_frequencies, load_llama
-from model import read_config
+import lora
+from data.tokenizer import INSTRUCTED
+from model import EncoderConfig, attend, inverse_frequencies, load_encoder, load_llama, pack
+from model import plain_encoder, save_encoder
+from runtime.errors import UserError
+from runtime.hub import find_model
 
 LENGTHS = [7, 1, 40, 7, 7, 19]
 
@@ -46,8 +41,9 @@ def their_logits(reference, ids, lengths):
 
 
 def assert_equals_transformers(folder, reference, lengths=LENGTHS):
-    ids = random_ids(lengths, read_config(folder / "config.json").vocab_size)
-    ours = our_logits(load_llama(folder), ids, lengths)
+    llama = load_llama(folder)
+    ids = random_ids(lengths, llama.config.vocab_size)
+    ours = our_logits(llama, ids, lengths)
     theirs = their_logits(reference(folder), ids, lengths)
     assert theirs.std() > 0.3
     assert (ours - theirs).abs().max() <= 1e-4
@@ -69,7 +65,7 @@ def assert_equals_transformers(folder, reference, lengths=LENGTHS):
     pytest.param({"rms_norm_eps": 0.5}, id="epsilon of config.json"),
     pytest.param({"num_hidden_layers": 5, "hidden_size": 24, "vocab_size": 77}, id="other sizes"),
 ])
-def test_a_packed_batch_has_the_logits_of_transformers(settings, tmp_path, reference):
+def test_packed_logits_equal_those_of_transformers(settings, tmp_path, reference):
     folder = write_llama(tmp_path, **settings)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == ("shard" in settings)
     assert_equals_transformers(folder, reference)
@@ -97,7 +93,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
-def test_every_spelling_of_the_rope_settings_is_read_as_by_transformers(rope, tiny_copy, reference):
+def test_rope_settings_are_read_as_transformers_reads_them(rope, tiny_copy, reference):
     before = our_logits(load_llama(tiny_copy), random_ids([150]), [150])
     edit_json(tiny_copy / "config.json", drop=["rope_parameters"], **rope)
     assert_equals_transformers(tiny_copy, reference, [150, 3])
@@ -105,7 +101,7 @@ def test_every_spelling_of_the_rope_settings_is_read_as_by_transformers(rope, ti
     assert ((before - after).abs().max() > 1e-2) == bool(rope)
 
 
-def test_a_llama_2_checkpoint_with_inv_freq_tensors_and_a_short_config_loads(tmp_path, reference):
+def test_a_llama_2_checkpoint_loads_despite_inv_freq_and_a_short_config(tmp_path, reference):
     folder = write_llama(tmp_path, num_key_value_heads=4)
     config = {
         "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
@@ -124,7 +120,7 @@ def test_a_llama_2_checkpoint_with_inv_freq_tensors_and_a_short_config_loads(tmp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_loading_casts_every_tensor_and_freezes_it(dtype, tiny):
+def test_loading_casts_and_freezes_every_tensor(dtype, tiny):
     llama, stored = load_llama(tiny, dtype=dtype), load_file(tiny / "model.safetensors")
     assert {name for name, _ in llama.named_parameters()} == set(stored)
     for name, weight in llama.named_parameters():
@@ -133,7 +129,7 @@ def test_loading_casts_every_tensor_and_freezes_it(dtype, tiny):
     assert not llama.training
 
 
-def test_a_tied_head_is_the_embedding_table_and_a_stored_copy_of_it_is_left_out(tmp_path):
+def test_a_tied_head_is_the_embedding_table_and_a_stored_copy_is_ignored(tmp_path):
     folder = write_llama(tmp_path, tie_word_embeddings=True)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
@@ -143,25 +139,12 @@ def test_a_tied_head_is_the_embedding_table_and_a_stored_copy_of_it_is_left_out(
     assert torch.equal(llama.head, tensors["model.embed_tokens.weight"])
 
 
-def test_the_fingerprint_follows_the_weights_and_not_the_config(tiny, tiny_copy):
-    weights = (tiny / "model.safetensors").read_bytes()
-    expected = hashlib.sha256(hashlib.sha256(weights).digest()).hexdigest()
-    edit_json(tiny_copy / "config.json", rms_norm_eps=0.1)
-    assert fingerprint(tiny) == fingerprint(tiny_copy) == expected
-    tensors = load_file(tiny_copy / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1
-    save_file(tensors, tiny_copy / "model.safetensors")
-    assert fingerprint(tiny_copy) != expected
-
-
 # ---------------------------------------------------------------------------------------------
 # Rotary frequencies
 # ---------------------------------------------------------------------------------------------
 
 LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
 # By the definition: the wavelength is 2 pi / f with f = 500000^(-pair / 64); shorter than 8192 / 4
 # stays f, longer than 8192 / 1 becomes f / 8, between them a blend linear in 1 / wavelength.
 GOLDEN = [
@@ -172,7 +155,7 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize("pair, expected", GOLDEN)
-def test_llama_3_1_frequencies_are_the_ones_computed_by_hand(pair, expected):
+def test_llama_3_1_frequencies_match_values_computed_by_hand(pair, expected):
     inv_freq = inverse_frequencies(LLAMA31, 128)
     assert inv_freq.shape == (64,) and inv_freq.dtype == torch.float32
     assert inv_freq[pair].item() == pytest.approx(expected, rel=2e-5)
@@ -191,7 +174,7 @@ def test_scaled_frequencies_equal_those_of_transformers(rope, head_dim):
     torch.testing.assert_close(inverse_frequencies(rope, head_dim), theirs, rtol=1e-6, atol=0)
 
 
-def test_positions_count_from_zero_in_each_sequence(tiny):
+def test_positions_restart_at_zero_in_each_sequence(tiny):
     table = load_llama(tiny).rotary_table([4, 2, 4], torch.empty(10, 32))
     for rows, trigonometric in zip(table, (math.cos, math.sin)):
         assert rows.shape == (10, 1, 8)
@@ -201,30 +184,8 @@ def test_positions_count_from_zero_in_each_sequence(tiny):
 
 
 # ---------------------------------------------------------------------------------------------
-# Attention
+# Attention; bf16 on the CPU is in test_cpu.py, FlashAttention in test_cuda.py
 # ---------------------------------------------------------------------------------------------
-
-
-def slow_attention(q, k, v, lengths, causal):
-    """One query of one head of one sequence at a time."""
-    group, rows, start = q.shape[1] // k.shape[1], [], 0
-    for length in lengths:
-        for i in range(start, start + length):
-            end = i + 1 if causal else start + length
-            heads = []
-            for h in range(q.shape[1]):
-                scores = k[start:end, h // group] @ q[i, h] / math.sqrt(q.shape[2])
-                weights = scores.exp() / scores.exp().sum()
-                heads.append(weights @ v[start:end, h // group])
-            rows.append(torch.stack(heads))
-        start += length
-    return torch.stack(rows)
-
-
-def random_qkv(lengths, heads, groups, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(sum(lengths), n, 6, generator=generator, dtype=torch.float64).to(dtype)
-            for n in (heads, groups, groups)]
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -241,7 +202,7 @@ def test_attention_and_its_gradients_equal_an_explicit_loop(lengths, heads, grou
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_float32_attention_equals_the_float64_loop(causal):
+def test_fp32_attention_equals_the_fp64_loop(causal):
     lengths = [30, 2, 2, 17]
     ours = attend(*random_qkv(lengths, 4, 2, torch.float32), lengths, causal)
     slow = slow_attention(*random_qkv(lengths, 4, 2), lengths, causal)
@@ -249,140 +210,9 @@ def test_float32_attention_equals_the_float64_loop(causal):
     assert (ours - slow).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("lengths", [[1], [32], [31, 33], [5, 5, 64, 2], [512], [513, 3],
-                                     [3, 9, 1, 32, 5, 30, 7, 7, 2], [40] * 17], ids=str)
-@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
-def test_bf16_attention_and_its_gradients_are_float64s_to_rounding(lengths, heads, groups, causal):
-    rounded = [t.bfloat16() for t in random_qkv(lengths, heads, groups)]
-    ours, exact = ([t.to(dtype, copy=True).requires_grad_() for t in rounded]
-                   for dtype in (torch.bfloat16, torch.float64))
-    outputs = attend(*ours, lengths, causal), attend(*exact, lengths, causal)
-    weights = torch.randn_like(outputs[1]).bfloat16()
-    for out in outputs:
-        (out * weights.to(out.dtype)).sum().backward()
-    assert outputs[0].dtype == torch.bfloat16 and outputs[0].shape == outputs[1].shape
-    pairs = [outputs, *zip((t.grad for t in ours), (t.grad for t in exact))]
-    for found, expected in pairs:
-        assert (found - expected).norm() <= 0.01 * expected.norm()
-
-
-@pytest.mark.parametrize("lengths", [[20, 40], [20, *range(1, 8)]], ids=["apart", "in a group"])
-def test_bf16_attention_ignores_the_next_sequence(lengths):
-    q, k, v = (t.bfloat16() for t in random_qkv(lengths, 4, 4))
-    before = attend(q, k, v, lengths, False)
-    for t in (q, k, v):
-        t[20:] = torch.nan
-    after = attend(q, k, v, lengths, False)
-    assert torch.equal(before[:20], after[:20]) and after[20:].isnan().all()
-
-
-def test_bf16_attention_drops_weights_as_dropout_does():
-    """With all weights 1 / L and v = 1, a row is the mean of L dropped ones."""
-    lengths = [256] * 8
-    q = torch.zeros(sum(lengths), 4, 8, dtype=torch.bfloat16)
-    torch.manual_seed(0)
-    rows = attend(q, q, torch.ones_like(q), lengths, False, dropout=0.25).double()[:, :, 0]
-    assert rows.mean().item() == pytest.approx(1, abs=0.005)
-    assert rows.var().item() == pytest.approx(0.25 / 0.75 / 256, rel=0.1)
-
-
-@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
-def test_the_jagged_form_of_attention_equals_the_loop(heads, groups):
-    """On the CPU its kernel is torch's slow one, which knows no causal mask."""
-    lengths = [2, 9, 1, 2]
-    q, k, v = inputs = [t.requires_grad_() for t in random_qkv(lengths, heads, groups)]
-    k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
-    ours = attend_jagged(q, k, v, lengths, False, 0.0)
-    slow = slow_attention(*inputs, lengths, False)
-    torch.testing.assert_close(ours, slow, rtol=0, atol=1e-12)
-    weights = torch.randn_like(slow)
-    gradients = (torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, slow))
-    for our_gradient, slow_gradient in zip(*gradients):
-        torch.testing.assert_close(our_gradient, slow_gradient, rtol=0, atol=1e-11)
-
-
-def test_the_jagged_form_can_be_recomputed(monkeypatch):
-    """Its sizes are the same again. The kernel is a stand-in, as the CPU's cannot be recomputed."""
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: q * k + v.square())
-    lengths, inputs = [2, 9, 1, 2], [t.requires_grad_() for t in random_qkv([2, 9, 1, 2], 4, 4)]
-    with torch.no_grad():  # an evaluation before
-        attend_jagged(*(t.detach() for t in inputs), lengths, False, 0.0)
-    outputs = [attend_jagged(*inputs, lengths, False, 0.0),
-               checkpoint(attend_jagged, *inputs, lengths, False, 0.0, use_reentrant=False)]
-    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in outputs]
-    for kept, recomputed in zip(*gradients):
-        assert torch.equal(kept, recomputed)
-
-
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("spread", [1, 4])
-def test_bf16_attention_with_large_scores_is_not_far_from_the_fused_kernel(spread, causal):
-    """Scores of deviation `spread`^2; theirs are kept in fp32, ours rounded to bf16."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(200, 4, 64, generator=random) for _ in range(3))
-    q, k, v = (spread * q).bfloat16(), (spread * k).bfloat16(), v.bfloat16()
-    batch = [t.transpose(0, 1)[None] for t in (q, k, v)]
-    fused = F.scaled_dot_product_attention(*batch, is_causal=causal)[0].transpose(0, 1)
-    exact = attend(q.double(), k.double(), v.double(), [200], causal)
-    off = [(out - exact).norm() / exact.norm() for out in (attend(q, k, v, [200], causal), fused)]
-    assert off[1] <= off[0] <= (0.01 if spread == 1 else 0.05)
-
-
-def test_a_long_neighbour_changes_no_bf16_attention():
-    q, k, v = (t.bfloat16() for t in random_qkv([40, 600], 4, 4))
-    beside = attend(q, k, v, [40, 600], False)[:40]
-    assert torch.equal(beside, attend(q[:40], k[:40], v[:40], [40], False))
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@needs_cuda
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("heads, groups", [(8, 8), (8, 2)])
-def test_flash_attention_on_cuda_is_float64s_to_rounding(heads, groups, causal):
-    lengths = [1, 300, 17, 128, 129, 5]
-    random = torch.Generator().manual_seed(3)
-    rounded = [torch.randn(sum(lengths), n, 64, generator=random).bfloat16()
-               for n in (heads, groups, groups)]
-    ours = [t.cuda().requires_grad_() for t in rounded]
-    exact = [t.double().requires_grad_() for t in rounded]
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        outputs = attend(*ours, lengths, causal), attend(*exact, lengths, causal)
-    for out in outputs:
-        out.square().sum().backward()
-    pairs = [outputs, *zip((t.grad for t in ours), (t.grad for t in exact))]
-    for found, expected in pairs:
-        assert (found.cpu() - expected).norm() <= 0.01 * expected.norm()
-
-
-@needs_cuda
-@pytest.mark.parametrize("size", [6, 100])
-def test_heads_that_flash_attention_does_not_take_are_attended_on_cuda(size):
-    q = torch.randn(70, 2, size, device="cuda").bfloat16()
-    ours = attend(q, q, q, [50, 20], True)
-    exact = attend(*[q.cpu().double()] * 3, [50, 20], True)
-    assert (ours.cpu() - exact).norm() <= 0.02 * exact.norm()
-
-
-@needs_cuda
-def test_flash_attention_on_cuda_drops_weights_and_repeats_itself():
-    q = torch.zeros(2048, 4, 64, dtype=torch.bfloat16, device="cuda")
-    rows = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            rows.append(attend(q, q, torch.ones_like(q), [256] * 8, False, dropout=0.25))
-    assert torch.equal(*rows)
-    values = rows[0].double()[:, :, 0]
-    assert values.mean().item() == pytest.approx(1, abs=0.005)
-    assert values.var().item() == pytest.approx(0.25 / 0.75 / 256, rel=0.1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_the_last_states_are_those_of_all(tiny, dtype, causal):
+def test_last_returns_the_same_states_as_a_full_pass(tiny, dtype, causal):
     llama, lengths, last = load_llama(tiny, dtype=dtype), [70, 5, 1, 33], [70, 2, 1, 0]
     x = llama.embed(random_ids(lengths)).requires_grad_()
     whole = torch.cat([h[len(h) - n :] for h, n in zip(llama(x, lengths, causal).split(lengths),
@@ -395,7 +225,7 @@ def test_the_last_states_are_those_of_all(tiny, dtype, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_a_later_token_changes_earlier_outputs_only_without_the_causal_mask(causal, tiny):
+def test_a_token_affects_earlier_states_only_without_the_causal_mask(causal, tiny):
     llama, lengths = load_llama(tiny), [70, 5]
     x = llama.embed(random_ids(lengths))
     changed = x.clone()
@@ -407,7 +237,7 @@ def test_a_later_token_changes_earlier_outputs_only_without_the_causal_mask(caus
     assert torch.equal(before[70:], after[70:])
 
 
-def test_attention_dropout_takes_part_in_training_mode_only(tiny):
+def test_attention_dropout_acts_only_in_training_mode(tiny):
     llama, lengths = load_llama(tiny), [20, 20, 9]
     x = llama.embed(random_ids(lengths))
     with torch.no_grad():
@@ -419,313 +249,299 @@ def test_attention_dropout_takes_part_in_training_mode_only(tiny):
 
 
 # ---------------------------------------------------------------------------------------------
-# Files that are damaged, foreign or not supported
+# The encoder: memory tokens, table, pooling
 # ---------------------------------------------------------------------------------------------
 
 
-def refused(load, *fragments):
-    """`load` raises a UserError whose message has every fragment."""
-    with pytest.raises(UserError) as info:
-        load()
-    for fragment in fragments:
-        assert fragment in str(info.value)
+def packed(encoder, texts):
+    arrays = encoder.tokenizer.encode(texts, encoder.config.max_tokens - len(encoder.memory_tokens))
+    return torch.from_numpy(np.concatenate(arrays)), [len(a) for a in arrays]
 
 
-def with_tensors(change):
-    def damage(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return damage
-
-
-def with_index(name):
-    def damage(folder):
-        shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
-        index = {"weight_map": {"model.norm.weight": name}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-    return damage
+@torch.no_grad()
+def their_hidden(reference, rows, causal):
+    """Last hidden states of transformers for one sequence of input embeddings, under a 4-D mask."""
+    n = len(rows)
+    mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1) * causal
+    return reference(inputs_embeds=rows[None], attention_mask=mask[None, None]).last_hidden_state[0]
 
 
-def cut(folder, size=-1000):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
+@pytest.mark.parametrize("batch_tokens", [1, 30, 100, 4096])
+@pytest.mark.parametrize("config", [
+    MEMORY,
+    EncoderConfig(K, attention="causal", max_tokens=64),
+    EncoderConfig(0, "mean", max_tokens=64),
+    EncoderConfig(0, "last", "causal", max_tokens=64),
+    EncoderConfig(0, "weighted-mean", "causal", max_tokens=64),
+    EncoderConfig(0, "echo", "causal", 512, ECHO),
+    EncoderConfig(0, "last", "causal", 512, EOL),
+    EncoderConfig(K, template=INSTRUCTED, max_tokens=64),
+], ids=lambda c: f"{c.pooling} {c.attention} {c.template[:9]}")
+def test_an_embedding_does_not_depend_on_batch_or_order(config, batch_tokens, tiny):
+    encoder = trained_encoder(tiny, config)
+    alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    order = random.Random(batch_tokens).sample(range(len(TEXTS)), len(TEXTS))
+    together = encoder.encode([TEXTS[i] for i in order], batch_tokens=batch_tokens)
+    assert np.abs(together - alone[order]).max() <= 1e-5
+    distances = np.abs(alone[:, None] - alone[None]).max(-1)
+    np.fill_diagonal(distances, 1.0)
+    assert distances[6, 7] == 0 and (distances > 1e-3).sum() == len(TEXTS) ** 2 - 2
 
 
-NORM, HEAD = "model.norm.weight", "lm_head.weight"
-BAD_WEIGHTS = {
-    "no file": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors", "missing"]),
-    "cut off": (cut, ["model.safetensors", "damaged"]),
-    "empty": (lambda f: cut(f, 0), ["model.safetensors", "damaged"]),
-    "header cut off": (lambda f: cut(f, 60), ["model.safetensors", "damaged"]),
-    "not safetensors": (
-        lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs.github.com"),
-        ["model.safetensors", "damaged"],
-    ),
-    "a tensor missing": (with_tensors(lambda t: t.pop(NORM)), ["missing", NORM]),
-    "an untied head missing": (with_tensors(lambda t: t.pop(HEAD)), ["missing", HEAD]),
-    "a tensor too many": (
-        with_tensors(lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)})),
-        ["model.safetensors", "model.layers.2.mlp.up_proj.weight"],
-    ),
-    "a bias": (
-        with_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})),
-        ["model.safetensors", "model.layers.0.self_attn.q_proj.bias"],
-    ),
-    "another shape": (
-        with_tensors(lambda t: t.update({NORM: torch.ones(31)})),
-        ["model.safetensors", NORM, "(31,)", "(32,)"],
-    ),
-    "index is no JSON": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{"),
-        ["model.safetensors.index.json", "JSON"],
-    ),
-    "index without weight_map": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
-        ["model.safetensors.index.json", "weight_map"],
-    ),
-    **{
-        f"index names {name}": (with_index(name), ["model.safetensors.index.json", repr(name)])
-        for name in ("../outside.safetensors", "/etc/hostname", "/tmp/x.safetensors", "",
-                     "sub/x.safetensors", "pytorch_model.bin", "..safetensors", "x.safetensors\n",
-                     "a\\..\\b.safetensors")
-    },
-    "index names a file that is not there": (
-        with_index("model-00002.safetensors"), ["model-00002.safetensors", "missing"]
-    ),
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_encode_returns_one_float32_row_per_text_and_none_for_no_texts(dtype, tiny):
+    encoder = trained_encoder(tiny, dtype=dtype)
+    for texts in ([], [""], TEXTS):
+        rows = encoder.encode(texts)
+        assert rows.shape == (len(texts), 32) and rows.dtype == np.float32
+        assert np.isfinite(rows).all()
+
+
+def test_a_bf16_encoder_is_close_to_the_fp32_one(tiny):
+    wide, narrow = (trained_encoder(tiny, dtype=dtype).encode(TEXTS)
+                    for dtype in (torch.float32, torch.bfloat16))
+    cosines = (wide * narrow).sum(1) / np.linalg.norm(wide, axis=1) / np.linalg.norm(narrow, axis=1)
+    assert cosines.min() > 0.999
+
+
+@pytest.mark.parametrize("max_tokens", [K + 2, K + 5, 20])
+def test_a_long_text_is_cut_to_leave_room_for_bos_and_memory_tokens(max_tokens, tiny):
+    config = EncoderConfig(K, max_tokens=max_tokens)
+    encoder = trained_encoder(tiny, config)
+    whole = trained_encoder(tiny, EncoderConfig(K, max_tokens=512))
+    ids = encoder.tokenizer.encode([TEXT])[0]
+    assert len(ids) > 50 and ids[0] == 1
+    kept = torch.from_numpy(ids[: max_tokens - K])
+    with torch.no_grad():
+        hidden, lengths = encoder(kept, [len(kept)])
+        expected = whole.embed(kept, [len(kept)]).numpy()
+    assert lengths == [max_tokens] and len(hidden) == max_tokens
+    assert np.abs(encoder.encode([TEXT]) - expected).max() <= 1e-6
+    assert np.abs(whole.encode([TEXT]) - expected).max() > 1e-3
+
+
+def test_encode_uses_no_dropout_and_restores_training_mode(tiny):
+    encoder = trained_encoder(tiny)
+    expected = encoder.encode(TEXTS)
+    encoder.train()
+    assert np.array_equal(encoder.encode(TEXTS), expected)
+    assert encoder.training and encoder.llama.training
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_every_state_sees_the_whole_sequence_only_under_bidirectional_attention(attention, tiny):
+    """No library default swaps one mask for the other at batch size one."""
+    encoder = trained_encoder(tiny, EncoderConfig(K, attention=attention), dtype=torch.float64)
+    ids = torch.arange(1, 31)  # distinct, so that a row of the table is one place of the context
+    encoder.table.requires_grad_()
+    hidden, lengths = encoder(ids, [30])
+    assert lengths == [30 + K]
+    weights = torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for place in range(30 + K):
+        (gradient,) = torch.autograd.grad(hidden[place] @ weights, encoder.table, retain_graph=True)
+        reached = gradient[ids].abs().amax(1) > 1e-9
+        visible = 30 if attention == "bidirectional" else min(place + 1, 30)
+        assert reached[:visible].all() and not reached[visible:].any()
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_the_last_token_affects_the_first_state_only_bidirectionally(attention, tiny):
+    encoder = trained_encoder(tiny, EncoderConfig(K, attention=attention))
+    ids = torch.arange(1, 31)
+    with torch.no_grad():
+        before, after = (encoder(torch.cat((ids, torch.tensor([t]))), [31])[0] for t in (40, 41))
+    assert ((before[0] - after[0]).abs().max() > 1e-5) == (attention == "bidirectional")
+    assert torch.equal(before[:30], after[:30]) == (attention == "causal")
+    assert (before[-K:] - after[-K:]).abs().max() > 1e-4
+
+
+POOLINGS = {
+    "memory": lambda h: sum(h[-K:]) / K,
+    "last": lambda h: h[-1],
+    "mean": lambda h: sum(h) / len(h),
+    "weighted-mean": lambda h: sum((i + 1) * h[i] for i in range(len(h)))
+    / sum(range(1, len(h) + 1)),
 }
 
 
-@pytest.mark.parametrize("damage, fragments", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
-def test_bad_weights_are_refused_by_name(damage, fragments, tiny_copy):
-    damage(tiny_copy)
-    refused(lambda: load_llama(tiny_copy), str(tiny_copy), *fragments)
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_each_pooling_equals_its_formula_on_the_states_of_transformers(
+    pooling, attention, tiny, reference
+):
+    k = K if pooling == "memory" else 0
+    encoder = plain_encoder(tiny, EncoderConfig(k, pooling, attention, max_tokens=128))
+    encoder.add_memory("normal", False, torch.Generator().manual_seed(0))
+    theirs, result = reference(tiny).model, encoder.encode(TEXTS)
+    for text, embedding in zip(TEXTS, result):
+        ids = torch.from_numpy(encoder.tokenizer.encode([text], 128 - k)[0]).long()
+        rows = torch.cat((theirs.embed_tokens(ids), encoder.memory_tokens.data))
+        hidden = their_hidden(theirs, rows.detach(), attention == "causal")
+        assert np.abs(embedding - POOLINGS[pooling](list(hidden)).numpy()).max() <= 1e-5
 
 
-def test_a_tensor_that_stands_in_two_shards_is_refused(tmp_path):
-    folder = write_llama(tmp_path, shard="30KB")
-    shards = sorted(folder.glob("*.safetensors"))
-    tensors = load_file(shards[0])
-    save_file({**tensors, **load_file(shards[1])}, shards[1])
-    refused(lambda: load_llama(folder), shards[1].name, min(tensors))
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_echo_averages_the_tokens_of_the_second_occurrence(attention, tiny, reference):
+    encoder = plain_encoder(tiny, EncoderConfig(0, "echo", attention, 512, ECHO))
+    theirs, result = reference(tiny).model, encoder.encode(TEXTS)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"))
+    for text, embedding in zip(TEXTS, result):
+        string = ECHO.replace("{text}", text)
+        found = tokenizer(string, return_offsets_mapping=True)
+        second = [end > len(string) - len(text) for _, end in found.offset_mapping]
+        rows = theirs.embed_tokens(torch.tensor(found.input_ids)).detach()
+        hidden = their_hidden(theirs, rows, attention == "causal")
+        tail = hidden[torch.tensor(second)] if text else hidden[-1:]
+        assert np.abs(embedding - tail.mean(0).numpy()).max() <= 1e-5
+        assert 0 < len(tail) < len(hidden) / 2 + 1
 
 
-BAD_CONFIGS = {
-    "model_type": "mistral", "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True,
-    "quantization_config": {"quant_method": "gptq"}, "vocab_size": "320", "hidden_size": None,
-    "num_hidden_layers": 0, "num_attention_heads": -4, "intermediate_size": 48.5,
-    "num_key_value_heads": 3, "head_dim": 7, "rms_norm_eps": "small",
-    "rope_parameters": "linear",
-}
+def test_the_memory_is_the_last_k_states_of_each_text(tiny):
+    encoder = trained_encoder(tiny)
+    ids, lengths = packed(encoder, TEXTS)
+    with torch.no_grad():
+        memory, (hidden, longer) = encoder.memory(ids, lengths), encoder(ids, lengths)
+    assert longer == [n + K for n in lengths]
+    assert memory.shape == (len(TEXTS), K, 32)
+    for ours, rows in zip(memory, hidden.split(longer)):
+        assert torch.equal(ours, rows[-K:])
 
 
-@pytest.mark.parametrize("key, value", BAD_CONFIGS.items(), ids=BAD_CONFIGS)
-def test_a_value_in_the_config_that_is_not_supported_is_refused_by_name(key, value, tiny_copy):
-    edit_json(tiny_copy / "config.json", **{key: value})
-    seen = [] if value is None else [str(value)]
-    refused(lambda: load_llama(tiny_copy), str(tiny_copy / "config.json"), key, *seen)
+@pytest.mark.parametrize("train_table", [True, False], ids=["table", "memory tokens only"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_tokens_and_own_table_are_fp32_and_the_llama_keeps_its_own(dtype, train_table, tiny):
+    encoder = plain_encoder(tiny, EncoderConfig(2000, max_tokens=4000), dtype=dtype)
+    stored = load_file(tiny / "model.safetensors")["model.embed_tokens.weight"].to(dtype)
+    encoder.add_memory("normal", train_table, torch.Generator().manual_seed(0))
+    assert encoder.memory_tokens.dtype == torch.float32
+    assert (encoder.memory_tokens.mean(0) - stored.float().mean(0)).abs().max() < 0.02
+    ratio = encoder.memory_tokens.std(0) / stored.float().std(0)
+    assert 0.9 < ratio.min() and ratio.max() < 1.1
+    if train_table:
+        assert encoder.table.dtype == torch.float32 and encoder.table.requires_grad
+        assert torch.equal(encoder.table, stored.float())
+        encoder.table.data.zero_()
+    else:
+        assert encoder.table is encoder.llama.model.embed_tokens.weight
+    assert torch.equal(encoder.llama.model.embed_tokens.weight, stored)
 
 
-@pytest.mark.parametrize("key", ["model_type", "vocab_size", "hidden_size", "intermediate_size",
-                                 "num_hidden_layers", "num_attention_heads"])
-def test_a_key_missing_from_the_config_is_named(key, tiny_copy):
-    edit_json(tiny_copy / "config.json", drop=[key])
-    refused(lambda: load_llama(tiny_copy), str(tiny_copy / "config.json"), key)
+def test_without_adapters_an_encoder_is_the_plain_llama_with_its_pooling(tiny):
+    config = EncoderConfig(0, "mean", max_tokens=64)
+    plain = plain_encoder(tiny, config)
+    adapted = trained_encoder(tiny, config, train_table=False)
+    expected = plain.encode(TEXTS)
+    assert np.abs(adapted.encode(TEXTS) - expected).max() > 1e-2
+    adapted.adapters = False
+    assert np.array_equal(adapted.encode(TEXTS), expected)
 
 
-BAD_ROPES = [
-    ({"rope_type": "yarn", "factor": 4.0}, ["rope_type", "yarn"]),
-    ({"type": "dynamic", "factor": 2.0}, ["rope_type", "dynamic"]),
-    ({"rope_type": ["linear"]}, ["rope_type", "linear"]),
-    ({"rope_type": "linear"}, ["factor", "None"]),
-    ({"rope_type": "linear", "factor": 0}, ["factor=0"]),
-    ({"rope_type": "llama3", **LLAMA3, "low_freq_factor": "one"}, ["low_freq_factor='one'"]),
-    ({"rope_type": "default", "rope_theta": -1.0}, ["rope_theta=-1.0"]),
-]
+def test_mean_initialisation_makes_memory_tokens_nearly_equal(tiny):
+    encoder = plain_encoder(tiny, MEMORY)
+    encoder.add_memory("mean", False, torch.Generator().manual_seed(0))
+    rows, table = encoder.memory_tokens.data, encoder.table
+    distance = (rows - table.mean(0)).abs() / table.std(0)
+    assert distance.max() < 5e-3 and not torch.equal(rows[0], rows[1])
 
 
-@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
-@pytest.mark.parametrize("rope, fragments", BAD_ROPES, ids=lambda v: str(v)[:40])
-def test_rope_settings_that_are_not_supported_are_named(rope, fragments, key, tiny_copy):
-    edit_json(tiny_copy / "config.json", drop=["rope_parameters"], **{key: rope})
-    refused(lambda: load_llama(tiny_copy), str(tiny_copy / "config.json"), *fragments)
+def test_gradients_reach_only_memory_tokens_table_and_adapters(tiny):
+    encoder = trained_encoder(tiny).train()
+    encoder.embed(*packed(encoder, TEXTS)).square().sum().backward()
+    reached = {name for name, p in encoder.named_parameters() if p.grad is not None}
+    adapters = {n for n, _ in encoder.named_parameters() if "lora_" in n}
+    assert len(adapters) == 24 and reached == adapters | {"table", "memory_tokens"}
 
 
-@pytest.mark.parametrize("content, fragment", [
-    (b"{", "not readable as JSON"), (b"", "not readable as JSON"), (b"\xff\xfe\x00", "JSON"),
-    (b"[]", "list"), (b"null", "NoneType"), (None, "missing"),
-], ids=["cut off", "empty", "binary", "a list", "null", "no file"])
-def test_a_config_that_is_no_json_object_is_refused(content, fragment, tiny_copy):
-    path = tiny_copy / "config.json"
-    path.unlink() if content is None else path.write_bytes(content)
-    refused(lambda: load_llama(tiny_copy), str(path), fragment)
+def test_pack_puts_the_parts_of_each_sequence_side_by_side():
+    a, b = torch.arange(5.0)[:, None], torch.arange(10.0, 14.0)[:, None]
+    row, lengths = pack((a, [2, 0, 3]), (b, [1, 2, 1]))
+    assert row[:, 0].tolist() == [0, 1, 10, 11, 12, 2, 3, 4, 13]
+    assert lengths == [3, 2, 4]
 
 
-@pytest.mark.parametrize("name", ["no-such-folder", "a/b/c", "/no/such/folder", "o/n ame"])
-def test_a_name_that_is_neither_folder_nor_repository_is_refused(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(lambda: find_model(name), name, "no such folder")
-
-
-def test_demo_is_the_name_of_the_embedded_model():
-    assert find_model("demo") == Path(model.__file__).parent / "data" / "demo" / "llama"
-    assert find_model("demo").is_dir()
+def test_the_demo_model_embeds_similar_sentences_close_together():
+    if not (find_model("demo") / "model.safetensors").is_file():
+        pytest.skip("the demo model is not built")
+    encoder = plain_encoder("demo")
+    rows = encoder.encode(["A cat sits on the mat.", "A cat is on the mat.", "Shares fell today."])
+    assert rows.shape == (3, 256) and encoder.base["name"] == "demo"
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert unit[0] @ unit[1] > unit[0] @ unit[2]
 
 
 # ---------------------------------------------------------------------------------------------
-# The hub, played by a server on the loopback; huggingface_hub reads HF_ENDPOINT when imported,
-# hence the subprocesses
+# Saving and loading encoders; bad folders are in test_formats.py
 # ---------------------------------------------------------------------------------------------
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-PROBE = """
-import json, sys
-from data import UserError
-from model import load_llama
-from safetensors.torch import save_file
-results = {}
-for name, revision, out in json.loads(sys.argv[1]):
-    try:
-        save_file(load_llama(name, revision).state_dict(), out)
-        results[f"{name}@{revision}"] = "loaded"
-    except UserError as error:
-        results[f"{name}@{revision}"] = f"UserError: {error}"
-print(json.dumps(results))
-"""
+
+@pytest.mark.parametrize("config", [
+    MEMORY, EncoderConfig(2, attention="causal", template="q: {text}", max_tokens=40)
+], ids=["paper", "other settings"])
+@pytest.mark.parametrize("train_table", [True, False], ids=["table", "memory tokens only"])
+def test_a_saved_encoder_loads_bit_for_bit(train_table, config, tiny, tmp_path):
+    encoder = trained_encoder(tiny, config, train_table)
+    save_encoder(encoder, tmp_path / "encoder")
+    files = {path.name for path in (tmp_path / "encoder").iterdir()}
+    assert files == {"encoder.json", "embeddings.safetensors", "ctkd"}
+    loaded = load_encoder(tmp_path / "encoder")
+    assert np.array_equal(loaded.encode(TEXTS), encoder.encode(TEXTS))
+    assert (loaded.config, loaded.base) == (config, encoder.base)
+    assert loaded.history == [{"stage": "ctkd"}] and loaded.lora_config.r == 16
+    ours, theirs = encoder.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert (loaded.table is loaded.llama.model.embed_tokens.weight) != train_table
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's API that a download needs; `files` and `requests` are on the server."""
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, body=b"", **headers):
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path, files = self.path.partition("?")[0], self.server.files
-        self.server.requests.append(f"{self.command} {path}")
-        listed = path.startswith(("/api/models/o/tiny/", "/api/models/o/gated-files/"))
-        if path.startswith(("/api/models/o/gated/", "/o/gated/", "/o/gated-files/")):
-            self.answer(401, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
-        elif listed and path.endswith(("/revision/main", f"/revision/{COMMIT}")):
-            siblings = [{"rfilename": name} for name in files]
-            about = {"id": "o/tiny", "modelId": "o/tiny", "sha": COMMIT, "siblings": siblings}
-            self.answer(200, json.dumps(about).encode())
-        elif listed and path.endswith(f"/tree/{COMMIT}"):
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": hash_of(data)}
-                    for name, data in files.items()]
-            self.answer(200, json.dumps(tree).encode())
-        elif listed:
-            self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
-        elif path.startswith(f"/o/tiny/resolve/{COMMIT}/"):
-            data = files[path.removeprefix(f"/o/tiny/resolve/{COMMIT}/")]
-            self.answer(200, data, ETag=f'"{hash_of(data)}"', X_Repo_Commit=COMMIT)
-        elif path.startswith("/api/models/o/down/"):
-            self.answer(500, b"out of order")
-        else:
-            self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-
-    do_HEAD = do_GET
+def test_a_moved_base_is_found_with_base_and_a_different_one_is_refused(checkpoint, tmp_path):
+    encoder = trained_encoder(checkpoint())
+    save_encoder(encoder, tmp_path / "encoder")
+    (tmp_path / "llama").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="--base") as info:
+        load_encoder(tmp_path / "encoder")
+    assert str(tmp_path / "llama") in str(info.value)
+    loaded = load_encoder(tmp_path / "encoder", base=str(tmp_path / "moved"))
+    assert np.array_equal(loaded.encode(TEXTS), encoder.encode(TEXTS))
+    other = checkpoint("other", seed=1)
+    with pytest.raises(UserError, match="another base") as info:
+        load_encoder(tmp_path / "encoder", base=str(other))
+    assert str(other) in str(info.value) and encoder.base["sha256"][:12] in str(info.value)
 
 
-def hash_of(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+def test_the_base_is_recorded_by_path_and_hash(tiny, monkeypatch):
+    digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).digest()
+    expected = hashlib.sha256(digest).hexdigest()
+    monkeypatch.chdir(tiny.parent)
+    base = plain_encoder(tiny.name).base
+    assert base == {"name": str(tiny.resolve()), "revision": None, "sha256": expected}
 
 
-def probe(home: Path, endpoint: str, *cases, **environment) -> dict:
-    """Load the cases (name, revision, file to write) in a fresh process."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(cases)], env=env, text=True, timeout=100,
-        capture_output=True, cwd=Path(model.__file__).parent,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def test_after_two_stages_the_first_adapter_is_merged_and_the_second_live(two_stages, tiny):
+    first, second, trained = two_stages
+    loaded, base = load_encoder(second), load_file(tiny / "model.safetensors")
+    assert loaded.history == [{"stage": "ctkd"}, {"stage": "ucl", "steps": 3}]
+    a1, a2 = (load_file(folder / stage / "adapter_model.safetensors")
+              for folder, stage in ((first, "ctkd"), (second, "ucl")))
+    by_hand = load_llama(tiny)
+    for name, weight in by_hand.named_parameters():
+        module = "base_model.model." + name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in a1:
+            weight += 32 / 16 * a1[f"{module}.lora_B.weight"] @ a1[f"{module}.lora_A.weight"]
+        merged = loaded.llama.get_parameter(name)
+        assert (merged - weight).abs().max() <= 1e-6
+        if f"{module}.lora_A.weight" in a2:
+            weight += 20 / 4 * a2[f"{module}.lora_B.weight"] @ a2[f"{module}.lora_A.weight"]
+    assert set(lora.lora_state(loaded.llama)) == set(a2) and len(a2) == 2 * 2 * 3
+    assert not torch.equal(by_hand.model.layers[0].self_attn.k_proj.weight,
+                           base["model.layers.0.self_attn.k_proj.weight"])
+    texts = loaded.encode(TEXTS)
+    loaded.llama = by_hand
+    assert np.abs(loaded.encode(TEXTS) - texts).max() <= 1e-5
+    assert np.array_equal(trained.encode(TEXTS), texts)
+    assert np.abs(load_encoder(first).encode(TEXTS) - texts).max() > 1e-2
 
 
-@pytest.fixture(scope="module")
-def hub(tiny, tmp_path_factory):
-    """What happened to each case, the requests the server saw, and the loaded tensors."""
-    home = tmp_path_factory.mktemp("hub")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests = []
-    server.files = {path.name: path.read_bytes() for path in tiny.iterdir()} | {
-        name: b"not for us"
-        for name in ("pytorch_model.bin", "modeling_llama.py", "tokenizer.model", "README.md",
-                     "consolidated.safetensors", "original/params.json", "notes.safetensors.bin")
-    }
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    cases = [(f"o/{name}", revision, str(home / f"{name}.safetensors")) for name, revision in (
-        ("tiny", None), ("tiny", "nowhere"), ("gated", None), ("gated-files", None),
-        ("missing", None), ("down", None))]
-    try:
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        results = probe(home / "home", endpoint, *cases)
-    finally:
-        server.shutdown()
-        server.server_close()
-    again = ("o/tiny", "main", str(home / "again.safetensors"))
-    results |= probe(home / "home", endpoint, again, HF_HUB_OFFLINE="1")
-    return results, server.requests, home
-
-
-@pytest.mark.parametrize("case, fragments", [
-    ("o/gated@None", ["o/gated ", "gated", "Ask for access", "hf auth login"]),
-    ("o/gated-files@None", ["o/gated-files ", "is gated", "Ask for access", "hf auth login"]),
-    ("o/missing@None", ["o/missing ", "nor on the hub", "Check the name"]),
-    ("o/tiny@nowhere", ["o/tiny ", "no revision nowhere", "--revision"]),
-    ("o/down@None", ["o/down ", "cannot be fetched", "HF_ENDPOINT"]),
-])
-def test_what_the_hub_refuses_is_told_with_what_to_do(case, fragments, hub):
-    message = hub[0][case]
-    assert message.startswith("UserError: The repository")
-    for fragment in [*fragments, "Or pass a local folder"]:
-        assert fragment in message
-
-
-def test_a_repository_is_loaded_from_the_hub_tensor_by_tensor(hub, tiny):
-    results, _, home = hub
-    assert results["o/tiny@None"] == "loaded"
-    stored, loaded = (load_file(path) for path in
-                      (tiny / "model.safetensors", home / "tiny.safetensors"))
-    assert stored.keys() == loaded.keys()
-    assert all(torch.equal(stored[name], loaded[name]) for name in stored)
-
-
-def test_a_repository_that_was_fetched_once_is_loaded_offline(hub):
-    results, _, home = hub
-    assert results["o/tiny@main"] == "loaded"
-    assert (home / "again.safetensors").read_bytes() == (home / "tiny.safetensors").read_bytes()
-
-
-def test_only_safetensors_and_json_files_are_requested_from_the_hub(hub, tiny):
-    prefix = f"GET /o/tiny/resolve/{COMMIT}/"
-    got = {request.removeprefix(prefix) for request in hub[1] if request.startswith(prefix)}
-    assert got == {path.name for path in tiny.iterdir()}
-    asked = [request for request in hub[1] if "/resolve/" in request]
-    assert all(request.endswith((".json", "/model.safetensors")) for request in asked)
-    assert not any("original" in request for request in asked)
-
-
-@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no server", "offline"])
-def test_an_unreachable_hub_is_one_clear_error(environment, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
-        results = probe(tmp_path, endpoint, ("o/tiny", None, "unused"), **environment)
-    for fragment in ["The repository o/tiny cannot be fetched", "network", "HF_HUB_OFFLINE",
-                     "local folder"]:
-        assert fragment in results["o/tiny@None"]
+def test_the_first_stage_is_copied_unchanged_into_the_second_folder(two_stages):
+    first, second, _ = two_stages
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (first / "ctkd" / name).read_bytes() == (second / "ctkd" / name).read_bytes()

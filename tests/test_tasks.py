@@ -1,8 +1,9 @@
-"""Tasks from folders in every spelling and from a hub on the loopback; the tables of data/."""
+"""data/tasks.py and rows.py: tasks from folders in every spelling and from a hub; data/'s tables.
 
-import csv
+The hub is a server on the loopback.
+"""
+
 import gzip
-import io
 import json
 import re
 import subprocess
@@ -11,44 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import dead_url, hub_environment, hub_file, loopback
+from helpers import ROOT, SPELLINGS, TASK_FILES, dead_url, hub_environment, hub_file, jsonl
+from helpers import loopback, separated, tsv, write_task
 
-from data import UserError
-from data.results import GROUPS, PAPER, PUBLISHED
 from data.tasks import LAYOUT, TASKS, draw_training_sets, folder_task, read_task
+from runtime.errors import UserError
+from runtime.results import GROUPS, PAPER, PUBLISHED
 
-DATA = Path(__file__).parent.parent / "data"
-
-
-def table(*fields):
-    """table("a", "b")((1, 2), (3, 4)): rows as dictionaries."""
-    return lambda *rows: [dict(zip(fields, row)) for row in rows]
-
-
-FILES = {
-    "sts": {"test": table("sentence1", "sentence2", "score")(
-        ("A dog runs.", "A dog is running.", 4.8), ("A dog runs.", '"The moon", bright', 0.25),
-        ("", "ümläut 漢字", 1), ("A dog runs.", "A dog runs.", 5))},
-    "retrieval": {
-        "corpus": table("_id", "title", "text")(
-            ("d9", "Owl", "hunts at night"), ("d10", "", " no title "), ("d1", " ", "")),
-        "queries": table("_id", "text")(("q1", "night, bird"), ("q2", "nothing"), ("q3", "bird")),
-        "qrels/test": table("query-id", "corpus-id", "score")(
-            ("q3", "d10", 2), ("q3", "d1", 0), ("q1", "d9", 1)),
-    },
-    "classification": {
-        "train": table("text", "label")(
-            *((f"text {i} of {'abc'[i % 3]}", "abc"[i % 3]) for i in range(40))),
-        "test": table("text", "label")(("one", "b"), ("", "a"), ("three", "b")),
-    },
-    "clustering": {"test": table("sentences", "labels")(
-        ("red", "colour"), ("blue", "colour"), ("one, two", "number"))},
-    "pair-classification": {"test": table("sent1", "sent2", "labels")(
-        ("a b", "a b", 1), ("a", "c", 0), ("", "d", 0))},
-    "reranking": {"test": table("query", "positive", "negative")(
-        ("how", ["so", "thus"], ["no"]), ("why", ["so"], ["because", "no", "no"]))},
-}
-READ = {  # kind -> texts, labels and counts of FILES
+DATA = ROOT / "data"
+READ = {  # kind -> texts, labels and counts of TASK_FILES
     "sts": (
         {"left": ["A dog runs.", "A dog runs.", "", "A dog runs."],
          "right": ["A dog is running.", '"The moon", bright', "ümläut 漢字", "A dog runs."]},
@@ -83,56 +55,6 @@ def plain(value):
     return json.loads(json.dumps(value, default=lambda array: array.tolist()))
 
 
-def jsonl(rows) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def separated(rows, **dialect) -> bytes:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\r\n", **dialect)
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue().encode()
-
-
-def tsv(rows) -> bytes:
-    return separated(rows, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
-
-
-def columnar(rows) -> list[dict]:
-    return [{name: [row[name] for row in rows] for name in rows[0]}]
-
-
-SPELLINGS = {
-    "lines": (".jsonl", jsonl),
-    "lines and blank lines": (".jsonl", lambda rows: b"\n" + jsonl(rows).replace(b"\n", b"\n \n")),
-    "zipped lines": (".jsonl.gz", lambda rows: gzip.compress(jsonl(rows))),
-    "zipped without the name": (".jsonl", lambda rows: gzip.compress(jsonl(rows))),
-    "the name without the zip": (".jsonl.gz", jsonl),
-    "array": (".json", lambda rows: json.dumps(rows, indent=1).encode()),
-    "zipped array": (".json.gz", lambda rows: gzip.compress(json.dumps(rows).encode())),
-    "lines named json": (".json", jsonl),
-    "byte order mark": (".jsonl", lambda rows: b"\xef\xbb\xbf" + jsonl(rows)),
-    "other fields too": (".jsonl", lambda rows: jsonl([{"id": 7, **row} for row in rows])),
-    "tsv": (".tsv", tsv),
-    "zipped tsv": (".tsv.gz", lambda rows: gzip.compress(tsv(rows))),
-    "csv": (".csv", separated),
-    "columns in a line": (".jsonl", lambda rows: jsonl(columnar(rows))),
-    "columns as an object": (".json", lambda rows: json.dumps(columnar(rows)[0]).encode()),
-    "columns in two lines": (".jsonl", lambda rows: jsonl(columnar(rows[:2]) + columnar(rows[2:]))),
-}
-
-
-def write(folder: Path, kind: str, spelling="lines", **other) -> Path:
-    """A folder in the layout of `kind`; `other` replaces the rows of a file."""
-    ending, spell = SPELLINGS[spelling]
-    for name, rows in FILES[kind].items():
-        path = folder / f"{name}{ending}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(spell(other.get(name.replace("qrels/test", "qrels"), rows)))
-    return folder
-
-
 def read(folder: Path, kind: str, **about) -> tuple:
     return plain(read_task({**folder_task(folder, kind), **about}))
 
@@ -156,27 +78,27 @@ def refusal(folder: Path, kind: str, *fragments, **about) -> str:
 @pytest.mark.parametrize("kind", READ)
 def test_a_folder_gives_texts_labels_and_counts(kind, tmp_path):
     texts, labels, counts = READ[kind]
-    found = read(write(tmp_path, kind), kind, expected=counts)
+    found = read(write_task(tmp_path, kind), kind, expected=counts)
     notes = ["1 queries without a judged document, dropped"] if kind == "retrieval" else []
     assert found == [texts, labels, notes]
 
 
 @pytest.mark.parametrize("kind, spelling", [
-    (kind, spelling) for kind in FILES for spelling in SPELLINGS
+    (kind, spelling) for kind in TASK_FILES for spelling in SPELLINGS
     if not (kind == "reranking" and re.search("sv|columns", spelling))  # its fields are lists
     and not (kind == "clustering" and spelling == "columns in two lines")  # these are two sets
 ])
 def test_every_spelling_of_the_files_gives_the_same_task(kind, spelling, tmp_path):
-    found = read(write(tmp_path / "a", kind, spelling), kind)
-    assert found == read(write(tmp_path / "b", kind), kind)
+    found = read(write_task(tmp_path / "a", kind, spelling), kind)
+    assert found == read(write_task(tmp_path / "b", kind), kind)
     assert kind not in READ or found[:2] == [*READ[kind][:2]]
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_counts_that_differ_from_the_published_ones_are_noted_and_equal_ones_are_not(
+def test_only_counts_that_differ_from_the_published_ones_are_noted(
     kind, tmp_path
 ):
-    write(tmp_path, kind)
+    write_task(tmp_path, kind)
     for key, n in READ[kind][2].items():
         for other in (n - 1, n + 1000):
             *_, notes = read(tmp_path, kind, expected={**READ[kind][2], key: other})
@@ -185,11 +107,11 @@ def test_counts_that_differ_from_the_published_ones_are_noted_and_equal_ones_are
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_published_counts_of_a_task_are_ones_that_reading_makes(name, tmp_path):
+def test_every_published_count_of_a_task_is_counted(name, tmp_path):
     task = {**TASKS[name], "repository": "owner/mine"}
     folder = tmp_path / "mine"
     stem = task.get("files", {}).get("test", ["test"])[0]
-    write(folder, task["kind"])
+    write_task(folder, task["kind"])
     if stem != "test":
         (folder / stem).parent.mkdir(exist_ok=True)
         (folder / "test.jsonl").rename(folder / f"{stem}.jsonl")
@@ -198,25 +120,25 @@ def test_the_published_counts_of_a_task_are_ones_that_reading_makes(name, tmp_pa
     assert len(noted) == len(task["expected"]) and len(noted) >= 1
 
 
-def test_the_embedded_tasks_are_as_published_and_need_no_folder():
+def test_the_embedded_tasks_match_their_counts_and_need_no_folder():
     for name in ("demo-sts", "demo-retrieval"):
         texts, labels, notes = read_task(TASKS[name], "nowhere")
         assert notes == [] and all(len(column) > 50 for column in texts.values())
 
 
 def test_numbers_serve_as_ids_and_labels(tmp_path):
-    rows = FILES["retrieval"]
+    rows = TASK_FILES["retrieval"]
     mine = {
         "corpus": [{**row, "_id": int(row["_id"][1:])} for row in rows["corpus"]],
         "queries": [{**row, "_id": int(row["_id"][1:])} for row in rows["queries"]],
         "qrels": [{key: int(str(value).strip("dq")) for key, value in row.items()}
                   for row in rows["qrels/test"]],
     }
-    _, labels, _ = read(write(tmp_path / "a", "retrieval", **mine), "retrieval")
+    _, labels, _ = read(write_task(tmp_path / "a", "retrieval", **mine), "retrieval")
     assert labels["query_ids"] == ["1", "3"] and labels["document_ids"] == ["9", "10", "1"]
     assert labels["judged"] == [{"9": 1.0}, {"10": 2.0, "1": 0.0}]
-    numbered = [{**row, "labels": i} for i, row in enumerate(FILES["clustering"]["test"])]
-    _, labels, _ = read(write(tmp_path / "b", "clustering", test=numbered), "clustering")
+    numbered = [{**row, "labels": i} for i, row in enumerate(TASK_FILES["clustering"]["test"])]
+    _, labels, _ = read(write_task(tmp_path / "b", "clustering", test=numbered), "clustering")
     assert labels == {"labels": [[0, 1, 2]]}
 
 
@@ -224,43 +146,51 @@ def test_numbers_serve_as_ids_and_labels(tmp_path):
     ("Owl", "hunts", "Owl hunts"), (" Owl ", " hunts ", "Owl   hunts"), ("", "hunts", "hunts"),
     (None, "hunts", "hunts"), ("Owl", "", "Owl"), ("", "", ""), ("absent", "hunts", "hunts"),
 ])
-def test_a_document_is_title_and_text_stripped(title, text, joined, tmp_path):
+def test_a_document_is_its_title_and_text_stripped(title, text, joined, tmp_path):
     row = {"_id": "d9", "title": title, "text": text}
     if title == "absent":
         del row["title"]
-    write(tmp_path, "retrieval", corpus=[row, {"_id": "d1", "text": "other"}])
+    write_task(tmp_path, "retrieval", corpus=[row, {"_id": "d1", "text": "other"}])
     texts, *_ = read(tmp_path, "retrieval")
     assert texts["documents"] == [joined, "other"]
 
 
-def test_queries_without_judgements_and_judgements_without_query_are_dropped_and_noted(tmp_path):
+def test_queries_without_judgements_and_the_reverse_are_dropped_and_noted(tmp_path):
     judged = [{"query-id": q, "corpus-id": "d1", "score": 1} for q in ("q2", "x", "y")]
-    texts, labels, notes = read(write(tmp_path, "retrieval", qrels=judged), "retrieval")
+    texts, labels, notes = read(write_task(tmp_path, "retrieval", qrels=judged), "retrieval")
     assert texts["queries"] == ["nothing"] and labels["judged"] == [{"d1": 1.0}]
     assert notes == ["2 queries without a judged document, dropped",
                      "2 judged queries without a text, dropped"]
 
 
-def test_a_document_with_the_querys_id_is_skipped_where_the_task_says_so(tmp_path):
-    write(tmp_path, "retrieval")
+def test_queries_without_a_relevant_document_stay_in_the_task(tmp_path):
+    """They score 0, as in MTEB."""
+    judged = [*TASK_FILES["retrieval"]["qrels/test"],
+              {"query-id": "q2", "corpus-id": "d1", "score": 0}]
+    texts, labels, _ = read(write_task(tmp_path, "retrieval", qrels=judged), "retrieval")
+    assert labels["query_ids"] == ["q1", "q2", "q3"] and len(texts["queries"]) == 3
+
+
+def test_documents_with_the_querys_id_are_skipped_where_the_task_says_so(tmp_path):
+    write_task(tmp_path, "retrieval")
     for skip in (True, False):
         assert read(tmp_path, "retrieval", skip_same_id=skip)[1]["skip_same_id"] == skip
 
 
-def test_each_columnar_row_of_a_clustering_task_is_a_set_of_its_own(tmp_path):
+def test_each_columnar_row_of_a_clustering_task_is_a_separate_set(tmp_path):
     sets = [{"sentences": ["a", "b", "c"], "labels": [0, 1, 0]}, {"sentences": [], "labels": []},
             {"sentences": ["d"], "labels": [5]}]
-    write(tmp_path, "clustering", test=sets)
+    write_task(tmp_path, "clustering", test=sets)
     texts, labels, notes = read(tmp_path, "clustering", expected={"sets": 2, "texts": 4})
     assert texts == {"sentences": ["a", "b", "c", "d"]} and notes == []
     assert labels == {"labels": [[0, 1, 0], [5]]}
 
 
 def test_reranking_rows_without_positives_or_negatives_are_dropped_and_noted(tmp_path):
-    rows = FILES["reranking"]["test"]
+    rows = TASK_FILES["reranking"]["test"]
     more = [{"query": "p", "positive": [], "negative": ["x"]}, *rows,
             {"query": "n", "positive": ["y"], "negative": []}]
-    texts, labels, notes = read(write(tmp_path, "reranking", test=more), "reranking")
+    texts, labels, notes = read(write_task(tmp_path, "reranking", test=more), "reranking")
     assert [texts, labels] == [*READ["reranking"][:2]]
     assert notes == ["2 queries without positives or negatives, dropped"]
 
@@ -286,9 +216,9 @@ def test_training_sets_are_drawn_as_mteb_draws_them(n):
 
 
 @pytest.mark.parametrize("about", [{}, {"samples_per_label": 3}])
-def test_classification_keeps_only_texts_that_a_draw_picks(about, tmp_path):
-    texts = {row["text"]: row["label"] for row in FILES["classification"]["train"]}
-    found, labels, _ = read(write(tmp_path, "classification"), "classification", **about)
+def test_classification_keeps_only_the_training_texts_drawn(about, tmp_path):
+    texts = {row["text"]: row["label"] for row in TASK_FILES["classification"]["train"]}
+    found, labels, _ = read(write_task(tmp_path, "classification"), "classification", **about)
     drawn = direct_draws([*texts.values()], about.get("samples_per_label", 8))
     kept = [text for i, text in enumerate(texts) if i in {i for rows in drawn for i in rows}]
     assert found == {"train": kept, "test": ["one", "", "three"]}
@@ -299,9 +229,9 @@ def test_classification_keeps_only_texts_that_a_draw_picks(about, tmp_path):
     assert len(kept) < len(texts) or not about
 
 
-def test_the_counts_of_a_classification_task_are_of_all_texts(tmp_path):
-    write(tmp_path, "classification")
-    length = sum(len(row["text"]) for rows in FILES["classification"].values() for row in rows)
+def test_the_counts_of_a_classification_task_include_all_texts(tmp_path):
+    write_task(tmp_path, "classification")
+    length = sum(len(row["text"]) for rows in TASK_FILES["classification"].values() for row in rows)
     expected = {"labels": 3, "train": 40, "test": 3, "characters": length}
     assert read(tmp_path, "classification", samples_per_label=1, expected=expected)[2] == []
 
@@ -311,9 +241,11 @@ def test_the_counts_of_a_classification_task_are_of_all_texts(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, role", [(kind, role) for kind in FILES for role in FILES[kind]])
+@pytest.mark.parametrize("kind, role", [
+    (kind, role) for kind, files in TASK_FILES.items() for role in files
+])
 def test_a_missing_file_is_named_with_the_layout(kind, role, tmp_path):
-    write(tmp_path, kind)
+    write_task(tmp_path, kind)
     (tmp_path / f"{role}.jsonl").unlink()
     refusal(tmp_path, kind, f"{tmp_path}: has no file {role} (one of .jsonl, ", LAYOUT[kind])
 
@@ -327,15 +259,15 @@ def test_a_missing_folder_is_named_with_the_layout_and_data_dir(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parquet_is_answered_with_what_to_do(tmp_path):
+def test_parquet_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/test-00000-of-00001.parquet").write_bytes(b"PAR1")
     message = refusal(tmp_path, "sts", "parquet is not read", "pandas.read_parquet", "test.jsonl")
     assert message.startswith(str(tmp_path / "data/test-00000-of-00001.parquet"))
 
 
-def test_parquet_beside_a_file_that_can_be_read_does_no_harm(tmp_path):
-    (write(tmp_path, "sts") / "test.parquet").write_bytes(b"PAR1")
+def test_parquet_beside_a_readable_file_is_ignored(tmp_path):
+    (write_task(tmp_path, "sts") / "test.parquet").write_bytes(b"PAR1")
     assert read(tmp_path, "sts")[0] == READ["sts"][0]
 
 
@@ -344,16 +276,16 @@ def test_parquet_beside_a_file_that_can_be_read_does_no_harm(tmp_path):
     ("lines named json", "line 2"),
 ])
 @pytest.mark.parametrize("kind, role, field", [
-    (kind, role, field) for kind in FILES for role, rows in FILES[kind].items() for field in rows[0]
-    if field != "title"
+    (kind, role, field) for kind, files in TASK_FILES.items() for role, rows in files.items()
+    for field in rows[0] if field != "title"
 ])
-def test_a_row_without_a_field_is_named_with_file_and_place(
+def test_a_row_that_lacks_a_field_is_named_with_file_and_place(
     kind, role, field, spelling, place, tmp_path
 ):
-    first, second, *others = FILES[kind][role]
+    first, second, *others = TASK_FILES[kind][role]
     lacks = {key: value for key, value in second.items() if key != field}
     rows = [first, lacks, *others]
-    write(tmp_path, kind, spelling, **{role.replace("qrels/test", "qrels"): rows})
+    write_task(tmp_path, kind, spelling, **{role.replace("qrels/test", "qrels"): rows})
     path = tmp_path / (role + SPELLINGS[spelling][0])
     fields = ", ".join(first)
     refusal(tmp_path, kind, f"{path}, {place}: has no field {field}; a row needs {fields}")
@@ -371,8 +303,8 @@ def test_a_short_row_of_a_table_is_named_with_its_line(name, content, tmp_path):
 
 
 @pytest.mark.parametrize("line", [b'["a", "b", 3]\n', b"null\n", b"3\n", b'"sentence1"\n'])
-def test_a_line_that_is_no_object_has_no_field(line, tmp_path):
-    write(tmp_path, "sts")
+def test_a_line_that_is_not_an_object_has_no_field(line, tmp_path):
+    write_task(tmp_path, "sts")
     path = tmp_path / "test.jsonl"
     path.write_bytes(path.read_bytes() + line)
     refusal(tmp_path, "sts", f"{path}, line 5: has no field sentence1; a row needs sentence1")
@@ -383,15 +315,15 @@ def test_a_line_that_is_no_object_has_no_field(line, tmp_path):
     ("test.json", b'{"sentence1": "a", "sen\n'), ("test.jsonl", b"[" * 100_000 + b"\n"),
 ])
 def test_a_line_that_is_not_json_is_named(name, line, tmp_path):
-    (tmp_path / name).write_bytes(jsonl(FILES["sts"]["test"][:1]) + b"\n" + line)
-    refusal(tmp_path, "sts", f"{tmp_path / name}, line 3: not JSON", "mend the line")
+    (tmp_path / name).write_bytes(jsonl(TASK_FILES["sts"]["test"][:1]) + b"\n" + line)
+    refusal(tmp_path, "sts", f"{tmp_path / name}, line 3: not JSON", "fix the line")
 
 
 @pytest.mark.parametrize("content, fragment", [
     (b"", "no rows"), (b"\n\n", "no rows"), (b"\xff\xfe\n", "line 1: not UTF-8"),
-    (gzip.compress(jsonl(FILES["sts"]["test"] * 999))[:-9], "cannot be read"),
+    (gzip.compress(jsonl(TASK_FILES["sts"]["test"] * 999))[:-9], "cannot be read"),
 ], ids=["empty", "blank", "utf-16", "cut off"])
-def test_a_file_without_rows_that_can_be_read_is_refused(content, fragment, tmp_path):
+def test_a_file_without_readable_rows_is_refused(content, fragment, tmp_path):
     (tmp_path / "test.jsonl").write_bytes(content)
     message = refusal(tmp_path, "sts", fragment)
     assert message.startswith(f"{tmp_path / 'test.jsonl'}")
@@ -404,7 +336,7 @@ def test_a_table_or_array_without_rows_is_refused(content, tmp_path):
     refusal(tmp_path, "sts", path, "has no field" if content == b"{}" else "no rows")
 
 
-def test_a_field_that_is_too_long_for_the_csv_reader_is_a_user_error(tmp_path):
+def test_a_field_too_long_for_the_csv_reader_is_a_user_error(tmp_path):
     rows = [{"sentence1": "x" * 200_000, "sentence2": "b", "score": 1}]
     (tmp_path / "test.csv").write_bytes(separated(rows))
     refusal(tmp_path, "sts", f"{tmp_path / 'test.csv'}, line ", "field larger")
@@ -429,49 +361,49 @@ def test_a_field_that_is_too_long_for_the_csv_reader_is_a_user_error(tmp_path):
     ("reranking", "test", "query", ["a"]), ("reranking", "test", "positive", "text"),
     ("reranking", "test", "negative", [1]), ("reranking", "test", "positive", None),
 ], ids=lambda value: repr(value)[:20])
-def test_a_value_of_another_kind_is_named_with_its_field_and_line(
+def test_a_value_of_the_wrong_kind_is_named_with_field_and_line(
     kind, role, field, value, tmp_path
 ):
-    first, second, *others = FILES[kind][role]
+    first, second, *others = TASK_FILES[kind][role]
     rows = [first, {**second, field: value}, *others]
-    write(tmp_path, kind, **{role.replace("qrels/test", "qrels"): rows})
+    write_task(tmp_path, kind, **{role.replace("qrels/test", "qrels"): rows})
     refusal(tmp_path, kind, f"{tmp_path / role}.jsonl, line 2: {field} is ", "a row needs")
 
 
 def test_columns_of_different_lengths_are_refused(tmp_path):
-    write(tmp_path, "clustering", test=[{"sentences": ["a", "b"], "labels": [1]}])
+    write_task(tmp_path, "clustering", test=[{"sentences": ["a", "b"], "labels": [1]}])
     refusal(tmp_path, "clustering", "test.jsonl, line 1: its lists have different lengths")
 
 
 @pytest.mark.parametrize("role", ["corpus", "queries"])
 def test_an_id_that_occurs_twice_is_refused(role, tmp_path):
-    rows = FILES["retrieval"][role]
-    write(tmp_path, "retrieval", **{role: [*rows, {**rows[1], "text": "other"}]})
+    rows = TASK_FILES["retrieval"][role]
+    write_task(tmp_path, "retrieval", **{role: [*rows, {**rows[1], "text": "other"}]})
     path, name = tmp_path / f"{role}.jsonl", rows[1]["_id"]
     refusal(tmp_path, "retrieval", f"{path}: the id '{name}' occurs twice")
 
 
 @pytest.mark.parametrize("grade", [2, 0])
 def test_a_pair_that_is_judged_twice_is_refused(grade, tmp_path):
-    rows = FILES["retrieval"]["qrels/test"]
-    write(tmp_path, "retrieval", qrels=[*rows, {**rows[0], "score": grade}])
+    rows = TASK_FILES["retrieval"]["qrels/test"]
+    write_task(tmp_path, "retrieval", qrels=[*rows, {**rows[0], "score": grade}])
     refusal(tmp_path, "retrieval", f"{tmp_path / 'qrels/test.jsonl'}: query 'q3' and document "
                                    f"'d10' are judged twice")
 
 
 def test_an_empty_corpus_is_refused(tmp_path):
-    (write(tmp_path, "retrieval") / "corpus.jsonl").write_bytes(b"")
+    (write_task(tmp_path, "retrieval") / "corpus.jsonl").write_bytes(b"")
     refusal(tmp_path, "retrieval", f"{tmp_path / 'corpus.jsonl'}: no rows")
 
 
 def test_judgements_of_other_queries_are_refused(tmp_path):
-    write(tmp_path, "retrieval", qrels=[{"query-id": "x", "corpus-id": "d1", "score": 1}])
+    write_task(tmp_path, "retrieval", qrels=[{"query-id": "x", "corpus-id": "d1", "score": 1}])
     refusal(tmp_path, "retrieval", f"{tmp_path / 'qrels/test.jsonl'}: judges no query of the task")
 
 
-def test_a_label_that_training_never_had_is_refused(tmp_path):
-    rows = [*FILES["classification"]["test"], {"text": "new", "label": "z"}]
-    write(tmp_path, "classification", test=rows)
+def test_a_label_missing_from_the_training_file_is_refused(tmp_path):
+    rows = [*TASK_FILES["classification"]["test"], {"text": "new", "label": "z"}]
+    write_task(tmp_path, "classification", test=rows)
     refusal(tmp_path, "classification", f"{tmp_path / 'test.jsonl'}: has the label 'z', which")
 
 
@@ -479,15 +411,16 @@ def test_a_label_that_training_never_had_is_refused(tmp_path):
     ([0, 1, 2], "0, 1, 2"), ([0, 0, 0], "it has 0"), ([1, 1, 1], "it has 1"), ([-1, 0, 1], "-1"),
     ([0.5, 1, 0], "0, 0.5, 1"),
 ])
-def test_pair_labels_that_are_not_0_and_1_are_refused(labels, said, tmp_path):
-    rows = [{**row, "labels": v} for row, v in zip(FILES["pair-classification"]["test"], labels)]
-    write(tmp_path, "pair-classification", test=rows)
+def test_pair_labels_other_than_0_and_1_are_refused(labels, said, tmp_path):
+    pairs = TASK_FILES["pair-classification"]["test"]
+    rows = [{**row, "labels": label} for row, label in zip(pairs, labels)]
+    write_task(tmp_path, "pair-classification", test=rows)
     refusal(tmp_path, "pair-classification", tmp_path / "test.jsonl", "must be 0 and 1", said)
 
 
-def test_reranking_without_any_usable_row_is_refused(tmp_path):
+def test_reranking_without_a_usable_row_is_refused(tmp_path):
     rows = [{"query": "q", "positive": [], "negative": ["a"]}]
-    write(tmp_path, "reranking", test=rows)
+    write_task(tmp_path, "reranking", test=rows)
     refusal(tmp_path, "reranking", tmp_path / "test.jsonl", "no query has both positive and negat")
 
 
@@ -509,13 +442,13 @@ def hub_answers(broken: bool):
     def good(task: str, content: bytes):
         return hub_file(content, TASKS[task]["revision"])
 
-    sts = jsonl(FILES["sts"]["test"])
+    sts = jsonl(TASK_FILES["sts"]["test"])
     add("sts17", "test/en-en.jsonl.gz", good("sts17", gzip.compress(sts)))
     add("sts17", "test.jsonl", good("sts17", b"not this one"))
     add("sickr", "test.jsonl.gz", good("sickr", gzip.compress(sts)))
     for ending in (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".tsv", ".tsv.gz", ".csv"):
         add("stsbenchmark", f"test{ending}", (404, b"", {"X-Error-Code": "RevisionNotFound"}))
-    files = FILES["retrieval"]
+    files = TASK_FILES["retrieval"]
     add("scifact", "queries.jsonl", good("scifact", jsonl(files["queries"])))
     add("scifact", "qrels/test.tsv", good("scifact", tsv(files["qrels/test"])))
     status, corpus, headers = good("scifact", jsonl(files["corpus"]))
@@ -568,7 +501,7 @@ def hub_runs(tiny, tmp_path_factory):
     runs["no hub"] = dict(zip(tasks, commands(folder, dead_url(), tiny, *tasks)))
     cached = results(folder)
     with loopback(hub_answers(broken=False)) as server:
-        runs["mended"] = dict(zip(["scifact"], commands(folder, server.url, tiny, "scifact")))
+        runs["repaired"] = dict(zip(["scifact"], commands(folder, server.url, tiny, "scifact")))
     return runs, fetched, first, cached, results(folder)
 
 
@@ -591,7 +524,7 @@ def test_the_first_name_that_a_repository_has_is_fetched_at_the_pinned_revision(
     ("first", "arguana", "it has no file corpus that can be read"),
     ("first", "scifact", "received 40 bytes"), ("no hub", "scifact", "no connection to the hub"),
 ])
-def test_what_the_hub_does_not_give_is_told_in_a_line_with_the_way_round(
+def test_what_the_hub_cannot_provide_is_one_line_with_a_workaround(
     run, task, reason, hub_runs
 ):
     code, lines = hub_runs[0][run][task]
@@ -602,10 +535,10 @@ def test_what_the_hub_does_not_give_is_told_in_a_line_with_the_way_round(
         assert fragment in lines[0]
 
 
-def test_a_broken_off_download_is_not_used_and_a_later_one_is(hub_runs):
+def test_an_interrupted_download_is_not_used_and_a_later_one_is(hub_runs):
     runs, _, first, cached, last = hub_runs
     assert "SciFact" not in first and "SciFact" not in cached
-    assert runs["mended"]["scifact"] == ("0", []) and 0 < len(last["SciFact"]["scores"])
+    assert runs["repaired"]["scifact"] == ("0", []) and 0 < len(last["SciFact"]["scores"])
     assert "1 queries without a judged document, dropped" in last["SciFact"]["notes"]
 
 
@@ -621,7 +554,7 @@ def test_what_was_fetched_once_needs_no_hub(hub_runs):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_14_tasks_are_there_with_all_that_fetching_wants():
+def test_all_14_tasks_have_what_fetching_needs():
     assert len(PAPER) == 14 == len(set(PAPER)) and set(PAPER) < set(TASKS)
     for key in PAPER:
         task = TASKS[key]
@@ -654,14 +587,14 @@ def test_the_published_rows_have_the_published_means(name, mean):
     assert np.mean(PUBLISHED["rows"][name]) == pytest.approx(mean, abs=0.02)
 
 
-def test_there_is_an_instruction_for_each_of_the_14():
+def test_each_of_the_14_tasks_has_an_instruction():
     instructions = json.loads((DATA / "instructions.json").read_text())["instructions"]
     ours = {"stsbenchmark-dev", "demo-sts", "demo-retrieval"}
     assert set(instructions) == set(PAPER) | ours == set(TASKS)
     assert all(text.endswith(":") and len(text) > 20 for text in instructions.values())
 
 
-def test_the_prompts_are_the_papers():
+def test_the_prompts_are_those_of_the_paper():
     methods = json.loads((DATA / "prompts.json").read_text())
     assert {method["paper"] for method in methods.values()} - {None} <= set(PUBLISHED["rows"])
     prompts = methods["metaeol"]["prompts"]

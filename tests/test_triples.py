@@ -1,21 +1,18 @@
-"""Triples by their offset, Wiki1M from a server on the loopback; nothing here has a network."""
+"""data/triples.py: rows read by their offset, instructions of the E5 files, bad input."""
 
 import gzip
-import hashlib
 import json
 import random
 import re
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import dead_url, hub_environment, hub_file, loopback
 
-from data import UserError, corpora, triples
+from data import triples
 from data.triples import DEMO_TRIPLES, Triple, Triples
+from runtime.errors import UserError
 
 HALVES = ["allnli_split1", "allnli_split2", "quora_duplicates_split1", "quora_duplicates_split2"]
 E5 = ["allnli", "dureader", "eli5_question_answer", "fever", "hotpot_qa", "miracl", "mrtydi",
@@ -85,7 +82,7 @@ def test_rows_are_those_of_the_file(name, content, tmp_path):
     assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_rows_are_read_in_any_order_and_again(tmp_path):
+def test_rows_can_be_read_repeatedly_and_in_any_order(tmp_path):
     for name, count in (("a.jsonl", 7), ("b.jsonl.gz", 300), ("c.jsonl", 40)):
         make(tmp_path / name, count, name[0])
     data = Triples(tmp_path)
@@ -99,7 +96,7 @@ def test_rows_are_read_in_any_order_and_again(tmp_path):
         data[347]
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+def test_the_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
     for name, count in (("b.jsonl", 3), ("a.jsonl.gz", 2), ("Z.jsonl", 1), ("b2.jsonl", 4)):
         make(tmp_path / name, count, name[0])
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
@@ -113,7 +110,14 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         "Z 0", "a 0", "a 1", "b 0", "b 1", "b 2", "b 0", "b 1", "b 2", "b 3"]
 
 
-def test_only_offsets_are_kept(tmp_path):
+def test_halves_of_a_set_are_left_out_beside_the_whole(tmp_path):
+    for name in [*HALVES, "allnli", "nq", "nq_split1"]:
+        make(tmp_path / f"{name}.jsonl", 3, name)
+    names = [file.path.name.removesuffix(".jsonl") for file in Triples(tmp_path).files]
+    assert names == ["allnli", "nq", "nq_split1", *HALVES[2:]]
+
+
+def test_only_offsets_are_kept_in_memory(tmp_path):
     path, rows = tmp_path / "a.jsonl", 1500
     with open(path, "w") as file:
         for i in range(rows):
@@ -133,7 +137,7 @@ def test_only_offsets_are_kept(tmp_path):
     assert data[rows - 1].query == (f"zebra {rows - 1} " * 50).strip()
 
 
-def test_the_sha256_tells_one_content_from_another(tmp_path):
+def test_the_sha256_depends_on_the_content_only(tmp_path):
     path = make(tmp_path / "a.jsonl", 5, "a")
     first, content = Triples(path).sha256, path.read_bytes()
     assert re.fullmatch("[0-9a-f]{64}", first)
@@ -164,7 +168,7 @@ def write_files(folder: Path, sizes: dict[str, int]) -> Triples:
 @pytest.mark.parametrize("sizes, same", [
     ({"x": 5, "y": 5}, True), ({"squad": 5, "z": 5}, False), ({"a": 6, "b": 4}, False),
 ], ids=["other names", "another instruction", "other sizes"])
-def test_the_sha256_tells_instructions_and_sizes_of_files_apart(sizes, same, tmp_path):
+def test_the_sha256_depends_on_instructions_and_sizes_of_files(sizes, same, tmp_path):
     """A resumed run would give a row another instruction, or lay it in another batch."""
     first = write_files(tmp_path / "first", {"a": 5, "b": 5})
     other = write_files(tmp_path / "other", sizes)
@@ -191,7 +195,7 @@ def test_the_instructions_are_those_of_the_public_e5_files():
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
-def test_files_named_like_e5s_get_their_instructions(ending, tmp_path):
+def test_files_named_like_those_of_e5_get_their_instructions(ending, tmp_path):
     for name in E5:
         make(tmp_path / (name + ending), 5, name)
     data = Triples(tmp_path, "never used")
@@ -203,7 +207,7 @@ def test_files_named_like_e5s_get_their_instructions(ending, tmp_path):
         assert data[5 * place].query == f"{name} 0"
 
 
-def test_other_files_get_the_instruction_that_is_given(tmp_path):
+def test_other_files_get_the_given_instruction(tmp_path):
     for name in ("allnli.jsonl", "allnli2.jsonl", "nq.v1.jsonl", "my_nq.jsonl"):
         make(tmp_path / name, 3, name)
     names, given = ["allnli", "allnli2", "my_nq", "nq.v1"], "Find it"
@@ -215,6 +219,20 @@ def test_other_files_get_the_instruction_that_is_given(tmp_path):
     assert [row.instruction for row in map(Triples(tmp_path, None).__getitem__, range(12))] == (
         [""] * 12)
     assert Triples(tmp_path)[3].instruction == ""
+
+
+def test_the_instructions_of_a_file_take_turns_over_its_own_rows(tmp_path):
+    """An odd number of rows lies before the file with two instructions."""
+    make(tmp_path / "a.jsonl", 3, "a")
+    make(tmp_path / "allnli.jsonl", 4, "b")
+    data = Triples(tmp_path)
+    assert [data[i].instruction for i in range(7)] == (
+        [""] * 3 + 2 * triples.INSTRUCTIONS["allnli"])
+
+
+def test_an_instruction_loses_its_colon_as_the_template_has_one(tmp_path):
+    make(tmp_path / "mine.jsonl", 3, "a")
+    assert Triples(tmp_path, " Find the text: ")[1].instruction == "Find the text"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,7 +318,7 @@ CUT = gzip.compress(random.Random(0).randbytes(9999).hex().encode())
     ("a.gz", gzip.compress(GOOD), ["unknown kind of file", ".jsonl or .jsonl.gz"]),
     ("a.jsonl.zip", GOOD, ["unknown kind of file", ".jsonl or .jsonl.gz"]),
 ])
-def test_a_bad_file_is_named_with_the_fix_and_left_alone(name, content, fragments, tmp_path):
+def test_a_bad_file_is_reported_with_a_remedy_and_left_alone(name, content, fragments, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -322,7 +340,7 @@ def test_a_folder_without_triples_is_named(names, tmp_path):
     assert "put the triples there" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_folder_of_empty_files_or_of_equal_positives_is_named(tmp_path):
+def test_a_folder_of_empty_files_or_equal_positives_is_named(tmp_path):
     for content, fragment in ((b"", "no rows"), (b'{"query": "a", "positive": "b"}\n', "all 2")):
         for name in ("a.jsonl", "b.jsonl"):
             (tmp_path / name).write_bytes(content)
@@ -330,7 +348,7 @@ def test_a_folder_of_empty_files_or_of_equal_positives_is_named(tmp_path):
             Triples(tmp_path)
 
 
-def test_a_file_that_lies_there_twice_is_refused(tmp_path):
+def test_a_file_that_is_there_twice_is_refused(tmp_path):
     for name in ("a.jsonl", "b.jsonl", "b.jsonl.gz"):
         make(tmp_path / name, 3, name)
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "b.jsonl")) + ": .*twice.*gz"):
@@ -340,7 +358,7 @@ def test_a_file_that_lies_there_twice_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.jsonl.gz", "missing", "no/where.jsonl"])
-def test_a_missing_path_is_told_with_what_triples_takes(name, tmp_path):
+def test_a_missing_path_is_reported_with_what_triples_accepts(name, tmp_path):
     path = str(tmp_path / name)
     with pytest.raises(UserError, match=re.escape(path) + ": no such file or folder; --triples"):
         Triples(path)
@@ -363,7 +381,7 @@ def texts_of(path: Path, *fields: str) -> list[str]:
     return [row[field] for row in rows for field in fields]
 
 
-def test_the_embedded_triples_are_texts_of_their_own():
+def test_the_embedded_triples_share_no_text_with_the_embedded_tasks():
     data = Triples("demo")
     assert len(data) >= 300 and data.files[0].path == DEMO_TRIPLES
     rows = [data[i] for i in range(len(data))]
@@ -379,75 +397,3 @@ def test_the_embedded_triples_are_texts_of_their_own():
     tests += [" ".join(pair) for pair in zip(texts_of(corpus, "title"), texts_of(corpus, "text"))]
     assert len(tests) == 2 * 325 + 76 + 3 * 98
     assert not set(ours) & {text.strip().casefold() for text in tests}
-
-
-# ---------------------------------------------------------------------------------------------
-# Wiki1M
-# ---------------------------------------------------------------------------------------------
-
-REPOSITORY, NAME = corpora.WIKI1M
-HUB_PATH = f"/datasets/{REPOSITORY}/resolve/main/{NAME}"
-READ = """
-import json, sys, time
-time.sleep = lambda _: None  # the hub's client sleeps long before it gives up
-from data import UserError, corpora
-for _ in range(2):
-    try:
-        print(json.dumps(corpora.read_texts("wiki1m")))
-    except UserError as error:
-        print(json.dumps(str(error)))
-"""
-
-
-def read_twice(home: Path, endpoint: str, **environment) -> list:
-    """What two readings of wiki1m give in a process whose hub is `endpoint`."""
-    done = subprocess.run(
-        [sys.executable, "-c", READ], capture_output=True, text=True, timeout=100,
-        env=hub_environment(home, endpoint) | environment,
-    )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_wiki1m_is_downloaded_once_from_the_hub(tmp_path):
-    content = " YMCA in South Australia \n\nSenjō no Valkyria 3 .\r\n  last one".encode()
-    texts = ["YMCA in South Australia", "Senjō no Valkyria 3 .", "last one"]
-    with loopback({HUB_PATH: hub_file(content, "c" * 40)}) as server:
-        assert read_twice(tmp_path, server.url) == [texts, texts]
-        assert server.requests.count(f"GET {HUB_PATH}") == 1
-    cached = [p for p in (tmp_path / "hf").rglob("*") if p.name == NAME]
-    assert len(cached) == 1
-    assert hashlib.sha256(cached[0].read_bytes()).digest() == hashlib.sha256(content).digest()
-    assert read_twice(tmp_path, dead_url(), HF_HUB_OFFLINE="1") == [texts, texts]
-
-
-def offline_message(said: list) -> str:
-    """The one clear line that both readings gave."""
-    assert len(said) == 2 and said[0] == said[1]
-    assert "\n" not in said[0]
-    for fragment in ("wiki1m cannot be downloaded", REPOSITORY, NAME, f"--text {NAME}"):
-        assert fragment in said[0]
-    return said[0]
-
-
-@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no server", "offline"])
-def test_without_the_hub_wiki1m_is_one_clear_line(environment, tmp_path):
-    offline_message(read_twice(tmp_path, dead_url(), **environment))
-
-
-def test_a_hub_that_lacks_wiki1m_is_one_clear_line(tmp_path):
-    with loopback({}) as server:
-        assert "EntryNotFound" in offline_message(read_twice(tmp_path, server.url))
-        assert server.requests
-
-
-def test_the_halves_of_a_set_are_left_out_where_the_whole_is(tmp_path):
-    for name in [*HALVES, "allnli", "nq", "nq_split1"]:
-        make(tmp_path / f"{name}.jsonl", 3, name)
-    names = [file.path.name.removesuffix(".jsonl") for file in Triples(tmp_path).files]
-    assert names == ["allnli", "nq", "nq_split1", *HALVES[2:]]
-
-
-def test_an_instruction_loses_its_colon_which_the_template_brings(tmp_path):
-    make(tmp_path / "mine.jsonl", 3, "a")
-    assert Triples(tmp_path, " Find the text: ")[1].instruction == "Find the text"

@@ -1,28 +1,25 @@
-"""Texts from files, and WikiText-103 from a server on the loopback; nothing here has a network."""
+"""data/corpora.py: texts from files; WikiText-103 and Wiki1M from a server on the loopback."""
 
 import gzip
 import hashlib
 import json
-import os
 import random
 import re
-import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 import zipfile
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
 
+import numpy as np
 import pytest
+from helpers import dead_url, hub_environment, hub_file, loopback
 
-from data import UserError, corpora
-from data.corpora import read_texts
+from data import corpora
+from data.corpora import digest_ids, read_texts
+from runtime.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 ROWS = b'{"text": "one"}\n{"text": "t\\u00f6w"}\n'
 
 # ---------------------------------------------------------------------------------------------
@@ -43,13 +40,13 @@ ROWS = b'{"text": "one"}\n{"text": "t\\u00f6w"}\n'
     ("blank-lines.txt", "\n  one\t\n \n\ntöw  ".encode()),
     ("blank-lines.jsonl", b'\n{"id": 1, "text": " one\\n"}\n  \n{"text": " "}\n' + ROWS[16:]),
 ])
-def test_texts_are_read_stripped_and_in_order(name, content, tmp_path):
+def test_texts_are_read_in_order_and_stripped(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     assert read_texts(str(path)) == ["one", "töw"]
 
 
-def test_a_text_may_hold_line_separators_other_than_the_newline(tmp_path):
+def test_only_newlines_separate_texts(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\u2028still one\x0bstill\x85one\ntwo\n", newline="")
     assert read_texts(str(path)) == ["one\u2028still one\x0bstill\x85one", "two"]
@@ -64,9 +61,9 @@ def test_a_text_may_hold_line_separators_other_than_the_newline(tmp_path):
     ("latin.txt", b"good\n" * 5 + b"caf\xe9\n", ["line ", "not UTF-8", "iconv -f"]),
     ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), ["line ", "not UTF-8", "iconv -f"]),
     ("latin.txt.gz", gzip.compress(b"caf\xe9\n"), ["line ", "not UTF-8", "iconv -f"]),
-    ("json.jsonl", ROWS + b"\n{'text': 'x'}\n", ["line 4:", "not JSON", "mend or remove"]),
-    ("cut.jsonl", ROWS + b'{"text": "on', ["line 3:", "not JSON", "mend or remove"]),
-    ("txt.jsonl.gz", gzip.compress(b"plain\n"), ["line 1:", "not JSON", "mend or remove"]),
+    ("json.jsonl", ROWS + b"\n{'text': 'x'}\n", ["line 4:", "not JSON", "fix or remove"]),
+    ("cut.jsonl", ROWS + b'{"text": "on', ["line 3:", "not JSON", "fix or remove"]),
+    ("txt.jsonl.gz", gzip.compress(b"plain\n"), ["line 1:", "not JSON", "fix or remove"]),
     ("lacks.jsonl", ROWS + b'{"txt": "x"}\n', ["line 3:", 'no field "text"', "add it"]),
     ("number.jsonl", b'{"text": 5}\n' + ROWS, ["line 1:", '"text" that is a string', "add it"]),
     ("null.jsonl", ROWS + b'{"text": null}\n', ["line 3:", '"text" that is a string', "add it"]),
@@ -77,7 +74,7 @@ def test_a_text_may_hold_line_separators_other_than_the_newline(tmp_path):
     ("table.csv", b"one\n", ["unknown kind", "rename it to .txt or .jsonl"]),
     ("archive.gz", gzip.compress(b"one\n"), ["unknown kind", "rename it to .txt or .jsonl"]),
 ])
-def test_a_bad_file_is_named_with_line_and_fix_and_left_alone(name, content, fragments, tmp_path):
+def test_a_bad_file_is_reported_with_a_remedy_and_left_alone(name, content, fragments, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -90,7 +87,7 @@ def test_a_bad_file_is_named_with_line_and_fix_and_left_alone(name, content, fra
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl.gz", "folder.txt", ""])
-def test_a_missing_file_is_told_with_what_text_takes(name, tmp_path):
+def test_a_missing_file_is_reported_with_what_text_accepts(name, tmp_path):
     (tmp_path / "folder.txt").mkdir()
     path = str(tmp_path / name)
     with pytest.raises(UserError, match=re.escape(path) + ": no such file.*--text.*wikitext103"):
@@ -107,7 +104,7 @@ def test_the_line_that_is_not_utf8_is_named(good, zipped, tmp_path):
         read_texts(str(path))
 
 
-def test_a_gzip_with_a_damaged_byte_anywhere_is_a_user_error(tmp_path):
+def test_a_damaged_byte_anywhere_in_a_gzip_is_a_user_error(tmp_path):
     texts = random.Random(0).choices(["red", "green", "blue", "a longer line of text"], k=2000)
     whole, path = gzip.compress("\n".join(texts).encode()), tmp_path / "a.txt.gz"
     refused = 0
@@ -119,78 +116,21 @@ def test_a_gzip_with_a_damaged_byte_anywhere_is_a_user_error(tmp_path):
     assert refused > 50
 
 
-def test_a_lone_surrogate_is_refused_before_a_tokenizer_sees_it(tmp_path):
+def test_a_lone_surrogate_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(ROWS + b'{"text": "half an emoji \\ud83d"}\n')
     with pytest.raises(UserError, match=f"{path}, line 3:"):
         read_texts(str(path))
 
 
-# ---------------------------------------------------------------------------------------------
-# A server on the loopback
-# ---------------------------------------------------------------------------------------------
+def test_the_digest_depends_on_the_ids_their_order_and_where_texts_end():
+    def digest(*texts):
+        return digest_ids([np.array(ids, np.int32) for ids in texts])
 
-
-class Site(BaseHTTPRequestHandler):
-    """Answers from `server.answers`: path -> (status, body, headers); notes every request."""
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        self.server.requests.append(f"{self.command} {path}")
-        not_found = 404, b"", {"X-Error-Code": "EntryNotFound"}
-        status, body, headers = self.server.answers.get(path, not_found)
-        if "wants-agent" in headers and self.headers["User-Agent"].startswith("Python-urllib"):
-            status, body, headers = 403, b"", {}
-        self.send_response(status)
-        length = {} if "Transfer-Encoding" in headers else {"Content-Length": str(len(body))}
-        for key, value in {**length, **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-
-@contextmanager
-def loopback(answers):
-    """A server of these answers, with its `url` and the `requests` that it has seen."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    server.answers, server.requests = answers, []
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def hub_file(content: bytes, commit: str):
-    """What the hub answers for a file of a repository."""
-    tag = hashlib.sha1(content).hexdigest()
-    return 200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": commit}
-
-
-def dead_url() -> str:
-    """An address on the loopback where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-
-def hub_environment(home: Path, endpoint: str) -> dict[str, str]:
-    """The environment of a process whose hub is `endpoint` and whose caches are below `home`."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    return kept | {
-        "HF_HOME": str(home / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "XDG_CACHE_HOME": str(home / "cache"),
-        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    first = digest([1, 2], [3])
+    assert re.fullmatch("[0-9a-f]{64}", first) and digest([1, 2], [3]) == first
+    others = {digest([1], [2, 3]), digest([3], [1, 2]), digest([1, 2, 3]), digest([1, 2], [4])}
+    assert len(others) == 4 and first not in others
 
 
 # ---------------------------------------------------------------------------------------------
@@ -237,7 +177,7 @@ def test_wikitext_is_downloaded_once_and_only_its_training_part_is_read(wikitext
     assert cached_zips(tmp_path) == [NAME]
 
 
-def test_wikitext_comes_also_from_a_server_that_refuses_pythons_own_user_agent(wikitext):
+def test_a_server_that_refuses_pythons_own_user_agent_serves_wikitext(wikitext):
     status, content, _ = wikitext.answers["/w.zip"]
     wikitext.answers["/w.zip"] = status, content, {"wants-agent": "yes"}
     with pytest.raises(HTTPError, match="403"):
@@ -245,8 +185,8 @@ def test_wikitext_comes_also_from_a_server_that_refuses_pythons_own_user_agent(w
     assert read_texts("wikitext103") == TEXTS
 
 
-def refused(server, tmp_path, fragments) -> str:
-    """Reading the corpus raises one clear line, leaves no zip behind, and a later try succeeds."""
+def download_fails(server, tmp_path, fragments) -> str:
+    """Reading the corpus is one clear UserError and leaves no zip; a later try succeeds."""
     good = server.answers.pop("good")
     with pytest.raises(UserError) as caught:
         read_texts("wikitext103")
@@ -263,25 +203,25 @@ WHAT_TO_DO = ["/w.zip (", REPOSITORY, "Fetch the zip elsewhere", "--text", "--mi
               "--max-text-tokens 512"]
 
 
-def test_a_broken_off_download_is_not_kept(wikitext, tmp_path):
+def test_an_interrupted_download_is_not_kept(wikitext, tmp_path):
     good = wikitext.answers["/w.zip"]
     half = good[1][: len(good[1]) // 2]
     wikitext.answers |= {"good": good, "/w.zip": (200, half, {"Content-Length": str(len(good[1]))})}
     said = f"ended after {len(half)} of {len(good[1])} bytes"
-    refused(wikitext, tmp_path, [*WHAT_TO_DO, said])
+    download_fails(wikitext, tmp_path, [*WHAT_TO_DO, said])
 
 
 @pytest.mark.parametrize("chunk", [b"", b"5\r\nab"], ids=["between chunks", "within a chunk"])
-def test_a_broken_off_chunked_download_is_not_kept(chunk, wikitext, tmp_path):
+def test_an_interrupted_chunked_download_is_not_kept(chunk, wikitext, tmp_path):
     headers = {"Transfer-Encoding": "chunked"}
     wikitext.answers |= {"good": wikitext.answers["/w.zip"], "/w.zip": (200, chunk, headers)}
-    refused(wikitext, tmp_path, WHAT_TO_DO)
+    download_fails(wikitext, tmp_path, WHAT_TO_DO)
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
-def test_a_refused_download_is_told_with_its_status(status, wikitext, tmp_path):
+def test_a_refused_download_is_reported_with_its_status(status, wikitext, tmp_path):
     wikitext.answers |= {"good": wikitext.answers["/w.zip"], "/w.zip": (status, b"no", {})}
-    refused(wikitext, tmp_path, [*WHAT_TO_DO, f"HTTP Error {status}"])
+    download_fails(wikitext, tmp_path, [*WHAT_TO_DO, f"HTTP Error {status}"])
 
 
 def test_a_zip_with_a_wrong_sha256_is_removed(wikitext, tmp_path):
@@ -289,14 +229,15 @@ def test_a_zip_with_a_wrong_sha256_is_removed(wikitext, tmp_path):
     other = good[1][:-1] + b"x"
     wikitext.answers |= {"good": good, "/w.zip": (200, other, {})}
     digests = [hashlib.sha256(c).hexdigest()[:12] for c in (other, good[1])]
-    refused(wikitext, tmp_path, ["sha256", *digests, f"{len(good[1])}", "removed, run again"])
+    said = ["sha256", *digests, f"{len(good[1])}", "removed, run again"]
+    download_fails(wikitext, tmp_path, said)
 
 
-def test_more_bytes_than_published_are_not_all_read(wikitext, tmp_path, monkeypatch):
+def test_a_download_larger_than_published_is_not_read_to_its_end(wikitext, tmp_path, monkeypatch):
     good = wikitext.answers["/w.zip"]
     endless = good[1] + bytes(40_000_000)
     wikitext.answers |= {"good": good, "/w.zip": (200, endless, {})}
-    message = refused(wikitext, tmp_path, ["sha256", "removed, run again"])
+    message = download_fails(wikitext, tmp_path, ["sha256", "removed, run again"])
     assert int(re.search(r"([\d,]+) bytes", message)[1].replace(",", "")) < 3_000_000
 
 
@@ -324,7 +265,8 @@ def test_a_cache_that_cannot_be_written_is_a_user_error(wikitext, tmp_path, monk
 
 FROM_MIRROR = """
 import json, sys
-from data import UserError, corpora
+from data import corpora
+from runtime.errors import UserError
 corpora.WIKITEXT_URL, corpora.WIKITEXT_BYTES, corpora.WIKITEXT_SHA256 = json.loads(sys.argv[1])
 for _ in range(2):
     try:
@@ -363,3 +305,64 @@ def test_a_wrong_zip_from_the_mirror_is_removed_and_fetched_again(tmp_path):
     for message in (first, second):
         assert "sha256" in message and "removed, run again" in message
     assert fetched == 2 and cached_zips(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Wiki1M
+# ---------------------------------------------------------------------------------------------
+
+WIKI1M, WIKI1M_NAME = corpora.WIKI1M
+WIKI1M_PATH = f"/datasets/{WIKI1M}/resolve/main/{WIKI1M_NAME}"
+READ_WIKI1M = """
+import json, sys, time
+time.sleep = lambda _: None  # the hub's client sleeps long before it gives up
+from data import corpora
+from runtime.errors import UserError
+for _ in range(2):
+    try:
+        print(json.dumps(corpora.read_texts("wiki1m")))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def read_twice(home: Path, endpoint: str, **environment) -> list:
+    """What two readings of wiki1m give in a process whose hub is `endpoint`."""
+    done = subprocess.run(
+        [sys.executable, "-c", READ_WIKI1M], capture_output=True, text=True, timeout=100,
+        env=hub_environment(home, endpoint) | environment,
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_wiki1m_is_downloaded_once_from_the_hub(tmp_path):
+    content = " YMCA in South Australia \n\nSenjō no Valkyria 3 .\r\n  last one".encode()
+    texts = ["YMCA in South Australia", "Senjō no Valkyria 3 .", "last one"]
+    with loopback({WIKI1M_PATH: hub_file(content, "c" * 40)}) as server:
+        assert read_twice(tmp_path, server.url) == [texts, texts]
+        assert server.requests.count(f"GET {WIKI1M_PATH}") == 1
+    cached = [p for p in (tmp_path / "hf").rglob("*") if p.name == WIKI1M_NAME]
+    assert len(cached) == 1
+    assert hashlib.sha256(cached[0].read_bytes()).digest() == hashlib.sha256(content).digest()
+    assert read_twice(tmp_path, dead_url(), HF_HUB_OFFLINE="1") == [texts, texts]
+
+
+def offline_message(said: list) -> str:
+    """The one clear line that both readings gave."""
+    assert len(said) == 2 and said[0] == said[1]
+    assert "\n" not in said[0]
+    for fragment in ("wiki1m cannot be downloaded", WIKI1M, WIKI1M_NAME, f"--text {WIKI1M_NAME}"):
+        assert fragment in said[0]
+    return said[0]
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no server", "offline"])
+def test_without_the_hub_wiki1m_is_one_clear_line(environment, tmp_path):
+    offline_message(read_twice(tmp_path, dead_url(), **environment))
+
+
+def test_a_hub_that_lacks_wiki1m_is_one_clear_line(tmp_path):
+    with loopback({}) as server:
+        assert "EntryNotFound" in offline_message(read_twice(tmp_path, server.url))
+        assert server.requests

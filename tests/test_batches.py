@@ -1,0 +1,303 @@
+"""data/batches.py: filters and splits of stage 1's texts, sentences and triples as batches."""
+
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import LONG, run_of, split_texts, write_triples
+
+import contrastive
+import pretrain_ctkd
+from contrastive import Config
+from data import corpora
+from data.batches import MIN_SIDE, SplitTexts, TripleRows, require_rows, same_texts, split_point
+from data.batches import token_batches
+from data.corpora import read_texts
+from data.tokenizer import Tokenizer
+from data.triples import Triples
+from runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return Tokenizer(tiny, 320)
+
+
+@pytest.fixture(scope="module")
+def encoder(ctkd):
+    """The encoder that stage 2 trains after the run `ctkd`."""
+    config = Config(model=str(ctkd), max_tokens=40, dtype="float32")
+    return contrastive.new_encoder(config, run_of(config))[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 1: split texts
+# ---------------------------------------------------------------------------------------------
+
+
+def test_wikitext_keeps_texts_of_1000_characters_and_less_than_512_tokens(
+    tokenizer, tmp_path, monkeypatch
+):
+    texts = [("an encoder reads the whole of it " * 60)[:n] for n in range(1700)]
+    by_tokens = {len(ids): text for ids, text in zip(tokenizer.encode(texts), texts)}
+    kept = [texts[1000], by_tokens[511]]
+    assert len(by_tokens[511]) > 1010
+    lines = [texts[999], kept[0], by_tokens[512], kept[1] + "   ", texts[1600]]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "llm2comp").mkdir()
+    with zipfile.ZipFile(tmp_path / "llm2comp" / corpora.WIKITEXT_MIRROR[1], "w") as archive:
+        archive.writestr(corpora.WIKITEXT_MEMBER, "".join(f" {line} \n" for line in lines))
+    config = pretrain_ctkd.Config(batch_size=2, max_tokens=520)
+    data = pretrain_ctkd.open_texts(config, tokenizer, config.num_texts)
+    expected = tokenizer.encode([text.strip() for text in kept])
+    assert [ids.tolist() for ids in data.texts] == [ids.tolist() for ids in expected]
+    assert data.dropped == "1 under 1000 characters, 2 512 tokens or more"
+    off = SplitTexts("wikitext103", tokenizer, 0, min_characters=0, max_text_tokens=0, room=10**6)
+    assert len(off.texts) == len(lines) and off.dropped == "none dropped"
+
+
+def test_texts_are_cut_so_that_bos_text_and_memory_tokens_fit_in_max_tokens(tokenizer, texts):
+    config = pretrain_ctkd.Config(text=str(texts), max_tokens=40, memory_tokens=8)
+    data = pretrain_ctkd.open_texts(config, tokenizer, num_texts=7)
+    assert [len(ids) for ids in data.texts] == [32] * 7
+    whole = tokenizer.encode(read_texts(str(texts))[:7])
+    for ids, all_ids in zip(data.texts, whole):
+        assert ids[0] == 1 and ids.tolist() == all_ids[:32].tolist() and len(all_ids) > 32
+
+
+def test_filters_drop_and_count_texts(tokenizer, texts, tmp_path):
+    path, whole = tmp_path / "more.txt", texts.read_text()
+    path.write_text("short\nsmall\nthe embedding of the text is here\n" + whole)
+    data = SplitTexts(str(path), tokenizer)
+    assert len(data.texts) == 40 and data.sizes == {f"{path} (3 under 20 tokens)": 40}
+    assert data.sha256 == SplitTexts(str(texts), tokenizer).sha256
+    assert data.sha256 != SplitTexts(str(texts), tokenizer, num_texts=39).sha256
+    assert str(data) == f"{path}: 40 texts, {sum(map(len, data.texts)) / 40:.0f} tokens each"
+    counts = sorted(map(len, data.texts))
+    short = SplitTexts(str(path), tokenizer, min_characters=30, max_text_tokens=counts[10])
+    assert len(short.texts) == sum(count < counts[10] for count in counts)
+    assert short.dropped == (f"2 under 30 characters, 1 under 20 tokens, "
+                             f"{40 - len(short.texts)} {counts[10]} tokens or more")
+    with pytest.raises(UserError, match="no text left of 43") as caught:
+        SplitTexts(str(path), tokenizer, max_text_tokens=20)
+    assert "--min-characters" in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_split_point_is_uniform_between_10_and_length_minus_10():
+    splits = [split_point(0, position, 24) for position in range(4000)]
+    counts = np.bincount(splits, minlength=15)
+    assert MIN_SIDE == 10
+    assert set(splits) == set(range(10, 15)) and counts[10:].min() > 700
+    assert split_point(0, 0, 20) == 10
+
+
+def test_order_and_splits_do_not_depend_on_the_batch_size(id_texts):
+    whole = id_texts.read_batch(7, 0, 8)
+    for size in (1, 2, 4):
+        parts = [id_texts.read_batch(7, step, size) for step in range(8 // size)]
+        assert sum((part.rows for part in parts), []) == whole.rows
+        assert sum((part.splits for part in parts), []) == whole.splits
+    other = id_texts.read_batch(8, 0, 8)
+    assert other.rows != whole.rows and other.splits != whole.splits
+
+
+def test_a_batch_has_contexts_continuations_and_the_totals_of_the_global_batch(id_texts):
+    batch = id_texts.read_batch(0, 1, 6)
+    for ids, context, continuation, a, row in zip(
+            batch.texts, batch.contexts, batch.continuations, batch.splits, batch.rows):
+        assert (np.concatenate((context, continuation)) == ids).all() and len(context) == a
+        assert len(context) >= MIN_SIDE and len(continuation) >= MIN_SIDE
+        assert (id_texts.texts[row] == ids).all()
+    lengths = [len(ids) for ids in batch.texts]
+    totals = 6, sum(lengths), sum(map(len, batch.continuations))
+    assert (batch.total_texts, batch.total_tokens, batch.total_targets) == totals
+    part = batch.part(range(2, 5))
+    assert [len(ids) for ids in part.texts] == lengths[2:5]
+    assert part.splits == batch.splits[2:5] and part.rows == batch.rows[2:5]
+    assert (part.total_texts, part.total_tokens, part.total_targets) == totals
+
+
+def test_a_text_is_cut_at_another_point_in_each_epoch():
+    data = split_texts([np.arange(60, dtype=np.int32)])
+    splits = [data.read_batch(0, step, 1).splits[0] for step in range(20)]
+    assert len(set(splits)) > 5 and splits == [split_point(0, step, 60) for step in range(20)]
+
+
+def test_splits_depend_on_the_seed():
+    zero, again, one = ([split_point(seed, position, 60) for position in range(20)]
+                        for seed in (0, 0, 1))
+    assert zero == again and zero != one
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 2: sentences
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_key_with_the_text_of_a_rows_positive_is_excluded_for_that_row_only():
+    keys = [np.array(ids, dtype=np.int32) for ids in ([1, 5], [1, 6], [1, 5], [1, 7], [1, 6],
+                                                      [1, 8])]
+    excluded = same_texts(keys, 3)  # three positives, three hard negatives
+    assert excluded.nonzero().tolist() == [[0, 2], [1, 4], [2, 0]]
+
+
+def test_a_batch_of_sentences_has_each_text_as_query_and_key(encoder, home):
+    config = Config(text=str(home / "texts.txt"), batch_size=6)
+    data = contrastive.open_data(config, encoder, False)
+    assert str(data) == (f"{home}/texts.txt: 40 texts, "
+                         f"{sum(map(len, data.texts)) / 40:.0f} tokens each")
+    texts = read_texts(str(home / "texts.txt"))
+    for step in range(2):
+        batch = data.read_batch(0, step, 6)
+        assert batch.key_rows == batch.rows and len(batch.queries) == len(batch.keys) == 6
+        for query, key, row in zip(batch.queries, batch.keys, batch.rows):
+            assert query.tolist() == key.tolist() == encoder.tokenize([texts[row]])[0][0].tolist()
+        assert torch.equal(batch.excluded, same_texts(batch.keys, 6))
+        assert batch.real_tokens == 2 * sum(map(len, batch.queries))
+    assert data.name(3) == f"{home}/texts.txt 3"
+
+
+def test_the_embedded_data_are_read_by_name(encoder):
+    config = Config(text="demo", num_texts=300)
+    data = contrastive.open_data(config, encoder, False)
+    assert len(data.texts) == 300
+    assert all(1 < len(ids) <= 38 and ids[0] == 1 for ids in data.texts)
+    first, *_ = passages = read_texts("demo")
+    sentence = encoder.tokenizer.decode(data.texts[0])
+    assert first.startswith(sentence) and len(sentence) < len(first)
+    everything = contrastive.open_data(replace(config, num_texts=0), encoder, False)
+    assert len(everything.texts) > 2 * len(passages)
+    data = contrastive.open_data(Config(stage="scl", triples="demo"), encoder, False)
+    assert data.sha256 == Triples("demo").sha256
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 3: triples
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negatives, keys", [(0, 8), (1, 16), (2, 24), (5, 24)])
+def test_negatives_of_a_row_are_drawn_from_its_list(negatives, keys, ctkd, home):
+    config = Config(stage="scl", model=str(ctkd), triples=str(home / "triples.jsonl"),
+                    negatives=negatives, batch_size=8, dtype="float32")
+    encoder, _ = contrastive.new_encoder(config, run_of(config))
+    data, chosen = contrastive.open_data(config, encoder, False), set()
+    for step in range(6):
+        batch, again = (data.read_batch(config.seed, step, 8) for _ in range(2))
+        assert len(batch.queries) == 8 and len(batch.keys) == keys
+        assert batch.excluded.shape == (8, keys) and again.rows == batch.rows
+        assert all((a == b).all() for a, b in zip(batch.keys, again.keys, strict=True))
+        per_row = min(negatives, 2)
+        assert batch.key_rows == batch.rows + [row for row in batch.rows for _ in range(per_row)]
+        for j, row in enumerate(batch.rows):
+            mine = batch.keys[8 + per_row * j : 8 + per_row * (j + 1)]
+            places = [data.triples[row].negatives.index(encoder.tokenizer.decode(ids))
+                      for ids in mine]
+            assert len(set(places)) == len(places) == per_row
+            chosen.update(places[:1])
+    assert chosen == ({0, 1} if negatives else set())
+
+
+@pytest.fixture
+def triple_batches(tiny, tmp_path):
+    """triple_batches(low, high, settings...): tokenizer, data and nine batches of four rows, whose
+    texts have `low` to `high` words."""
+
+    def make(low: int, high: int, **settings):
+        path = write_triples(tmp_path / "triples.jsonl", 12, 1, low, high)
+        config = Config(**{"stage": "scl", "model": str(tiny), "triples": str(path),
+                           "memory_tokens": 2, "max_tokens": 40, "document_tokens": 30,
+                           "batch_size": 4, "dtype": "float32", **settings})
+        encoder, _ = contrastive.new_encoder(config, run_of(config))
+        data = contrastive.open_data(config, encoder, False)
+        batches = [data.read_batch(config.seed, step, config.batch_size) for step in range(9)]
+        return encoder.tokenizer, data, batches
+
+    return make
+
+
+def test_negatives_depend_on_the_seed(triple_batches):
+    """The order of the rows does as well: what is compared are the places in the rows' lists."""
+    drawn = []
+    for seed in (0, 0, 1):
+        tokenizer, data, batches = triple_batches(3, 5, seed=seed, max_tokens=60,
+                                                  document_tokens=60)
+        drawn.append([data.triples[row].negatives.index(tokenizer.decode(ids))
+                      for batch in batches for row, ids in zip(batch.rows, batch.keys[4:])])
+    assert drawn[0] == drawn[1] != drawn[2] and set(drawn[0]) == {0, 1}
+
+
+def test_long_documents_are_cut_to_document_tokens(triple_batches):
+    """30 with the two memory tokens; queries are cut to 40."""
+    tokenizer, data, (batch, *_) = triple_batches(40, 45)
+    assert [len(ids) for ids in batch.queries] == [38] * 4
+    assert [len(ids) for ids in batch.keys] == [28] * 8
+    whole = tokenizer.encode([data.triples[row].positive for row in batch.rows])
+    for ids, full in zip(batch.keys, whole):
+        assert ids.tolist() == full[:28].tolist()
+
+
+def test_hard_negatives_stand_without_an_instruction(triple_batches):
+    tokenizer, data, (batch, *_) = triple_batches(3, 5, instruction="Find it", max_tokens=60,
+                                                  document_tokens=60)
+    for row, query, negative in zip(batch.rows, batch.queries, batch.keys[4:], strict=True):
+        assert tokenizer.decode(query) == f"Find it:{data.triples[row].query}\n"
+        assert tokenizer.decode(negative) in data.triples[row].negatives
+
+
+@pytest.mark.parametrize("kind", ["mixed", "single-dataset"])
+def test_single_dataset_makes_batches_of_one_file_only(kind, run, home, monkeypatch):
+    seen, read_batch = [], TripleRows.read_batch
+
+    def note(*arguments):
+        batch = read_batch(*arguments)
+        seen.append(set(np.searchsorted([20, 30, 39], batch.rows, side="right").tolist()))
+        return batch
+
+    monkeypatch.setattr(TripleRows, "read_batch", note)
+    flags = ["--triples", home / "folder", "--batches", kind, "--steps", 4, *LONG]
+    assert run("run", *flags, stage="scl") == 0
+    assert len(seen) == 4
+    if kind == "single-dataset":
+        assert all(len(files) == 1 for files in seen)
+        assert sorted(source for sources in seen for source in sources) == [0, 0, 1, 2]
+    else:
+        assert all(len(files) > 1 for files in seen)
+
+
+def test_a_row_is_named_by_its_file_and_its_place_there(encoder, home):
+    config = Config(stage="scl", triples=str(home / "folder"), batch_size=8, instruction="none")
+    data = contrastive.open_data(config, encoder, False)
+    assert [data.name(row) for row in (0, 19, 20, 29, 30, 38)] == [
+        "allnli.jsonl 0", "allnli.jsonl 19", "mine.jsonl 0", "mine.jsonl 9", "squad.jsonl 0",
+        "squad.jsonl 8"]
+    lines = str(data).splitlines()
+    assert lines[0] == f"{home}/folder: 39 rows, mixed" and len(lines) == 4
+    assert lines[2].split(maxsplit=1) == ["10", "mine.jsonl: no instruction"]
+    one_file = contrastive.open_data(replace(config, batches="single-dataset"), encoder, False)
+    assert str(one_file).splitlines()[0] == f"{home}/folder: 39 rows, single-dataset"
+    assert list(one_file.sizes.values()) == [20, 10, 9] and data.sizes == {f"{home}/folder": 39}
+
+
+def test_a_source_with_fewer_rows_than_a_batch_is_an_error():
+    require_rows({"a": 8, "b": 9}, 8)
+    with pytest.raises(UserError, match="--batch-size 9 is larger than the 8 rows of a; lower it"):
+        require_rows({"b": 9, "a": 8}, 9)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches of similar lengths
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 7, 10, 10**6])
+@pytest.mark.parametrize("lengths", [[], [5], [3, 9, 3, 1, 9, 2, 2], [12, 1, 1, 1]], ids=str)
+def test_batches_hold_each_text_once_within_the_budget_or_alone(lengths, budget):
+    batches = token_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(b) == 1 or sum(lengths[i] for i in b) <= budget for b in batches)
+    order = [lengths[i] for batch in batches for i in batch]
+    assert order == sorted(lengths, reverse=True)
+    assert budget < 10**6 or len(batches) <= 1

@@ -1,0 +1,96 @@
+"""bench/: every script runs in its tiny shape and prints its table; what the harness refuses."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+import harness
+
+TRANSFORMERS = ("transformers",)
+PEFT = ("transformers", "peft")
+SENTENCES = ("sentence_transformers", "transformers")
+SCRIPTS = {  # script and flags -> label of a row -> the packages that it needs
+    "time_ctkd.py --shape tiny --dtype float32 --warm-up 0 --batch 2 --lengths 30 40": {
+        "ours": (), "official": PEFT, "good": PEFT},
+    "time_scl.py --shape tiny --warm-up 0 --rows 2 --queries 30 30 --documents 30 30 "
+    "--mini-batch 2": {
+        "ours": (), "one-micro-batch": (),
+        "sentence-transformers, 2 texts": (*SENTENCES, "peft")},
+    "time_encode.py --shape tiny --texts 4 --lengths 20 40": {
+        "ours": (), "sentence-transformers": SENTENCES, "transformers": TRANSFORMERS},
+    "time_scoring.py --dims 16 --documents 50 --queries 5": {
+        "ours": (), "mteb": ("mteb", "pytrec_eval")},
+    "scaling.py --shape tiny --dtype float32 --axes processes --values 1 2 --warm-up 0 "
+    "--length 24 --batch 2": {"1": (), "2": ()},
+}
+
+
+@pytest.mark.parametrize("command, rows", list(SCRIPTS.items()), ids=lambda x: str(x).split()[0])
+def test_every_script_runs_and_prints_its_table(command, rows, tmp_path):
+    script, *flags = command.split()
+    if script == "scaling.py" and find_spec("matplotlib"):
+        flags += ["--figure", str(tmp_path / "scaling.svg")]
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, BENCH / script, *flags, "--turns", "1", "--threads", "1", "--out", out],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in done.stdout.splitlines() if line.startswith("|")]
+    there = {label for label, packages in rows.items() if all(map(find_spec, packages))}
+    assert there <= {cell for line in lines for cell in line[:2]}
+    assert len({len(line) for line in lines}) == 1 and "s, median (min-max)" in lines[0]
+    assert "--figure" not in flags or "<svg" in (tmp_path / "scaling.svg").read_text()
+    content = json.loads(out.read_text())
+    assert content["device"] and content["versions"]["torch"]
+    assert content["freed_memory_kept_by"] == "all" and content["arguments"]["turns"] == 1
+
+
+def step(loss, norm=1.0):
+    return {"loss": loss, "norm": norm}
+
+
+def test_what_does_not_compute_the_same_is_not_timed(capsys):
+    tolerances = {"loss": 1e-3, "norm": 1e-2}
+    harness.check_losses({"ours": step(1.0), "other": step(1.0009, 0.991)}, tolerances)
+    for other in (step(1.002), step(1.0, 1.02), step(float("nan")), step(1.0, float("inf"))):
+        with pytest.raises(harness.UserError, match="other: .*do not compute the same"):
+            harness.check_losses({"ours": step(1.0), "other": other}, tolerances)
+    near_zero = {"ours": step(1e-4), "other": step(5e-3, 1.009)}
+    harness.check_losses(near_zero, tolerances, absolute=1e-2)
+    for first, absolute in ((near_zero, 1e-3), ({"ours": step(1.0), "other": step(1.0, 1.02)}, 1.0),
+                            ({"ours": step(1.0), "other": step(float("nan"))}, 1.0)):
+        with pytest.raises(harness.UserError, match="do not compute the same"):
+            harness.check_losses(first, tolerances, absolute)
+
+
+def test_warm_up_is_not_counted_and_the_fastest_threads_are():
+    turns = {1: [9.0, 3.0, 5.0, 4.0], 2: [9.0, 1.0, 8.0, 2.0]}
+    answers = {threads: [{"seconds": s, "peak_bytes": threads * harness.GIB} for s in seconds]
+               for threads, seconds in turns.items()}
+    found = harness.Timing({"imported_bytes": harness.GIB}, {}, answers, warm_up=1)
+    assert (found.threads, found.median, found.seconds) == (2, 2.0, [1.0, 8.0, 2.0])
+    assert found.cells(found) == ["2 (1-8)", "1.00", "2.00 (1.00)"]
+
+
+def test_what_is_not_installed_is_left_out(capsys):
+    class Missing(harness.Implementation):
+        imports = ("json", "no_such_package.part")
+
+    kinds = {"ours": harness.Implementation, "theirs": Missing}
+    assert list(harness.installed(kinds)) == ["ours"]
+    assert capsys.readouterr().out == "left out: theirs, no_such_package is not installed\n"
+
+
+def test_weights_depend_on_their_names_alone():
+    llama = harness.random_llama(harness.SHAPES["tiny"], "float32", "cpu")
+    again = dict(harness.random_llama(harness.SHAPES["tiny"], "float32", "cpu").named_parameters())
+    drawn = [p for p in llama.parameters() if p.dim() > 1]
+    assert all(p.equal(again[name]) for name, p in llama.named_parameters())
+    assert all(not a.equal(b) for a, b in zip(drawn, drawn[1:]) if a.shape == b.shape)

@@ -1,0 +1,313 @@
+"""data/tokenizer.py: golden ids, templates and prompts, batches by number of tokens."""
+
+import random
+
+import numpy as np
+import pytest
+import tokenizers
+from helpers import ECHO, EOL, TEXT, TEXTS, K, refused, trained_encoder, write_tokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from data.tokenizer import INSTRUCTED, Tokenizer, check_special_tokens, choose_template
+from model import EncoderConfig, plain_encoder
+from runtime.errors import UserError
+
+
+def save(tokenizer, folder):
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def like_llama_2(folder, template="<s> $A"):
+    """SentencePiece in spirit: a metaspace before the text, byte fallback, `<s>` first."""
+    special, fallback = ["<unk>", "<s>", "</s>"], [f"<0x{i:02X}>" for i in range(256)]
+    vocab = [*special, *fallback, "▁", "a", "b", "▁a", "ab"]
+    tokenizer = tokenizers.Tokenizer(models.BPE(
+        {token: i for i, token in enumerate(vocab)}, [("▁", "a"), ("a", "b")],
+        unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    save(tokenizer, folder)
+    return len(vocab)
+
+
+def like_llama_3(folder):
+    """Byte level, `<|begin_of_text|>` at the end of the vocabulary, two post-processors."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "ab"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [("a", "b")], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
+    bos = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 257)]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos])
+    save(tokenizer, folder)
+    return 259, vocab
+
+
+# ---------------------------------------------------------------------------------------------
+# Ids
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_llama_2_tokenizer_gives_the_golden_ids(tmp_path):
+    size = like_llama_2(tmp_path)
+    tokenizer = Tokenizer(tmp_path, size)
+    assert tokenizer.bos == [1]
+    texts = ["a", "ab", "b", " a", "a!", ""]
+    golden = [[1, 262], [1, 262, 261], [1, 259, 261], [1, 259, 262], [1, 262, 3 + 0x21], [1]]
+    arrays = tokenizer.encode(texts)
+    assert [array.tolist() for array in arrays] == golden
+    assert all(array.dtype == np.int32 for array in arrays)
+    assert tokenizer.decode(golden[1]) == "ab"
+
+
+def test_a_llama_3_tokenizer_gives_the_golden_ids(tmp_path):
+    size, vocab = like_llama_3(tmp_path)
+    tokenizer = Tokenizer(tmp_path, size)
+    assert tokenizer.bos == [257]
+    golden = [[257, 256], [257, vocab["b"], vocab["a"]], [257, vocab["Ġ"], 256], [257]]
+    assert [a.tolist() for a in tokenizer.encode(["ab", "ba", " ab", ""])] == golden
+
+
+def test_an_end_token_of_the_post_processor_is_left_out(tmp_path):
+    tokenizer = Tokenizer(tmp_path, like_llama_2(tmp_path, "<s> $A </s>"))
+    assert tokenizer.bos == [1]
+    assert tokenizer.encode(["ab"])[0].tolist() == [1, 262, 261]
+
+
+@pytest.mark.parametrize("template", [None, "$A </s>"], ids=["none", "end token only"])
+def test_without_a_bos_in_the_post_processor_config_json_names_it(template, tmp_path):
+    write_tokenizer(tmp_path, template=template)
+    tokenizer = Tokenizer(tmp_path, 320, bos_token_id=2)
+    assert tokenizer.bos == [2] and tokenizer.encode([""])[0].tolist() == [2]
+    with pytest.raises(UserError, match="bos_token_id") as info:
+        Tokenizer(tmp_path, 320)
+    assert str(tmp_path / "tokenizer.json") in str(info.value)
+
+
+def test_the_post_processor_takes_precedence_over_config_json(tmp_path):
+    write_tokenizer(tmp_path)
+    assert Tokenizer(tmp_path, 320, bos_token_id=2).bos == [1]
+
+
+def test_ids_equal_those_of_transformers_and_a_cut_keeps_bos(tiny):
+    ours = Tokenizer(tiny, 320)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"))
+    assert [a.tolist() for a in ours.encode(TEXTS)] == theirs(TEXTS).input_ids
+    assert [a.tolist() for a in ours.encode(TEXTS, 5)] == [i[:5] for i in theirs(TEXTS).input_ids]
+    assert [ours.decode(a) for a in ours.encode(TEXTS)] == TEXTS
+
+
+def test_texts_keep_their_order_across_chunks(tiny):
+    ours = Tokenizer(tiny, 320)
+    texts = [str(i) for i in range(4096 + 5)]
+    assert [ours.decode(a) for a in ours.encode(texts)] == texts
+
+
+def test_truncation_and_padding_stored_in_the_file_have_no_effect(tiny, tmp_path):
+    stored = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    stored.enable_truncation(4)
+    stored.enable_padding(length=16)
+    save(stored, tmp_path)
+    assert len(stored.encode(TEXT).ids) == 16 and stored.encode(TEXT).attention_mask.count(1) == 4
+    plain, ours = Tokenizer(tiny, 320), Tokenizer(tmp_path, 320)
+    assert ours.bos == plain.bos
+    for a, b in zip(ours.encode(TEXTS), plain.encode(TEXTS)):
+        assert np.array_equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------
+# Templates: texts with instructions, documents, prompts
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template, document_template, asked, expected", [
+    ("{text}", "", {}, "{text}"), ("q: {text}", "", {}, "q: {text}"),
+    (INSTRUCTED, "", {}, "{text}"), (INSTRUCTED, "", {"document": True}, "{text}"),
+    (INSTRUCTED, "", {"instruction": "Find it"}, "Find it:{text}\n"),
+    ("{text}", "", {"instruction": "Find it"}, "Find it:{text}\n"),
+    ("<{instruction}> {text}", "", {"instruction": "x"}, "<x> {text}"),
+    ("q: {text}", "d: {text}", {"document": True}, "d: {text}"),
+    ("q: {text}", "d: {text}", {"document": False}, "q: {text}"),
+    (INSTRUCTED, "d: {text}", {"document": True, "instruction": "Find it"}, "d: {text}"),
+])
+def test_instruction_and_role_choose_the_template(template, document_template, asked, expected):
+    assert choose_template(template, document_template, **asked) == expected
+
+
+def test_an_instruction_that_is_not_utf8_is_refused():
+    refused(lambda: choose_template("{text}", "", "half \ud83d"), "instruction", "not a text")
+
+
+def test_a_special_token_that_the_tokenizer_lacks_is_refused(tiny):
+    tokenizer = Tokenizer(tiny, 320)
+    check_special_tokens(tokenizer, ("{text}</s>", "1 < 2 and 3 > 2 {text}"))
+    refused(lambda: check_special_tokens(tokenizer, ("{text}</s>", "{text}<|eot|>")),
+            "'{text}<|eot|>'", "<|eot|> is no token", str(tiny / "tokenizer.json"))
+
+
+def test_only_the_text_is_filled_into_a_template(tiny):
+    texts = ["a {text} b", "{0} {x}", "%s"]
+    templated = trained_encoder(tiny, EncoderConfig(K, template="query: {text}\n", max_tokens=64))
+    plain = trained_encoder(tiny).encode([f"query: {text}\n" for text in texts])
+    assert np.abs(templated.encode(texts) - plain).max() <= 1e-6
+
+
+@pytest.mark.parametrize("template", ["{text}", INSTRUCTED])
+def test_an_instruction_precedes_its_text_and_without_one_the_text_stands_alone(template, tiny):
+    texts = ["A text.", "", "{instruction}", "two\nlines"]
+    encoder = trained_encoder(tiny, EncoderConfig(K, template=template, max_tokens=64))
+    plain = trained_encoder(tiny)
+    told = plain.encode([f"Find it:{text}\n" for text in texts])
+    assert np.abs(encoder.encode(texts, "Find it") - told).max() <= 1e-6
+    assert np.abs(encoder.encode(texts, instruction="Find it") - told).max() <= 1e-6
+    assert np.abs(encoder.encode(texts) - plain.encode(texts)).max() <= 1e-6
+    assert np.abs(told - plain.encode(texts)).max() > 1e-2
+
+
+@pytest.mark.parametrize("template", ["query: {text}", ECHO, EOL])
+def test_a_template_without_a_place_for_an_instruction_refuses_one(template, tiny):
+    encoder = plain_encoder(tiny, EncoderConfig(0, "last", "causal", template=template))
+    assert encoder.encode(["x"]).shape == (1, 32)
+    with pytest.raises(UserError, match="instruction 'Find it'.*no place for one"):
+        encoder.encode(["x"], "Find it")
+
+
+def test_cutting_a_long_text_leaves_instruction_and_newline_whole(tiny):
+    config = EncoderConfig(K, template=INSTRUCTED, max_tokens=40)
+    encoder = trained_encoder(tiny, config)
+    ids, _ = encoder.tokenize([TEXT, "short"], "Find it")
+    assert len(ids[0]) == 40 - K and encoder.tokenizer.decode(ids[1]) == "Find it:short\n"
+    said = encoder.tokenizer.decode(ids[0])
+    assert said.startswith("Find it:The quick") and said.endswith("\n")
+    kept = said.removeprefix("Find it:").removesuffix("\n")
+    assert TEXT.startswith(kept) and len(kept) > 10
+    assert np.abs(encoder.encode([TEXT], "Find it") - encoder.encode([kept], "Find it")).max() == 0
+
+
+@pytest.mark.parametrize("prompt, after", [
+    (ECHO, ""), (EOL, '" means in one word:"'), (INSTRUCTED, "\n"), ("{text} and {text}!", "!"),
+])
+def test_a_filled_prompt_is_tokenized_as_one_text_with_the_last_occurrence_as_tail(
+    prompt, after, tiny
+):
+    tokenizer = Tokenizer(tiny, 320)
+    arrays, tails = tokenizer.encode_prompted(TEXTS, prompt, 4096)
+    whole = tokenizer.encode([prompt.replace("{text}", text) for text in TEXTS])
+    for text, ids, expected, tail in zip(TEXTS, arrays, whole, tails):
+        assert np.array_equal(ids, expected) and ids.dtype == np.int32
+        last = tokenizer.decode(ids[len(ids) - tail :])
+        assert last in (text + after, f" {text}{after}") and tail < len(ids)
+
+
+def test_a_llama_2_tokenizer_gives_the_golden_tails(tmp_path):
+    tokenizer = Tokenizer(tmp_path, like_llama_2(tmp_path))
+    arrays, tails = tokenizer.encode_prompted(["a", "ab", "b", "é", ""], "b {text}b {text}", 99)
+    space, b = [259], [261]
+    first = [1, 259, 261]
+    golden = [[*first, 262, *b, 262], [*first, 262, *b, *b, 262, *b],
+              [*first, *space, *b, *b, *space, *b],
+              [*first, *space, 3 + 0xC3, 3 + 0xA9, *b, *space, 3 + 0xC3, 3 + 0xA9],
+              [*first, *space, *b, *space]]
+    assert [array.tolist() for array in arrays] == golden
+    assert tails == [1, 2, 1, 2, 0]
+
+
+def longest_fit(tokenizer, text, prompt, room):
+    """The ids with the longest beginning of the text, in its own tokens, that fit; None if none."""
+    ends = [end for _, end in tokenizer.backend.encode(text, add_special_tokens=False).offsets]
+    for string in [text, *(text[:end] for end in reversed(ends))]:
+        (ids,) = tokenizer.encode([prompt.replace("{text}", string)])
+        if len(ids) <= room:
+            return ids.tolist()
+    return None
+
+
+@pytest.mark.parametrize("prompt", [ECHO, EOL, INSTRUCTED.replace("{instruction}", "Find it")])
+@pytest.mark.parametrize("like", ["gpt-2", "llama-2"])
+def test_a_long_text_is_cut_no_more_than_needed_and_the_prompt_never(prompt, like, tiny, tmp_path):
+    if like == "gpt-2":
+        tokenizer = Tokenizer(tiny, 320)
+    else:
+        tokenizer = Tokenizer(tmp_path, like_llama_2(tmp_path))
+    draw = random.Random(0)
+    texts = [TEXT, "ümläut 漢字 " * 9, "ab" * 50, " a" * 50] + [
+        "".join(draw.choices("ab  \n漢é.", k=60)) for _ in range(12)]
+    frame = len(tokenizer.encode([prompt.replace("{text}", "")])[0])
+    before, after = prompt.partition("{text}")[0], prompt.rpartition("{text}")[2]
+    for room in range(frame, frame + 60, 7):
+        for text in texts:
+            expected = longest_fit(tokenizer, text, prompt, room)
+            try:
+                (ids,), (tail,) = tokenizer.encode_prompted([text], prompt, room)
+            except UserError as error:
+                assert expected is None and f"max_tokens={room}" in str(error)
+                continue
+            assert ids.tolist() == expected and len(ids) <= room and 0 < tail < len(ids)
+            said = tokenizer.decode(ids)
+            assert said.startswith(before.strip()) and said.endswith(after)
+
+
+def test_only_texts_that_are_too_long_are_cut(tiny):
+    tokenizer = Tokenizer(tiny, 320)
+    texts = ["short", TEXT, "", "a model"]
+    arrays, tails = tokenizer.encode_prompted(texts, EOL, 80)
+    for i in (0, 2, 3):
+        (alone,), (tail,) = tokenizer.encode_prompted([texts[i]], EOL, 4096)
+        assert np.array_equal(arrays[i], alone) and tails[i] == tail
+    assert 75 <= len(arrays[1]) <= 80
+
+
+@pytest.mark.parametrize("text", [TEXT, "x", ""])
+def test_a_prompt_that_leaves_no_room_is_a_user_error(text, tiny):
+    encoder = plain_encoder(tiny, EncoderConfig(0, "last", "causal", 20, EOL))
+    with pytest.raises(UserError, match="max_tokens=20 leaves no room for a text in the prompt"):
+        encoder.encode([text])
+
+
+def test_prompted_texts_keep_their_order_across_chunks(tiny):
+    tokenizer = Tokenizer(tiny, 320)
+    texts = [str(i) for i in range(512 + 5)]
+    arrays, tails = tokenizer.encode_prompted(texts, "a {text} b {text}", 99)
+    assert [tokenizer.decode(a) for a in arrays] == [f"a {t} b {t}" for t in texts]
+    assert len(tails) == len(texts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad files
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content, fragment", [
+    (None, "missing"), (b"", "not a tokenizer.json"), (b"{", "not a tokenizer.json"),
+    (b"[]", "not a tokenizer.json"), (b'{"model": {"type": "X"}}', "not a tokenizer.json"),
+    (b"\xff\xfe", "not a tokenizer.json"),
+], ids=["no file", "empty", "cut off", "a list", "unknown model", "binary"])
+def test_a_bad_tokenizer_file_is_refused_by_name(content, fragment, tiny_copy):
+    path = tiny_copy / "tokenizer.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    refused(lambda: plain_encoder(tiny_copy), str(path), fragment)
+
+
+def test_ids_beyond_the_models_vocabulary_are_refused(checkpoint):
+    folder = checkpoint(tokens=330)
+    refused(lambda: plain_encoder(folder), str(folder / "tokenizer.json"), "329", "320")
+
+
+@pytest.mark.parametrize("size", [319, 320])
+def test_the_first_id_beyond_the_table_is_refused(size, tiny):
+    """The tokenizer has 320 ids, the largest is 319."""
+    if size == 320:
+        assert Tokenizer(tiny, size).bos == [1]
+    else:
+        refused(lambda: Tokenizer(tiny, size), "token id 319 is beyond")
