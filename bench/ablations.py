@@ -19,7 +19,7 @@ common setting, `ctkd`. A study is a list of variants beside it, each with flags
     stages       stages 2 and 3 after ctkd, and without stage 1                    Figures 8 and 10
 
 A run is OUT/VARIANT-SEED: training, then evaluate.py (into OUT/results), then collapse.py (into
-OUT/VARIANT-SEED/collapse). What is finished is not repeated and an interrupted training goes on, so
+OUT/VARIANT-SEED/collapse). What is finished is not repeated and an interrupted training resumes, so
 that the command may be stopped at any time. Seeds can run side by side; studies, too, once the
 `ctkd` of their seeds is there.
 """
@@ -28,6 +28,7 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
@@ -36,8 +37,9 @@ import collapse
 import contrastive
 import evaluate
 import pretrain_ctkd
-from data import UserError
-from model import write_file
+from runtime.errors import UserError, run_command
+from runtime.files import write_file
+from runtime.settings import changed_settings
 
 SEEDS = {"untrained": [0], "objective": [0, 1, 2], "merging": [0, 1, 2]}  # of the others: 0, 1
 BESIDE = {"untrained": {}, "merging": {"ctkd": "", "nll": "--objective nll"}}  # of the others: ctkd
@@ -62,23 +64,21 @@ def studies(base: pretrain_ctkd.Config) -> dict[str, dict[str, str]]:
 
 
 def finished(module, flags: list[str], out: Path) -> bool:
-    """Whether the run is done; ends with a line if it was made with other settings than `flags`."""
+    """Whether the run is done; UserError if it was made with other settings than `flags`."""
     if not (out / "encoder" / "encoder.json").is_file():
         return False
     before = json.loads((out / "config.json").read_text())
-    for key, value in module.settings_of(module.parse_arguments(flags)).items():
-        if key not in (*module.FREE, "threads", "data_dir") and before.get(key) != value:
-            sys.exit(f"{out}: was run with {key}={before.get(key)!r}, now {value!r}; name another "
-                     f"--out")
+    config = replace(module.parse_arguments(flags), threads=before["threads"])
+    if changed := changed_settings(config, before):
+        raise UserError(f"{out}: was run with other settings ({'; '.join(changed)}); name another "
+                        f"--out")
     return True
 
 
 def train(module, flags: list[str], out: Path):
     """Train by a stage file, from where an interrupted run stopped, unless it is done."""
     if not finished(module, flags, out):
-        flags = [*flags, *["--resume"] * (out / "config.json").is_file()]
-        if code := module.main(flags):
-            sys.exit(code)
+        call(module, [*flags, *["--resume"] * (out / "config.json").is_file()])
 
 
 def recipe(variant: str, own: str, seed: object, args: argparse.Namespace):
@@ -176,22 +176,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def keep_setting(args: argparse.Namespace):
-    """Write OUT/common.json for the report; ends with a line if its runs had another setting."""
+    """Write OUT/common.json for the report; UserError if its runs had another setting."""
     path = Path(args.out) / "common.json"
     now = {key: value for key, value in vars(args).items()
            if key not in ("base", "study", "seeds", "variant")}
     before = json.loads(path.read_text()) if path.is_file() else now
     for key in ("common", "analyse", "eval_dtype", "ucl_flags", "ucl_flags_none", "scl_flags"):
         if before[key] != now[key]:
-            sys.exit(f"{path}: its runs have {key}={before[key]!r}, now {now[key]!r}; name another "
-                     f"--out")
+            raise UserError(f"{path}: its runs have {key}={before[key]!r}, now {now[key]!r}; name "
+                            f"another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(now, indent=2) + "\n")
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(args: argparse.Namespace):
     """Make, score and analyse what is missing."""
-    args = parse_arguments(argv)
     keep_setting(args)
     for study in args.study:
         variants = BESIDE.get(study, {"ctkd": ""}) | studies(args.base)[study]
@@ -199,15 +198,18 @@ def main(argv: list[str] | None = None) -> int:
             for variant, own in variants.items():
                 if variant not in (args.variant or variants):
                     continue
-                if variant not in (args.variant or [variant]):
-                    continue
                 print(f"\n== {study}: {variant}, seed {seed}", flush=True)
                 if study == "untrained":
                     score(args.base.model, ["--method", variant], Path(args.out) / variant, args)
                 else:
                     out = make(variant, own, seed, args)
                     score(str(out), [], out, args)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""RESULTS.md and its figures from the run folders that bench/ablations.py has left.
+"""docs/results.md and its figures from the run folders that bench/ablations.py has left.
 
     python bench/report.py --runs runs/ablations
 
 Reads only: common.json, each run's config.json, metrics.jsonl and collapse.json, and the results of
-evaluate.py. What is not finished is named, and enters no figure. A difference between two variants
-is the mean over their common seeds, of which there must be two; it counts if it has one sign in
-each and is above two standard errors. Without any real difference that happens by chance in 30 % of
-the cases with two seeds, in 18 % with three.
+evaluate.py. What is not finished is named, and enters no figure; with unfinished runs an existing
+docs/results.md is overwritten only with --force. A difference between two variants is the mean over
+their common seeds, of which there must be two; it counts if it has one sign in each and is above
+two standard errors. Without any real difference that happens by chance in 30 % of the cases with
+two seeds, in 18 % with three.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
 
 import ablations
-from data.results import label_of
 from data.tasks import TASKS
+from runtime.errors import UserError, run_command
+from runtime.results import label_of
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-sts": "embedded STS",
          "demo-retrieval": "embedded retrieval", "clustering-20newsgroups": "20 Newsgroups*"}
@@ -45,14 +49,6 @@ MEASURES = {  # key of a run -> heading, digits
 }
 
 
-FORMAT = {key: (digits, title) for key, (title, digits) in MEASURES.items()}
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Runs:
     """All runs below a folder: values[variant, seed][key], and what is missing."""
@@ -60,7 +56,7 @@ class Runs:
     args: argparse.Namespace  # of the command that made them, without its studies and seeds
     studies: dict[str, dict[str, str]]
     values: dict[tuple[str, int], dict[str, float]]
-    files: dict[tuple[str, int], dict]  # spectrum, cosines, losses, config
+    files: dict[tuple[str, int], dict]  # environment, config, losses, collapse
     unfinished: dict[tuple[str, int], str]
     tasks: dict[str, str]  # heading -> kind
 
@@ -84,16 +80,15 @@ class Runs:
 def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dict, str]:
     """Values and files of a run, and why it is not finished (empty if it is)."""
     values, files = {}, {}
-    if (out / "environment.json").is_file():
-        files["environment"] = json.loads((out / "environment.json").read_text())
-    if (out / "config.json").is_file():
-        files["config"] = json.loads((out / "config.json").read_text())
-        metrics = out / "metrics.jsonl"
+    for name in ("environment", "config"):
+        if (path := out / f"{name}.json").is_file():
+            files[name] = json.loads(path.read_text())
+    if "config" in files:
+        metrics, steps = out / "metrics.jsonl", files["config"]["steps"]
         lines = metrics.read_text().splitlines(True) if metrics.is_file() else []
         files["losses"] = [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
         if not (out / "encoder" / "encoder.json").is_file():
-            of = f" of {files['config']['steps']}" if files["config"]["steps"] else ""
-            return values, files, f"{len(files['losses'])}{of} steps"
+            return values, files, f"{len(files['losses'])}{f' of {steps}' if steps else ''} steps"
     hashes = set()
     for path in results.glob("*.json"):
         about = json.loads(path.read_text())
@@ -102,13 +97,12 @@ def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dic
         values[name] = 100 * about["scores"]["test"][0]["main_score"]
     if missing := [task for task in tasks if task not in values]:
         return values, files, "not evaluated on " + ", ".join(missing) if values else "not begun"
-    if not (out / "collapse" / "collapse.json").is_file():
+    if not (path := out / "collapse" / "collapse.json").is_file():
         return values, files, "not analysed"
-    [found] = json.loads((out / "collapse" / "collapse.json").read_text())
+    [found] = json.loads(path.read_text())
     if hashes != {found["sha256"]}:
         return values, files, "evaluated and analysed with different weights"
-    files |= {"spectrum": found["spectrum"], "cosines": found.get("cosines"),
-              "analysed": found["texts"]}
+    files["collapse"] = found
     values |= {key: found[key] for key in MEASURES if found.get(key) is not None}
     if "clusters" in found:
         values["effective"] = len(found["kept_tokens"]) or len(found["clusters"])
@@ -143,16 +137,8 @@ def read_runs(folder: Path) -> Runs:
                 out, label = folder / name, label_of(model, method)
                 values, files, why = read_run(out, folder / "results" / label, tasks)
                 runs.files[variant, seed] = files
-                if why:
-                    runs.unfinished[variant, seed] = why
-                else:
-                    runs.values[variant, seed] = values
+                (runs.unfinished if why else runs.values)[variant, seed] = why or values
     return runs
-
-
-# ---------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------
 
 
 def cell(x: np.ndarray, digits: int = 1) -> str:
@@ -171,19 +157,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def by_variant(runs: Runs, columns: Callable[[str], list[str]]) -> list[list[str]]:
     """A row a variant with finished seeds: study, variant, seeds, columns(variant)."""
-    rows, shown = [], ""
+    rows = []
     for study, variants in runs.studies.items():
-        for variant in variants:
-            if seeds := runs.seeds(variant):
-                title = "" if shown == study else study
-                shown = study
-                rows.append([title, variant, str(len(seeds)), *columns(variant)])
+        there = [variant for variant in variants if runs.seeds(variant)]
+        rows += [["" if i else study, variant, str(len(runs.seeds(variant))), *columns(variant)]
+                 for i, variant in enumerate(there)]
     return rows
-
-
-def quoted(flags: str) -> str:
-    """Flags as one word of a shell."""
-    return f'"{flags}"' if "'" in flags else shlex.quote(flags)
 
 
 def command_of(runs: Runs, study: str, variant: str) -> str:
@@ -205,18 +184,13 @@ def losses_of(runs: Runs, variant: str) -> str:
                       for parts in ([x[:50] for x in found], [x[-50:] for x in found]))
 
 
-# ---------------------------------------------------------------------------------------------
-# The paper's claims
-# ---------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Claim:
     """A sentence of the paper, its figures, and what to compare: (a, b, key, expected sign)."""
 
     text: str
     paper: str
-    comparisons: list[tuple[str, str, str, int]]
+    comparisons: Sequence[tuple[str, str, str, int]] = ()
     judge: Callable[[Runs], tuple[str, str]] | None = None  # in place of comparisons
 
 
@@ -236,30 +210,31 @@ def judge(runs: Runs, claim: Claim) -> tuple[str, str]:
     """Verdict and evidence: confirmed if every comparison is as expected."""
     if claim.judge:
         return claim.judge(runs)
-    verdicts, evidence = [], []
-    for a, b, key, expected in claim.comparisons:
-        (x, y), (digits, title) = runs.both(a, b, key), FORMAT.get(key, (1, key))
-        one = f"{title}: {a} {cell(x, digits)}, {b} {cell(y, digits)}"
-        d = x - y if len(x) == len(y) else x[:0]
-        if len(d) < 2:
-            verdicts.append("unfinished")
-        elif np.isnan(d).any():
-            verdicts.append("not testable here")
-            one = f"{title}: not measured"
-        else:
-            small = abs(d.mean()) + 2 * error_of(d) < NO_DIFFERENCE
-            as_expected = small if expected == 0 else sign_of(d) == expected
-            opposite = expected and sign_of(d) == -expected
-            verdicts.append("confirmed" if as_expected else "opposite" if opposite else "open")
-            one += f", difference {d.mean():+.{digits}f} ± {d.std(ddof=1):.{digits}f} ({len(d)})"
-        evidence.append(one)
+    found = [compare(runs, *comparison) for comparison in claim.comparisons]
+    verdicts, evidence = {verdict for verdict, _ in found}, "; ".join(text for _, text in found)
     if "opposite" in verdicts:
-        part = "" if set(verdicts) == {"opposite"} else "in part "
-        return f"not confirmed: {part}the opposite", "; ".join(evidence)
-    for verdict in ("unfinished", "not testable here"):
+        part = "in part " if len(verdicts) > 1 else ""
+        return f"not confirmed: {part}the opposite", evidence
+    for verdict in ("unfinished", "not testable here", "not confirmed"):
         if verdict in verdicts:
-            return verdict, "; ".join(evidence)
-    return ("confirmed" if set(verdicts) == {"confirmed"} else "not confirmed"), "; ".join(evidence)
+            return verdict, evidence
+    return "confirmed", evidence
+
+
+def compare(runs: Runs, a: str, b: str, key: str, expected: int) -> tuple[str, str]:
+    """Verdict and evidence of one comparison: `expected` is the sign of a - b, 0 a small one."""
+    (x, y), (title, digits) = runs.both(a, b, key), MEASURES.get(key, (key, 1))
+    if min(len(x), len(y)) < 2:
+        return "unfinished", f"{title}: {a} {cell(x, digits)}, {b} {cell(y, digits)}"
+    d = x - y
+    if np.isnan(d).any():
+        return "not testable here", f"{title}: not measured"
+    evidence = (f"{title}: {a} {cell(x, digits)}, {b} {cell(y, digits)}, difference "
+                f"{d.mean():+.{digits}f} ± {d.std(ddof=1):.{digits}f} ({len(d)})")
+    small = abs(d.mean()) + 2 * error_of(d) < NO_DIFFERENCE
+    if small if expected == 0 else sign_of(d) == expected:
+        return "confirmed", evidence
+    return "opposite" if expected and sign_of(d) == -expected else "not confirmed", evidence
 
 
 def judge_spread(runs: Runs) -> tuple[str, str]:
@@ -303,16 +278,15 @@ CLAIMS = [
           [("ctkd", "rc", "mean", 1), ("nll", "rc", "mean", 1)]),
     Claim("Distillation beats the plain likelihood", "CTKD 52.49, NLL 46.22",
           [("ctkd", "nll", "mean", 1)]),
-    Claim("CTKD varies less over runs", "deviation 1.37, NLL 5.32, RC 2.65 (five runs)", [],
-          judge_spread),
+    Claim("CTKD varies less over runs", "deviation 1.37, NLL 5.32, RC 2.65 (five runs)",
+          judge=judge_spread),
     Claim("Stage 1 beats the training-free mean", "CTKD 52.49, weighted mean 40.46",
           [("ctkd", "weighted-mean", "mean", 1)]),
     Claim("NLL's embeddings collapse to fewer dimensions", "about 10 against 100 (of 4,096)",
           [("nll", "ctkd", "entropy", -1), ("nll", "ctkd", "participation", -1)]),
     Claim("NLL's memory tokens are more alike", "Figures 5 and 6",
           [("nll", "ctkd", "mean_cosine", 1)]),
-    Claim("Merging alike tokens helps NLL", "48.38 -> 51.09 (128,000 texts)",
-          [], judge_merging),
+    Claim("Merging alike tokens helps NLL", "48.38 -> 51.09 (128,000 texts)", judge=judge_merging),
     Claim("K from 1 to 8 makes little difference", "Figure 3",
           [(f"K={k}", "ctkd", "mean", 0) for k in (1, 2, 4)]),
     Claim("K = 16 hurts retrieval", "Figure 3", [("K=16", "ctkd", "retrieval", -1)]),
@@ -327,16 +301,10 @@ CLAIMS = [
     Claim("Compression is a better start for the contrastive stages than none",
           "66.78; LLM2Vec, another pretext task, 66.11",
           [("ucl-ctkd", "ucl-none", "mean", 1), ("scl-ctkd", "scl-none", "mean", 1)]),
-    Claim("Stage 3 is best within 200 steps, retrieval declines after", "section 4", [],
-          judge_peak),
-    Claim("The scores themselves", "66.78 on 14 tasks", [],
-          judge_size),
+    Claim("Stage 3 is best within 200 steps, retrieval declines after", "section 4",
+          judge=judge_peak),
+    Claim("The scores themselves", "66.78 on 14 tasks", judge=judge_size),
 ]
-
-
-# ---------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------
 
 
 def draw_scores(runs: Runs, path: Path):
@@ -344,28 +312,24 @@ def draw_scores(runs: Runs, path: Path):
     from matplotlib.figure import Figure
 
     figure = Figure((9, 2.8), layout="constrained")
-    panels = figure.subplots(1, 3)
-    groups = {"STS": "sts", "retrieval": "retrieval", "mean of all": "mean"}
-    axes = [("objective", ["weighted-mean", "rc", "nll", "ctkd"]),
-            ("K", ["K=1", "K=2", "K=4", "ctkd", "K=16"]),
-            ("after", ["ctkd", "ucl-ctkd", "scl-ctkd"])]
-    for panel, (title, variants) in zip(panels, axes):
-        there = [v for v in variants if runs.seeds(v)]
-        k = str(runs.args.base.memory_tokens)
-        names = [k if v == "ctkd" and title == "K" else v.removeprefix("K=") for v in there]
-        for colour, (group, key) in enumerate(groups.items()):
+    axes = {"objective": ["weighted-mean", "rc", "nll", "ctkd"],
+            "K": ["K=1", "K=2", "K=4", "ctkd", "K=16"],
+            "after": ["ctkd", "ucl-ctkd", "scl-ctkd"]}
+    panels = figure.subplots(1, len(axes))
+    for panel, (title, variants) in zip(panels, axes.items()):
+        there, style = [v for v in variants if runs.seeds(v)], "_" if title == "objective" else "-"
+        for colour, key in enumerate(("sts", "retrieval", "mean")):
             values = [runs.of(v, key) for v in there]
-            if title == "objective":
-                panel.plot(range(len(there)), [x.mean() for x in values], "_", color=f"C{colour}")
-            else:
-                panel.plot(range(len(there)), [x.mean() for x in values], color=f"C{colour}")
+            panel.plot([x.mean() for x in values], style, color=f"C{colour}",
+                       label="mean of all" if key == "mean" else key)
             for i, x in enumerate(values):
-                panel.plot([i] * len(x), x, ".", color=f"C{colour}",
-                           label=group if i == 0 and panel is panels[0] else None)
+                panel.plot([i] * len(x), x, ".", color=f"C{colour}")
+        names = there if title != "K" else [
+            str(runs.args.base.memory_tokens) if v == "ctkd" else v[2:] for v in there]
         panel.set_xticks(range(len(there)), names, fontsize=7)
         panel.set_xlabel(title)
     panels[0].set_ylabel("score x 100")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -377,53 +341,53 @@ def draw_collapse(runs: Runs, path: Path):
     panels = figure.subplot_mosaic("aabb;cdef", height_ratios=[1.2, 1])
     for name, variants in (("a", ["weighted-mean", "rc", "nll", "ctkd"]),
                            ("b", ["ctkd", "ucl-ctkd", "scl-ctkd"])):
-        panel = panels[name]
-        panel.set(yscale="log", xlabel="index")
         for i, variant in enumerate(variants):
             for turn, seed in enumerate(runs.seeds(variant)):
-                s = np.array(runs.files[variant, seed]["spectrum"])
-                panel.plot(np.arange(1, len(s) + 1), s / s[0], color=f"C{i}", linewidth=0.8,
-                           label=None if turn else variant)
-        panel.set_ylim(1e-5, 1.5)
-        panel.legend(frameon=False, fontsize=7)
-        panel.set_ylabel("singular value / first", fontsize=8)
+                s = np.array(runs.files[variant, seed]["collapse"]["spectrum"])
+                panels[name].plot(np.arange(1, len(s) + 1), s / s[0], color=f"C{i}", linewidth=0.8,
+                                  label=None if turn else variant)
+        panels[name].set(yscale="log", ylim=(1e-5, 1.5), xlabel="index",
+                         ylabel="singular value / first")
+        panels[name].legend(frameon=False, fontsize=7)
     for name, variant in zip("cdef", ["rc", "nll", "ctkd", "scl-ctkd"]):
-        panel = panels[name]
         if seeds := runs.seeds(variant):
-            image = panel.imshow(runs.files[variant, seeds[0]]["cosines"], vmin=0, vmax=1)
-            panel.set_title(f"{variant}, seed {seeds[0]}", fontsize=8)
-            figure.colorbar(image, ax=panel, shrink=0.8)
+            cosines = runs.files[variant, seeds[0]]["collapse"]["cosines"]
+            image = panels[name].imshow(cosines, vmin=0, vmax=1)
+            panels[name].set_title(f"{variant}, seed {seeds[0]}", fontsize=8)
+            figure.colorbar(image, ax=panels[name], shrink=0.8)
         else:
-            panel.remove()
+            panels[name].remove()
     figure.savefig(path, metadata={"Date": None})
 
 
-# ---------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------
+def flag_of(key: str, value) -> str:
+    """A setting of bench/ablations.py as its flag in a shell."""
+    flag = "--" + key.replace("_", "-")
+    if key == "task_dir":
+        return " ".join(f"{flag} {path} {kind}" for path, kind in value)
+    if isinstance(value, list):
+        return f"{flag} {' '.join(value)}"
+    return f'{flag} "{value}"' if "'" in value else f"{flag} {shlex.quote(value)}"
 
 
 def first_section(runs: Runs) -> str:
     """The first section: model, command, data."""
-    args = runs.args
+    args, llama = runs.args, runs.args.base.model
     words = shlex.split(" ".join([*args.common, args.ucl_flags, args.scl_flags,
                                   *sum(args.task_dir, [])]))
     names = {Path(word).name for word in words}
     data = [f"* `{name}`: {what}" for name, what in PUBLIC.items() if name in names]
     about = next((f["environment"] for f in runs.files.values() if "environment" in f), {})
     dtype = about.get("dtype", "?").removeprefix("torch.")
-    llama = args.base.model
     llama = "the embedded one (6.9 M weights, D = 256)" if llama == "demo" else llama
-    flags = {k: v for k, v in vars(args).items() if v and k not in ("common", "base", "out")}
-    more = " \\\n    ".join(f"--{k.replace('_', '-')} " + (
-        " --task-dir ".join(f"{path} {kind}" for path, kind in v) if k == "task_dir" else
-        " ".join(v) if isinstance(v, list) else quoted(v)) for k, v in flags.items())
+    more = " \\\n    ".join(flag_of(key, value) for key, value in vars(args).items()
+                           if value and key not in ("common", "base", "out"))
     common = shlex.join(args.common[2:])
     return f"""# Results
 
 The paper's ablations and analysis at the size of a laptop: the Llama is {llama}, not the paper's
 of 7 B. `python bench/report.py --runs {args.out}` writes this page from the run folders that this
-command leaves (and takes up again where it was stopped):
+command leaves (and resumes where it was stopped):
 
 ```sh
 python bench/ablations.py --study {' '.join(runs.studies)} \\
@@ -438,14 +402,14 @@ Scores are main scores x 100, mean ± standard deviation over seeds. Within stag
 a seed see the same texts in the same order, except those of the study `texts`. Training in {dtype}
 on {about.get('device', '?')}, evaluation and analysis in {args.eval_dtype}, torch
 {about.get('torch', '?')}. Speed, memory and the evaluator's agreement with published scores are in
-[bench/MEASURED.md](bench/MEASURED.md).
+[measured.md](measured.md).
 """
 
 
 def page(runs: Runs) -> str:
-    """The text of RESULTS.md."""
+    """The text of docs/results.md."""
     args, tasks = runs.args, list(runs.tasks)
-    analysed = next((f["analysed"] for f in runs.files.values() if "analysed" in f), 0)
+    analysed = next((f["collapse"]["texts"] for f in runs.files.values() if "collapse" in f), 0)
     scores = by_variant(runs, lambda v: [
         *(cell(runs.of(v, task)) for task in [*tasks, "mean"])])
     measures = by_variant(runs, lambda v: [
@@ -470,7 +434,7 @@ studies texts, embeddings and memory belong to no claim; their rows are below.
 
 ## Scores
 
-![Scores over objectives, K and stages](bench/ablations.svg)
+![Scores over objectives, K and stages](ablations.svg)
 
 {table(["study", "variant", "seeds", *tasks, "mean"], scores)}
 
@@ -479,7 +443,7 @@ studies texts, embeddings and memory belong to no claim; their rows are below.
 Of the embeddings of {analysed:,} texts of {args.analyse} (`collapse.py --help` says what the
 columns are):
 
-![Spectra and token correlations](bench/collapse.svg)
+![Spectra and token correlations](collapse.svg)
 
 {table(["study", "variant", "seeds", *(name for name, _ in MEASURES.values())], measures)}
 
@@ -496,28 +460,38 @@ read by `evaluate.py` on the tasks above and by `collapse.py --task {args.analys
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+def write(args: argparse.Namespace):
     """Write the page and its figures."""
+    folder, out = Path(args.runs), Path(args.out)
+    if not (folder / "common.json").is_file():
+        raise UserError(f"{folder}: no common.json there; is it the --out of bench/ablations.py?")
+    runs = read_runs(folder)
+    if runs.unfinished and out.resolve() == PAGE and out.exists() and not args.force:
+        (variant, seed), why = next(iter(runs.unfinished.items()))
+        raise UserError(f"{out}: kept as it is, {len(runs.unfinished)} runs are unfinished ("
+                        f"{variant}, seed {seed}: {why}); finish them, name another --out, or give "
+                        f"--force")
+    from matplotlib import rcParams
+
+    rcParams["svg.hashsalt"] = "ablations"  # the same runs draw the same file
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_scores(runs, out.parent / "ablations.svg")
+    draw_collapse(runs, out.parent / "collapse.svg")
+    out.write_text(page(runs), encoding="utf-8")
+    print(f"{out}: {len(runs.values)} runs, {len(runs.unfinished)} unfinished")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", default="runs/ablations", help="folder of bench/ablations.py")
-    root = Path(__file__).resolve().parents[1]
-    parser.add_argument("--out", default=str(root / "RESULTS.md"))
+    parser.add_argument("--out", default=str(PAGE), help="the page; its figures go beside it")
+    parser.add_argument("--force", action="store_true",
+                        help="write docs/results.md though runs are unfinished")
     args = parser.parse_args(argv)
-    if not (Path(args.runs) / "common.json").is_file():
-        sys.exit(f"{args.runs}: no common.json there; is it the --out of bench/ablations.py?")
-    runs = read_runs(Path(args.runs))
-    figures = Path(args.out).parent / "bench"
-    figures.mkdir(parents=True, exist_ok=True)
-    from matplotlib import rcParams
-
-    rcParams["svg.hashsalt"] = "ablations"  # the same runs draw the same file
-    draw_scores(runs, figures / "ablations.svg")
-    draw_collapse(runs, figures / "collapse.svg")
-    Path(args.out).write_text(page(runs), encoding="utf-8")
-    print(f"{args.out}: {len(runs.values)} runs, {len(runs.unfinished)} unfinished")
-    return 0
+    return run_command(lambda: write(args))
 
 
 if __name__ == "__main__":
