@@ -361,7 +361,8 @@ def test_every_method_has_its_own_score_and_file(tiny, here):
         assert result["settings"]["template"] == method["prompts"][0]
         assert result["settings"]["paper"] == method["paper"]
         assert -1 <= result["scores"]["test"][0]["main_score"] <= 1
-    assert len({path.parent.name.partition("@")[2] for path in here.glob("results/*/*")}) == len(METHODS)
+    folders = {path.parent.name.partition("@")[2] for path in here.glob("results/*/*")}
+    assert len(folders) == len(METHODS)
 
 
 def test_a_trained_encoder_with_a_classic_pooling_is_not_a_training_free_method(tiny, here):
