@@ -407,6 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
 
     def command() -> int | None:
+        """What the arguments ask for."""
         if args.list:
             return list_tasks()
         if args.compare:
