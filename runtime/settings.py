@@ -19,7 +19,7 @@ def setting(default, help: str, choices=None, *, least=None, below=None, resumab
 
 @dataclass
 class RunConfig:
-    """The settings of every stage that keep its run alive and do not touch the method."""
+    """The settings that every stage has beside its method: machine, seed, checkpoints."""
 
     dtype: str = setting("auto", "dtype of frozen weights and activations",
                          ("auto", "bfloat16", "float32", "float64"))
