@@ -200,6 +200,8 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
     if documents:
         more, other = read_states(encoder, method, documents, document=True, **options)
         x, sums = np.concatenate((x, more)), sums + other
+    if encoder.cut:
+        print(f"note: {name}: texts cut to {encoder.config.max_tokens} tokens: {encoder.cut:,}")
     if not np.isfinite(x).all():
         raise UserError(f"{name}: embeddings with nan or inf; its training diverged")
     random, values = np.random.default_rng(args.seed), spectrum(x)

@@ -2,9 +2,10 @@
 
     torchrun contrastive.py                                   stage 2 (ucl) on the embedded demo
     torchrun contrastive.py --stage scl                       stage 3 (scl) after it
-    torchrun --nproc-per-node 8 contrastive.py --model runs/llama2 --out runs/llama2-ucl
-    torchrun --nproc-per-node 8 contrastive.py --stage scl --model runs/llama2-ucl \\
-        --triples FOLDER --out runs/llama2-scl
+    torchrun --nproc-per-node 8 contrastive.py --preset paper --model runs/llama2 \\
+        --out runs/llama2-ucl
+    torchrun --nproc-per-node 8 contrastive.py --preset paper --stage scl \\
+        --model runs/llama2-ucl --triples FOLDER --out runs/llama2-scl
     python contrastive.py --help                              every setting
 
     ucl    query and key are the same text under two dropout masks; B keys
@@ -40,7 +41,14 @@ from runtime.formats import encoder_of, is_encoder
 from runtime.hub import find_model
 from runtime.ranks import Ranks
 from runtime.run import Run, run_stage
-from runtime.schedule import ADAPTER, DROPOUT, generator, learning_rate, seed_torch
+from runtime.schedule import (
+    ADAPTER,
+    DROPOUT,
+    generator,
+    learning_rate,
+    seed_torch,
+    warmup_steps,
+)
 from runtime.settings import RunConfig, check_bounds, flag, parse_config, setting, stored_settings
 
 # ---------------------------------------------------------------------------------------------
@@ -118,6 +126,8 @@ class Config(RunConfig):
     base: str = setting("", "path of the encoder's base model, if it has moved", resumable=True)
     text: str = setting("wiki1m", "ucl: a .txt, a .jsonl (also .gz), wiki1m, wikitext103, or demo")
     num_texts: int = setting(128000, "ucl: use the first N texts; 0 = all", least=0)
+    text_seed: int = setting(42, "ucl: shuffle the texts by this before the first N are taken; -1 "
+                             "= the file's order", least=-1)
     triples: str = setting("", "scl: a .jsonl(.gz) of {query, positive, negative}, a folder of "
                            "them, or demo")
     instruction: str = setting("", "scl: for the queries of files not named like E5's; none = "
@@ -132,10 +142,14 @@ class Config(RunConfig):
     attention: str = setting("auto", "of a plain Llama; auto = bidirectional; an encoder knows "
                              "its own", ("auto", "bidirectional", "causal"))
     memory_tokens: int = setting(0, "K, of a plain Llama with pooling memory; 0 = 8", least=0)
+    memory_init: str = setting("auto", "initial memory rows of a plain Llama; auto = mean, see "
+                               "pretrain_ctkd.py", ("auto", "mean", "normal"))
     template: str = setting("", "of a plain Llama's texts, like 'query: {text}</s>'")
     document_template: str = setting("", "of a plain Llama's documents")
-    max_tokens: int = setting(512, "cut texts and queries to this, BOS and K counted", least=10)
-    document_tokens: int = setting(1024, "scl: cut documents to this", least=10)
+    # the official code's 512 and 1,024 have its 8 memory tokens in them
+    max_tokens: int = setting(504, "cut texts and queries to this, BOS counted; the K memory "
+                              "tokens come on top", least=10)
+    document_tokens: int = setting(1016, "scl: cut documents to this", least=10)
     batch_size: int = setting(128, "rows per step, over all ranks", least=2)
     micro_tokens: int = setting(2048, "tokens embedded at a time; more micro-batches than "
                                 "processes keep all of them busy")
@@ -146,7 +160,8 @@ class Config(RunConfig):
                                   least=0)
     lr: float = setting(3e-5, "peak learning rate", least=0)
     min_lr: float = setting(1e-5, "learning rate at the start and the end", least=0)
-    warmup: float = setting(0.1, "share of the schedule in which the rate rises", least=0, below=1)
+    warmup: float = setting(0.1, "steps in which the rate rises, below 1 as a share of the "
+                            "schedule", least=0)
     weight_decay: float = setting(1e-3, "of AdamW", least=0)
     clip: float = setting(1.0, "clip the gradient to this norm; 0 = off", least=0)
     lora_r: int = setting(16, "rank of the new adapters", least=1)
@@ -158,23 +173,32 @@ class Config(RunConfig):
     save_every: int = setting(100, "steps between checkpoints", least=1, resumable=True)
 
 
-SCL = {  # the official code's stage 3: a schedule of 2,000 steps; Figure 10 peaks at 200
+SCL = {  # the paper's row is at step 200 (section 5.4, Figure 10) of a schedule of 2,000
     "stage": "scl", "model": "runs/ucl", "out": "runs/scl", "num_texts": 0, "batch_size": 1024,
-    "micro_tokens": 8192, "steps": 1000, "schedule_steps": 2000, "lr": 1e-4, "weight_decay": 3e-4,
+    "micro_tokens": 8192, "steps": 200, "schedule_steps": 2000, "lr": 1e-4, "weight_decay": 3e-4,
     "clip": 0.0, "attention_dropout": 0.0,
 }
 DEMO = {"max_tokens": 256, "batch_size": 64, "micro_tokens": 4096, "num_texts": 0,
         "eval_tasks": "demo-sts demo-retrieval", "eval_every": 10, "save_every": 30}
 PRESETS = {
-    "ucl": {},
-    "scl": SCL,
-    "repllama": {**SCL, "pooling": "last", "attention": "causal", "instruction": "none",
-                 "template": "query: {text}</s>", "document_template": "passage: {text}</s>",
-                 "model": "meta-llama/Llama-2-7b-hf", "out": "runs/repllama"},
-    "ucl-demo": {**DEMO, "model": "runs/ctkd-demo", "text": "demo", "out": "runs/ucl-demo",
+    "ucl": {
+        "paper": {},
+        "demo": {**DEMO, "model": "runs/ctkd-demo", "text": "demo", "out": "runs/ucl-demo",
                  "steps": 60, "lr": 1e-4},
-    "scl-demo": {**SCL, **DEMO, "model": "runs/ucl-demo", "triples": "demo", "steps": 30,
+    },
+    "scl": {
+        "paper": SCL,
+        "demo": {**SCL, **DEMO, "model": "runs/ucl-demo", "triples": "demo", "steps": 30,
                  "out": "runs/scl-demo", "schedule_steps": 0, "lr": 3e-4, "document_tokens": 256},
+        # once through MS MARCO's passages (arXiv 2310.08319; tevatron, examples/repllama)
+        "repllama": {**SCL, "model": "meta-llama/Llama-2-7b-hf", "out": "runs/repllama",
+                     "pooling": "last", "attention": "causal", "instruction": "none",
+                     "template": "query: {text}</s>", "document_template": "passage: {text}</s>",
+                     "max_tokens": 32, "document_tokens": 196, "batch_size": 128, "negatives": 15,
+                     "temperature": 0.01, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.1,
+                     "steps": 0, "schedule_steps": 0, "min_lr": 0.0, "warmup": 100.0,
+                     "weight_decay": 0.0, "clip": 1.0},
+    },
 }
 
 
@@ -186,8 +210,8 @@ def check(config: Config):
     longest = max(config.max_tokens, config.document_tokens if config.stage == "scl" else 0)
     if config.micro_tokens < longest:
         raise UserError(f"--micro-tokens {config.micro_tokens}: smaller than one text, which may "
-                        f"have {longest} tokens; raise it, or lower --max-tokens and "
-                        f"--document-tokens")
+                        f"have {longest} tokens and its memory tokens; raise it, or lower "
+                        f"--max-tokens and --document-tokens")
     if config.stage == "scl" and not config.triples:
         raise UserError("--stage scl needs --triples: a .jsonl, a folder of them, or demo")
     if config.stage == "ucl" and config.triples:
@@ -200,12 +224,7 @@ def check(config: Config):
 
 def parse_arguments(argv: list[str] | None) -> Config:
     """The command line; the preset is the stage's demo unless a model other than it is named."""
-
-    def pick(given: dict) -> str:
-        demo = given.get("model", "demo") == "demo"
-        return given.get("stage", "ucl") + ("-demo" if demo else "")
-
-    return parse_config(Config, PRESETS, pick, argv, __doc__)
+    return parse_config(Config, PRESETS, argv, __doc__)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,7 +258,8 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
         return encoder.requires_grad_(False), None
     encoder = load_encoder(folder, config.base or None, *place)
     own = {"pooling": encoder.config.pooling, "attention": encoder.config.attention,
-           "memory_tokens": encoder.config.num_memory_tokens, "template": encoder.config.template,
+           "memory_tokens": encoder.config.num_memory_tokens, "memory_init": "its own memory rows",
+           "template": encoder.config.template,
            "document_template": encoder.config.document_template}
     for key, trained in own.items():
         if getattr(config, key) not in ("", "auto", 0, trained):
@@ -262,7 +282,8 @@ def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
     random = torch.Generator()
     random.manual_seed(int(generator(config.seed, ADAPTER, len(before)).integers(2**62)))
     if encoder.config.num_memory_tokens and not before:
-        encoder.add_memory("normal", train_table=False, generator=random)
+        init = "mean" if config.memory_init == "auto" else config.memory_init
+        encoder.add_memory(init, train_table=False, generator=random)
     encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout)
     add_lora(encoder.llama, encoder.lora_config, random)
     encoder.adapters = True
@@ -275,7 +296,7 @@ def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
 def open_data(config: Config, encoder: Encoder, progress: bool) -> Sentences | TripleRows:
     """The data of the stage; UserError if they make no batch."""
     if config.stage == "ucl":
-        data = Sentences(config.text, config.num_texts, encoder.tokenize)
+        data = Sentences(config.text, config.num_texts, encoder.tokenize, config.text_seed)
     else:
         instruction = None if config.instruction == "none" else config.instruction
         data = TripleRows(Triples(config.triples, instruction, progress), encoder.tokenize,
@@ -294,8 +315,6 @@ def prepare(config: Config, run: Run) -> tuple[Encoder, Path | None, Sentences |
 
         for name in eval_tasks(config):
             read_task(TASKS[name], config.data_dir or None)
-    if data.instructions and encoder.config.template == "{text}":
-        encoder.config = replace(encoder.config, template=INSTRUCTED)
     before = [entry["stage"] for entry in encoder.history[:-1]]
     if run.first_rank and (config.stage in before or "scl" in before):
         print(f"note: {config.model} has been through {', '.join(before)}; these adapters are "
@@ -306,9 +325,10 @@ def prepare(config: Config, run: Run) -> tuple[Encoder, Path | None, Sentences |
 class BestEncoder:
     """--eval-tasks: scores.jsonl, and in OUT/best the encoder with the best mean score so far."""
 
-    def __init__(self, config: Config, run: Run, encoder: Encoder, earlier: Path | None):
+    def __init__(self, config: Config, run: Run, encoder: Encoder, earlier: Path | None,
+                 no_instructions_yet: bool):
         self.config, self.run, self.encoder, self.earlier = config, run, encoder, earlier
-        self.tasks = eval_tasks(config)
+        self.tasks, self.no_instructions_yet = eval_tasks(config), no_instructions_yet
         self.log = run.open_log("scores.jsonl", run.first_step + 1) if self.tasks else None
 
     def start(self):
@@ -325,8 +345,10 @@ class BestEncoder:
             return
         from evaluate import TASKS, score_on_ranks
 
+        # before the first step an encoder is not asked what it has never seen
+        wanted = "none" if self.no_instructions_yet and not done else "auto"
         scores = {name: score_on_ranks(TASKS[name], name, self.encoder, self.config.data_dir,
-                                       self.run.ranks) for name in self.tasks}
+                                       self.run.ranks, wanted) for name in self.tasks}
         scores["mean"] = sum(scores.values()) / len(scores)
         self.run.ranks.on_first(self._keep, done, scores)
 
@@ -334,6 +356,7 @@ class BestEncoder:
         best = max((row.get("mean", -np.inf) for row in self.log.rows if row["step"]),
                    default=-np.inf)
         if done and scores["mean"] > best:
+            self.encoder.history[-1]["trained_steps"] = done
             save_encoder(self.encoder, self.run.out / "best", self.earlier)
         self.log.write(step=done, **scores)
 
@@ -351,12 +374,15 @@ def train(config: Config, run: Run):
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
     steps = config.steps or sum(n // config.batch_size for n in data.sizes.values())
     schedule = config.schedule_steps or steps
-    warmup, clip = int(config.warmup * schedule), config.clip or float("inf")
+    warmup, clip = warmup_steps(config.warmup, schedule), config.clip or float("inf")
     run.start(encoder, optimizer, steps,
               {"base": encoder.sha256 or encoder.base["sha256"], "texts": data.sha256},
               f"{config.stage}, {encoder.config.pooling} pooling, {encoder.config.attention}",
               str(data))
-    best = BestEncoder(config, run, encoder, earlier)
+    new = bool(data.instructions) and encoder.config.template == "{text}"
+    if new:  # from now on it is read with instructions
+        encoder.config = replace(encoder.config, template=INSTRUCTED)
+    best = BestEncoder(config, run, encoder, earlier, no_instructions_yet=new)
     best.start()
 
     for step in run.steps():
@@ -374,10 +400,11 @@ def train(config: Config, run: Run):
         optimizer.zero_grad(set_to_none=True)
         about = diagnostics(queries, keys, config.temperature, batch.excluded)
         run.end_step(step, f"loss {loss:.3f}, accuracy {about['accuracy']:.2f}", loss=loss.item(),
-                     **about, masked=int(batch.excluded.sum()), learning_rate=rate,
-                     grad_norm=norm.item(), real_tokens=batch.real_tokens)
+                     **about, masked=int(batch.excluded.sum()), cut=batch.cut,
+                     learning_rate=rate, grad_norm=norm.item(), real_tokens=batch.real_tokens)
         best.after(step + 1)
 
+    encoder.history[-1]["trained_steps"] = steps
     run.finish(lambda folder: save_encoder(encoder, folder, earlier))
 
 
@@ -436,8 +463,8 @@ def report(config: Config, device: torch.device):
         del encoder  # before the next copy of the weights is loaded
     flags = f" --model {folder} --triples FOLDER --out FOLDER"
     if config.text == "demo":  # stage 3's demo starts from this stage's, wherever that lies
-        default = config.out == PRESETS["ucl-demo"]["out"]
-        flags = "" if default else f" --preset scl-demo --model {folder} --out FOLDER"
+        default = config.out == PRESETS["ucl"]["demo"]["out"]
+        flags = "" if default else f" --preset demo --model {folder} --out FOLDER"
     after = f"\n  torchrun contrastive.py --stage scl{flags}" * (config.stage == "ucl")
     print(f"\nthe encoder is in {folder}/encoder; next (evaluate.py downloads 250 pairs):{after}\n"
           f"  python evaluate.py --task sts17 --model {folder}")

@@ -36,6 +36,7 @@ from runtime.formats import encoder_of, is_encoder
 from runtime.hub import find_model
 from runtime.ranks import Ranks, join_ranks
 from runtime.results import (
+    FORMAT,
     GROUPS,
     PAPER,
     PUBLISHED,
@@ -190,11 +191,14 @@ def encoding(encoder: Encoder, method: str) -> Callable:
         """The mean over the method's prompts (n, D)."""
         if about.get("sentences"):
             texts = [as_sentence(text) for text in texts]
-        total, n = 0.0, len(about["prompts"])
+        total, n, before, most = 0.0, len(about["prompts"]), encoder.cut, 0
         for i, prompt in enumerate(about["prompts"], 1):
             encoder.config = replace(encoder.config, template=prompt)
             bar = f"{progress} {i}/{n}" if progress and n > 1 else progress
+            encoder.cut = 0
             total = total + encoder.encode(texts, instruction, progress=bar, **options)
+            most = max(most, encoder.cut)
+        encoder.cut = before + most  # a text that is cut in several prompts is one text
         return total / np.float32(n)
 
     return encode
@@ -225,50 +229,72 @@ def over_ranks(encode: Encode, ranks: Ranks) -> Encode:
     return shared
 
 
-def evaluate_on_ranks(task: dict, encode: Callable, instruction: str, data_dir: str | None,
-                      ranks: Ranks, **options) -> dict:
-    """evaluate_task on all ranks, each encoding its share of the texts.
+def evaluate_on_ranks(task: dict, encoder: Encoder, encode: Callable, instruction: str,
+                      data_dir: str | None, ranks: Ranks, **options) -> dict:
+    """evaluate_task on all ranks, each encoding its share of the texts; cut texts are noted.
 
-    `options` go to `encode(texts, instruction=, document=, **options)`, see Encoder.encode.
+    `encode` is the encoder's own or encoding()'s; `options` go to `encode(texts, instruction=,
+    document=, **options)`, see Encoder.encode.
     """
     with ranks.fail_together():
         read = read_task(task, data_dir)
     query = partial(encode, instruction=instruction, **options)
     document = partial(encode, document=True, **options)
-    return score_task(task, read, over_ranks(query, ranks), over_ranks(document, ranks))
+    before = encoder.cut
+    found = score_task(task, read, over_ranks(query, ranks), over_ranks(document, ranks))
+    cut = int(ranks.sum(torch.tensor([encoder.cut - before], device=ranks.device)))
+    if cut:
+        found["notes"].append(f"texts cut to {encoder.config.max_tokens} tokens: {cut:,}")
+    return found
 
 
-def score_on_ranks(task: dict, name: str, encoder: Encoder, data_dir: str, ranks: Ranks) -> float:
-    """The main score x 100 of an encoder in training; all ranks share the encoding."""
-    instruction = instruction_for(name, "auto", encoder)
-    found = evaluate_on_ranks(task, encoder.encode, instruction, data_dir or None, ranks)
+def score_on_ranks(task: dict, name: str, encoder: Encoder, data_dir: str, ranks: Ranks,
+                   wanted: str) -> float:
+    """The main score x 100 of an encoder in training; all ranks share the encoding.
+
+    wanted: as --instruction.
+    """
+    instruction = instruction_for(name, wanted, encoder)
+    found = evaluate_on_ranks(task, encoder, encoder.encode, instruction, data_dir or None, ranks)
     return 100 * found["main_score"]
 
 
-def paper_row(encoder: Encoder, method: str) -> str | None:
-    """The row of data/published.json that an encoder or a method corresponds to."""
+def paper_row(encoder: Encoder, method: str) -> tuple[str | None, str]:
+    """The row of data/published.json that an encoder or a method is to be compared with.
+
+    Without one, also why: the first setting that is not the row's (`recipes` there).
+    """
     if not encoder.history:
-        return METHODS[method]["paper"]
-    objective = str(encoder.history[0].get("objective"))
-    row = "LLM2Comp " + {"ctkd": "KL", "nll": "NLL", "rc": "RC"}.get(objective, "")
-    stages = tuple(entry["stage"] for entry in encoder.history)
-    recipes = {("ctkd",): "", ("ctkd", "ucl"): " + UCL", ("ctkd", "ucl", "scl"): " + SCL"}
-    row += recipes.get(stages, " in another order")
-    return row if row in PUBLISHED["rows"] and not encoder.config.kept_tokens else None
+        return METHODS[method]["paper"], "the paper has none for this method"
+    stages = [entry["stage"] for entry in encoder.history]
+    if stages != ["ctkd", "ucl", "scl"][: len(stages)]:
+        return None, f"stages {', '.join(stages)}"
+    if kept := encoder.config.kept_tokens:
+        return None, f"kept_tokens={kept}"
+    for entry, stage in zip(encoder.history, stages):
+        for key, value in PUBLISHED["recipes"][stage].items():
+            if entry.get(key) != value:
+                return None, f"{stage} had {key}={entry.get(key)!r}, the row's is {value!r}"
+    objective = encoder.history[0].get("objective")
+    row = f"LLM2Comp {PUBLISHED['objectives'].get(str(objective))}"
+    row += ["", " + UCL", " + SCL"][len(stages) - 1]
+    return (row if row in PUBLISHED["rows"] else None), f"objective {objective!r}"
 
 
 def score_settings(encoder: Encoder, name: str, method: str, ranks: Ranks) -> dict:
     """What a score depends on besides the data, as it is written beside each score."""
     config = encoder.config
+    row, why_none = paper_row(encoder, method)
     return {
-        "model": name, "method": method, "base": encoder.base, "sha256": encoder.sha256,
+        "format": FORMAT, "model": name, "method": method, "base": encoder.base,
+        "sha256": encoder.sha256,
         "num_memory_tokens": config.num_memory_tokens, "kept_tokens": list(config.kept_tokens),
         "attention": config.attention,
         "pooling": config.pooling, "template": config.template,
         "document_template": config.document_template, "max_tokens": config.max_tokens,
         "dtype": str(encoder.dtype), "device": str(encoder.device),
         "threads": torch.get_num_threads(), "ranks": ranks.size, "history": encoder.history,
-        "paper": paper_row(encoder, method),
+        "paper": row, "paper_differs": "" if row else why_none,
         "versions": {p: version(p) for p in ("torch", "tokenizers", "numpy", "safetensors")},
     }
 
@@ -340,9 +366,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--results", default="results", help="folder for the JSON files")
     add("--force", action="store_true", help="evaluate finished tasks again")
     args = parser.parse_args(argv)
-    if args.batch_tokens < 1 or args.threads < 0 or not args.timeout > 0 or args.max_tokens == 0:
-        parser.error("--batch-tokens, --max-tokens and --timeout must be above 0, --threads not "
-                     "below")
+    if args.batch_tokens < 1 or args.threads < 0 or not args.timeout > 0:
+        parser.error("--batch-tokens and --timeout must be above 0, --threads not below")
+    if args.max_tokens is not None and args.max_tokens < 2:
+        parser.error(f"--max-tokens {args.max_tokens}: must be at least 2, for BOS and a text")
     return args
 
 
@@ -376,7 +403,7 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
         if not ranks.sum(there).item():  # rank 0 decides: others may not see its files
             try:
                 found = evaluate_on_ranks(
-                    tasks[key], encode, settings["instruction"], args.data_dir, ranks,
+                    tasks[key], encoder, encode, settings["instruction"], args.data_dir, ranks,
                     batch_tokens=args.batch_tokens, progress=key if ranks.rank == 0 else "")
             except UserError as error:  # continue with the other tasks
                 failed = True
@@ -396,6 +423,8 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
                 say(f"  note: {note}")
     for title, mean in summary(scores):
         say(f"{title:<43}{'-' if mean is None else f'{mean:.2f}':>7}")
+    if common["paper_differs"] and encoder.history:
+        say(f"not compared with a row of the paper: {common['paper_differs']}")
     if scores:
         say(f"\nwritten to {folder}/")
     return 2 if failed else 0

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 import lora
 from data.batches import token_batches
-from data.tokenizer import Tokenizer, choose_template
+from data.tokenizer import Tokenizer, Tokens, choose_template
 from lora import LoraConfig, LoraLinear
 from runtime import cpu, cuda, formats
-from runtime.devices import at_least_fp32, flat_ids, to_device
+from runtime.devices import at_least_fp32, flat_ids, pack, to_device
 from runtime.files import write_folder
 from runtime.hub import find_model
 
@@ -279,7 +279,7 @@ class EncoderConfig:
     num_memory_tokens: int = 8
     pooling: str = "memory"  # (Eq. 6), or one of POOLINGS
     attention: str = "bidirectional"  # or causal
-    max_tokens: int = 512  # BOS and memory tokens counted
+    max_tokens: int = 512  # of a text with its template, BOS counted; memory tokens come on top
     template: str = "{text}"
     document_template: str = ""
     kept_tokens: tuple = ()  # memory tokens that make the embedding, empty for all (collapse.py)
@@ -307,6 +307,7 @@ class Encoder(nn.Module):
         self.base: dict = {}  # where the Llama came from: name, revision, sha256
         self.sha256 = ""  # of what was trained: adapters, memory tokens, table
         self.history: list[dict] = []  # the stages that made the adapters, oldest first
+        self.cut = 0  # texts that `batches` and `encode` have had to cut so far
 
     dtype = property(lambda self: self.llama.head.dtype)  # of activations; what is trained is fp32
     device = property(lambda self: self.llama.head.device)
@@ -356,30 +357,38 @@ class Encoder(nn.Module):
     def add_memory(self, init: str, train_table: bool, generator: torch.Generator | None = None):
         """Draw the K memory rows, and with `train_table` copy the table to train it, in fp32.
 
-        Drawn on the CPU, so equal on all devices. init `normal`: mean and deviation of the table
-        per dimension; `mean`: 1e-3 of that deviation (near the rows of a mean-resized table).
+        init `mean`: from N(mean, 1e-9 covariance) of the table's rows, nearly equal, which is how
+        transformers resizes the official code's table; `normal`: with their mean and deviation in
+        each dimension.
         """
-        table = at_least_fp32(self.table.detach())
-        mean, spread = table.mean(0), table.std(0) * (1e-3 if init == "mean" else 1.0)
-        noise = torch.randn(self.config.num_memory_tokens, table.shape[1], generator=generator)
-        self.memory_tokens = nn.Parameter(mean + spread * noise.to(table))
+        table = at_least_fp32(self.table.detach()).cpu()  # drawn there: equal on all devices
+        (v, d), mean = table.shape, table.mean(dim=0)
+        n = (self.config.num_memory_tokens, v if init == "mean" else d)
+        noise = torch.randn(n, generator=generator).to(table)
+        if init == "mean":  # noise times the centred table has V times its covariance
+            rows = mean + (1e-9 / v) ** 0.5 * noise @ (table - mean)
+        else:
+            rows = mean + table.std(dim=0) * noise
+        rows = rows.bfloat16()  # as the official code holds its table while it trains in fp32
+        self.memory_tokens = nn.Parameter(rows.to(self.device, table.dtype))
         if train_table:
-            self.table = nn.Parameter(table.clone())
+            self.table = nn.Parameter(table.to(self.device, copy=True))
 
     def tokenize(
         self, texts: list[str], instruction="", document=False, max_tokens: int | None = None
-    ) -> tuple[list[np.ndarray], list[int]]:
-        """int32 ids with BOS of each text in its template, and its tail (see `embed`)."""
+    ) -> Tokens:
+        """Each text in its template, cut to max_tokens (default: the encoder's)."""
         c = self.config
         template = choose_template(c.template, c.document_template, instruction, document)
-        return self.tokenizer.read(texts, template, max_tokens or c.max_tokens, c.num_memory_tokens)
+        return self.tokenizer.read(texts, template, max_tokens or c.max_tokens)
 
     def batches(
         self, texts: list[str], instruction="", document=False, batch_tokens=4096,
         progress: bool | str = False,
     ):
         """Yield (places among the texts, ids (T,), lengths, tails) as `encode` reads them."""
-        ids, tails = self.tokenize(texts, instruction, document)
+        ids, tails, cut = self.tokenize(texts, instruction, document)
+        self.cut += sum(cut)
         sizes = [len(i) + self.config.num_memory_tokens for i in ids]
         label = progress if isinstance(progress, str) else None
         with tqdm(total=len(texts), desc=label, leave=False, disable=not progress) as bar:
@@ -405,16 +414,6 @@ class Encoder(nn.Module):
             out[batch] = self.embed(row, lengths, tails=tails).float().cpu().numpy()
         self.train(was_training)
         return out
-
-
-def pack(*parts: tuple[Tensor, list[int]]) -> tuple[Tensor, list[int]]:
-    """Lay N sequences in one row, each made of one segment of every part in turn.
-
-    A part is (rows, lengths): all its N segments, one after another, and their N lengths.
-    """
-    segments = [rows.split(lengths) for rows, lengths in parts]
-    row = torch.cat([segment for sequence in zip(*segments) for segment in sequence])
-    return row, [sum(n) for n in zip(*(lengths for _, lengths in parts))]
 
 
 # ---------------------------------------------------------------------------------------------

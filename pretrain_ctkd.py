@@ -31,12 +31,12 @@ from torch.distributed.elastic.multiprocessing.errors import record  # traceback
 from data.batches import MIN_SIDE, SplitBatch, SplitTexts, require_rows
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, add_lora
-from model import Encoder, EncoderConfig, Llama, load_encoder, pack, plain_encoder, save_encoder
+from model import Encoder, EncoderConfig, Llama, load_encoder, plain_encoder, save_encoder
 from runtime import cpu
-from runtime.devices import flat_ids, scoring_dtype, to_device
+from runtime.devices import flat_ids, pack, scoring_dtype, to_device
 from runtime.errors import UserError
 from runtime.run import Run, run_stage
-from runtime.schedule import DROPOUT, learning_rate, seed_torch
+from runtime.schedule import DROPOUT, learning_rate, seed_torch, warmup_steps
 from runtime.settings import RunConfig, check_bounds, parse_config, setting, stored_settings
 
 # ---------------------------------------------------------------------------------------------
@@ -203,22 +203,26 @@ class Config(RunConfig):
     objective: str = setting("ctkd", "Eq. 5, Eq. 4, or reconstruction (Eq. 2)", OBJECTIVES)
     nll_weight: float = setting(0.0, "weight of the cross entropy beside ctkd", least=0)
     memory_tokens: int = setting(8, "K", least=1)
-    memory_init: str = setting("normal", "initial memory rows", ("normal", "mean"))
+    memory_init: str = setting("mean", "initial memory rows: nearly equal, at the table's mean, or "
+                               "spread like its rows", ("mean", "normal"))
     attention: str = setting("bidirectional", "of the encoder", ("bidirectional", "causal"))
     train_embeddings: str = setting("all", "train the whole table, or only the K memory rows",
                                     ("all", "memory"))
     num_texts: int = setting(32000, "use the first N texts; 0 = all", least=0)
+    text_seed: int = setting(42, "shuffle the texts by this before the first N are taken; -1 = the "
+                             "file's order", least=-1)
     min_characters: int = setting(-1, "drop shorter texts; -1 = 1000 for wikitext103, else off",
                                   least=-1)
     max_text_tokens: int = setting(-1, "drop texts of this many tokens; -1 = 512 for wikitext103; "
                                    "0 = off", least=-1)
-    max_tokens: int = setting(512, "cut texts to this, BOS and K counted")
+    max_tokens: int = setting(512, "cut texts to this, BOS counted; the K memory tokens come on "
+                              "top")
     batch_size: int = setting(4, "texts per step, over all ranks", least=1)
     micro_batch: int = setting(0, "texts per forward pass; 0 = a rank's whole share", least=0)
     steps: int = setting(0, "optimiser steps; 0 = once through the texts", least=0)
     lr: float = setting(1e-4, "peak learning rate", least=0)
     min_lr: float = setting(1e-5, "learning rate at the start and the end", least=0)
-    warmup: float = setting(0.1, "share of the steps in which the rate rises", least=0, below=1)
+    warmup: float = setting(0.1, "steps in which the rate rises, below 1 as a share", least=0)
     weight_decay: float = setting(1e-5, "of AdamW", least=0)
     clip: float = setting(2.0, "clip the gradient to this norm; 0 = off", least=0)
     lora_r: int = setting(16, "rank of the adapters", least=1)
@@ -234,6 +238,7 @@ PRESETS = {
     "demo": {
         "model": "demo", "text": "demo", "out": "runs/ctkd-demo", "num_texts": 0, "steps": 200,
         "batch_size": 8, "lr": 1e-3, "max_tokens": 256, "save_every": 100,
+        "memory_init": "normal",  # equal rows have not come apart in so few steps
     },
 }
 
@@ -243,18 +248,14 @@ def check(config: Config):
     check_bounds(config)
     if config.nll_weight and config.objective != "ctkd":
         raise UserError(f"--nll-weight {config.nll_weight}: is for --objective ctkd; leave it out")
-    if config.max_tokens < config.memory_tokens + 2 * MIN_SIDE:
-        raise UserError(f"--max-tokens {config.max_tokens}: must be at least --memory-tokens + "
-                        f"{2 * MIN_SIDE} = {config.memory_tokens + 2 * MIN_SIDE}")
+    if config.max_tokens < 2 * MIN_SIDE:
+        raise UserError(f"--max-tokens {config.max_tokens}: must be at least {2 * MIN_SIDE}, "
+                        f"{MIN_SIDE} for a context and as many for its continuation")
 
 
 def parse_arguments(argv: list[str] | None) -> Config:
     """The command line; the preset is `demo` unless a model other than the demo's is named."""
-
-    def pick(given: dict) -> str:
-        return "paper" if given.get("model", "demo") != "demo" else "demo"
-
-    return parse_config(Config, PRESETS, pick, argv, __doc__)
+    return parse_config(Config, {"stage 1": PRESETS}, argv, __doc__)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -278,9 +279,9 @@ def new_encoder(config: Config, run: Run) -> Encoder:
 
 
 def open_texts(config: Config, tokenizer: Tokenizer, num_texts: int) -> SplitTexts:
-    """The texts of the run, cut so that the memory tokens have room."""
+    """The first texts of the run."""
     return SplitTexts(config.text, tokenizer, num_texts, config.min_characters,
-                      config.max_text_tokens, config.max_tokens - config.memory_tokens)
+                      config.max_text_tokens, config.max_tokens, config.text_seed)
 
 
 def prepare(config: Config, run: Run) -> tuple[Encoder, SplitTexts]:
@@ -301,7 +302,7 @@ def train(config: Config, run: Run):
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
     steps = config.steps or len(data.texts) // config.batch_size
-    warmup, clip = int(config.warmup * steps), config.clip or float("inf")
+    warmup, clip = warmup_steps(config.warmup, steps), config.clip or float("inf")
     run.start(encoder, optimizer, steps, {"base": encoder.base["sha256"], "texts": data.sha256},
               f"K = {config.memory_tokens}, {config.attention}, objective {config.objective}",
               str(data))
@@ -326,6 +327,7 @@ def train(config: Config, run: Run):
         run.end_step(step, f"loss {loss:.3f}, rate {rate:.1e}", loss=loss.item(),
                      learning_rate=rate, grad_norm=norm.item(), real_tokens=batch.total_tokens)
 
+    encoder.history[-1]["trained_steps"] = steps
     run.finish(lambda folder: save_encoder(encoder, folder))
 
 
@@ -378,7 +380,7 @@ def report(config: Config, device: torch.device):
     flags = f" --model {config.out} --out FOLDER"
     if config.text == "demo":  # stage 2's demo starts from this stage's, wherever that lies
         default = config.out == PRESETS["demo"]["out"]
-        flags = "" if default else f" --preset ucl-demo{flags}"
+        flags = "" if default else f" --preset demo{flags}"
     print(f"\nthe encoder is in {folder}; next (evaluate.py downloads 250 pairs):\n"
           f"  torchrun contrastive.py{flags}\n"
           f"  python evaluate.py --task sts17 --model {folder}")

@@ -1,8 +1,10 @@
 """What a step reads: split texts (stage 1), sentences (ucl) or triples (scl), as global batches.
 
-Order, splits and negatives are functions of (seed, step): the same on any number of ranks.
+Order, splits and negatives are functions of (seed, step): the same on any number of ranks. Which
+texts of a file are read is a function of text_seed alone: the same in runs of all seeds.
 """
 
+import random
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.corpora import digest_ids, read_texts
-from data.tokenizer import Tokenizer
+from data.corpora import digest_ids, read_rows
+from data.tokenizer import Tokenizer, Tokens
 from data.triples import Triples
 from runtime.errors import UserError
 from runtime.schedule import NEGATIVES, SPLIT, generator, global_batch, one_source_batch
 
 MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
 
-# tokenize(texts, instruction="", document=False, max_tokens=None) -> (ids with BOS, tails)
-Tokenize = Callable[..., tuple[list[np.ndarray], list[int]]]
+# tokenize(texts, instruction="", document=False, max_tokens=None)
+Tokenize = Callable[..., Tokens]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -68,47 +70,56 @@ class SplitTexts:
     """Stage 1: texts that a step cuts into a context and its continuation."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, num_texts: int = 0,
-                 min_characters: int = -1, max_text_tokens: int = -1, room: int = 504):
-        """Read, filter and tokenise the first num_texts (0: all) texts, cut to `room` tokens.
+                 min_characters: int = -1, max_text_tokens: int = -1, max_tokens: int = 512,
+                 text_seed: int = 42):
+        """Shuffle by text_seed, filter, and take the first num_texts (0: all), cut to max_tokens.
 
         -1 is the paper's filter for wikitext103 (from 1,000 characters, under 512 tokens), no
-        filter for other sources.
+        filter for other sources; as text_seed, the file's own order.
         """
         paper = source == "wikitext103"
         min_characters = min_characters if min_characters >= 0 else 1000 * paper
         max_text_tokens = max_text_tokens if max_text_tokens >= 0 else 512 * paper
-        texts = read_texts(source)
-        long = [text for text in texts if len(text) >= min_characters]
-        kept, shorter, longer, wanted = [], 0, 0, num_texts or len(long)
+        rows = read_rows(source)
+        order = np.arange(len(rows))
+        if text_seed >= 0:  # as the library `datasets` shuffles, empty rows too (official code)
+            order = np.random.default_rng(text_seed).permutation(len(rows))
+        there = [int(i) for i in order if rows[i]]
+        long = [i for i in there if len(rows[i]) >= min_characters]
+        kept, places, shorter, longer, wanted = [], [], 0, 0, num_texts or len(long)
         for start in range(0, len(long), 4096):
-            for ids in tokenizer.encode(long[start : start + 4096]):
+            part = long[start : start + 4096]
+            for place, ids in zip(part, tokenizer.encode([rows[i] for i in part])):
                 if len(ids) < 2 * MIN_SIDE:  # cannot be split
                     shorter += 1
                 elif max_text_tokens and len(ids) >= max_text_tokens:
                     longer += 1
                 else:
-                    kept.append(ids[:room])
+                    kept.append(ids)
+                    places.append(place)
             if len(kept) >= wanted:
                 break
-        dropped = {f"under {min_characters} characters": len(texts) - len(long),
+        dropped = {f"under {min_characters} characters": len(there) - len(long),
                    f"under {2 * MIN_SIDE} tokens": shorter,
                    f"{max_text_tokens} tokens or more": longer}
         counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none dropped"
         if not kept:
-            raise UserError(f"{source}: no text left of {len(texts)} after the filters ({counts}); "
+            raise UserError(f"{source}: no text left of {len(there)} after the filters ({counts}); "
                             f"change --min-characters or --max-text-tokens")
-        self._hold(source, kept[:wanted], counts)
+        self._hold(source, kept[:wanted], places[:wanted], max_tokens, counts)
 
     @classmethod
     def of_ids(cls, source: str, texts: list[np.ndarray]) -> "SplitTexts":
         """Texts that are token ids with BOS already."""
         data = object.__new__(cls)
-        data._hold(source, texts, "none dropped")
+        data._hold(source, texts, list(range(len(texts))), max(map(len, texts)), "none dropped")
         return data
 
-    def _hold(self, source: str, texts: list[np.ndarray], dropped: str):
-        self.source, self.texts, self.dropped = source, texts, dropped
-        self.sizes, self.sha256 = {f"{source} ({dropped})": len(texts)}, digest_ids(texts)
+    def _hold(self, source: str, texts: list, places: list[int], max_tokens: int, dropped: str):
+        self.source, self.places, self.dropped = source, places, dropped
+        self.cut = sum(len(ids) > max_tokens for ids in texts)
+        self.texts = [ids[:max_tokens] for ids in texts]
+        self.sizes, self.sha256 = {f"{source} ({dropped})": len(texts)}, digest_ids(self.texts)
 
     def read_batch(self, seed: int, step: int, batch_size: int) -> SplitBatch:
         """The global batch of a step, each text with its split point."""
@@ -119,12 +130,18 @@ class SplitTexts:
         return SplitBatch(texts, splits, rows, len(texts), tokens, tokens - sum(splits))
 
     def name(self, row: int) -> str:
-        """A row's place for messages."""
-        return f"{self.source} {row} (after its filters)"
+        """A row's place for messages: its number in the source, from 1, empty lines counted."""
+        return f"{self.source}, text {self.places[row] + 1}"
 
     def __str__(self) -> str:
-        tokens = sum(map(len, self.texts)) / len(self.texts)
-        return f"{self.source}: {len(self.texts):,} texts, {tokens:.0f} tokens each"
+        return describe(self.source, self.texts, self.cut)
+
+
+def describe(source: str, texts: list[np.ndarray], cut: int) -> str:
+    """Texts for the header of a run."""
+    tokens = sum(map(len, texts)) / len(texts)
+    shortened = f", {cut:,} of them cut" if cut else ""
+    return f"{source}: {len(texts):,} texts, {tokens:.0f} tokens each{shortened}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,7 +153,7 @@ class Batch(NamedTuple):
     """A global batch as token ids with BOS: B queries, M keys (the B positives first).
 
     excluded (B, M) marks the keys that are no negatives; `rows` are places in the data, of the
-    queries, and `key_rows` those of the keys.
+    queries, and `key_rows` those of the keys; `cut` counts the texts that were too long.
     """
 
     queries: list[np.ndarray]
@@ -144,6 +161,7 @@ class Batch(NamedTuple):
     excluded: Tensor
     rows: list[int]
     key_rows: list[int]
+    cut: int
 
     @property
     def real_tokens(self) -> int:
@@ -163,12 +181,16 @@ class Sentences:
 
     instructions: tuple = ()
 
-    def __init__(self, source: str, num_texts: int, tokenize: Tokenize):
-        """Read and tokenise the texts (of the embedded passages, the sentences)."""
-        texts = read_texts(source)
+    def __init__(self, source: str, num_texts: int, tokenize: Tokenize, text_seed: int = 42):
+        """Shuffle the texts (of the embedded passages, the sentences); tokenise the first ones."""
+        rows = read_rows(source)
         if source == "demo":
-            texts = [s for text in texts for s in re.split(r"(?<=[.?!])\s+", text)]
-        self.source, (self.texts, _) = source, tokenize(texts[: num_texts or None])
+            rows = [s for text in rows for s in re.split(r"(?<=[.?!])\s+", text)]
+        order = list(range(len(rows)))
+        if text_seed >= 0:  # Python's shuffle here, not that of `datasets` (official code)
+            random.Random(text_seed).shuffle(order)
+        self.source, self.places = source, [i for i in order if rows[i]][: num_texts or None]
+        self.texts, _, self.cut = tokenize([rows[i] for i in self.places])
         if len({ids.tobytes() for ids in self.texts}) < 2:
             raise UserError(f"{source}: all {len(self.texts):,} texts are the same (after "
                             f"{len(self.texts[0])} tokens), nothing tells them apart; give "
@@ -179,15 +201,15 @@ class Sentences:
         """The global batch of a step: B queries, and the same texts as B keys."""
         rows = global_batch(seed, step, batch_size, len(self.texts))
         queries = keys = [self.texts[i] for i in rows]
-        return Batch(queries, keys, same_texts(keys, len(rows)), rows, rows)
+        cut = sum(self.cut[i] for i in rows)
+        return Batch(queries, keys, same_texts(keys, len(rows)), rows, rows, cut)
 
     def name(self, row: int) -> str:
-        """A row's place for messages."""
-        return f"{self.source} {row}"
+        """A row's place for messages: its number in the source, from 1, empty lines counted."""
+        return f"{self.source}, text {self.places[row] + 1}"
 
     def __str__(self) -> str:
-        tokens = sum(map(len, self.texts)) / len(self.texts)
-        return f"{self.source}: {len(self.texts):,} texts, {tokens:.0f} tokens each"
+        return describe(self.source, self.texts, sum(self.cut))
 
 
 class TripleRows:
@@ -215,26 +237,28 @@ class TripleRows:
     def read_batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """The global batch of a step: B queries, then the B positives and the hard negatives."""
         rows = one_source_batch(seed, step, batch_size, list(self.sizes.values()))
-        triples = [self.triples[i] for i in rows]
+        triples, cut = [self.triples[i] for i in rows], 0
         queries: list = [None] * len(rows)
         for instruction in dict.fromkeys(triple.instruction for triple in triples):
             places = [j for j, triple in enumerate(triples) if triple.instruction == instruction]
-            ids, _ = self.tokenize([triples[j].query for j in places], instruction)
-            for j, query in zip(places, ids):
+            read = self.tokenize([triples[j].query for j in places], instruction)
+            cut += sum(read.cut)
+            for j, query in zip(places, read.ids):
                 queries[j] = query
         texts, key_rows = [triple.positive for triple in triples], list(rows)
         for j, triple in enumerate(triples):
-            random = generator(seed, NEGATIVES, step * len(rows) + j)
-            order = random.permutation(len(triple.negatives))
+            draw = generator(seed, NEGATIVES, step * len(rows) + j)
+            order = draw.permutation(len(triple.negatives))
             texts += [triple.negatives[n] for n in order[: self.negatives]]
             key_rows += [rows[j]] * len(order[: self.negatives])
-        keys, _ = self.tokenize(texts, document=True, max_tokens=self.document_tokens)
-        return Batch(queries, keys, same_texts(keys, len(rows)), rows, key_rows)
+        keys, _, too_long = self.tokenize(texts, document=True, max_tokens=self.document_tokens)
+        excluded = same_texts(keys, len(rows))
+        return Batch(queries, keys, excluded, rows, key_rows, cut + sum(too_long))
 
     def name(self, row: int) -> str:
-        """A row's place for messages: its file, and the row in it from 0."""
+        """A row's place for messages: its file, and the row in it from 1."""
         file, place = self.triples.locate(row)
-        return f"{file.path.name} {place}"
+        return f"{file.path.name}, row {place + 1}"
 
     def __str__(self) -> str:
         kinds = [f"\n  {len(file.offsets):>9,}  {file.path.name}: "

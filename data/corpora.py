@@ -31,11 +31,16 @@ WIKI1M = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt")  # a hub
 
 
 def read_texts(source: str) -> list[str]:
-    """The texts of `source`, stripped, empty ones left out.
+    """The texts of `source`, stripped, empty ones left out; see read_rows."""
+    return [text for text in read_rows(source) if text]
+
+
+def read_rows(source: str) -> list[str]:
+    """The texts of `source`, stripped, empty lines as empty texts.
 
     `source` is `demo`, `wikitext103`, `wiki1m`, a .txt(.gz) with one text per line, or a
     .jsonl(.gz) with a field `text`. Raises UserError with file and line number for whatever cannot
-    be read.
+    be read, and if there is no text at all.
     """
     if source == "wikitext103":
         lines = wikitext_lines(wikitext_zip())
@@ -51,9 +56,10 @@ def read_texts(source: str) -> list[str]:
             raise UserError(f"{source}: unknown kind of file; rename it to .txt or .jsonl")
         lines = read_lines(path)
         if kind == "jsonl":
-            lines = (json_text(path, i, line) for i, line in enumerate(lines, 1) if line.strip())
-    texts = [text for text in map(str.strip, lines) if text]
-    if not texts:
+            lines = (json_text(path, i, line) if line.strip() else ""
+                     for i, line in enumerate(lines, 1))
+    texts = list(map(str.strip, lines))
+    if not any(texts):
         raise UserError(f"{source}: no text in it; give a file with at least one text")
     return texts
 

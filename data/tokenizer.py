@@ -7,6 +7,7 @@ no library version can drop or double them; anything appended after a text (EOS)
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -44,6 +45,14 @@ def check_special_tokens(tokenizer: "Tokenizer", templates: tuple[str, ...]):
             if tokenizer.backend.token_to_id(token) is None:
                 raise UserError(f"template {template!r}: {token} is no token of {tokenizer.file}; "
                                 f"write its own end-of-text token")
+
+
+class Tokens(NamedTuple):
+    """Texts as a model reads them, one entry each."""
+
+    ids: list[np.ndarray]  # int32, BOS first
+    tails: list[int]  # tokens from the last occurrence of the text in its template on
+    cut: list[bool]  # whether the text was longer than the limit
 
 
 class Tokenizer:
@@ -92,53 +101,46 @@ class Tokenizer:
                             f"bos_token_id; set bos_token_id in config.json")
         return [bos_token_id]
 
-    def read(
-        self, texts: list[str], template: str, max_tokens: int, num_memory_tokens: int
-    ) -> tuple[list[np.ndarray], list[int]]:
-        """int32 ids with BOS of each text in its template, and the length of its tail.
-
-        The tail counts the tokens from the last occurrence of the text on. At most max_tokens with
-        BOS and the memory tokens to come; where that is too many the text is cut.
-        """
-        room = max_tokens - num_memory_tokens
-        if room <= len(self.bos):
-            raise UserError(f"{max_tokens} tokens leave no room for a text beside BOS and "
-                            f"{num_memory_tokens} memory tokens; raise the limit")
+    def read(self, texts: list[str], template: str, max_tokens: int) -> Tokens:
+        """Each text in its template, at most max_tokens with BOS: a longer text is cut."""
+        if max_tokens <= len(self.bos):
+            raise UserError(f"{max_tokens} tokens leave no room for a text beside BOS; raise the "
+                            f"limit")
         if template != "{text}":
-            return self.encode_prompted(texts, template, room)
-        ids = self.encode(texts, room)
-        return ids, [len(i) for i in ids]
+            return self.encode_prompted(texts, template, max_tokens)
+        ids = self.encode(texts)
+        cut = [len(i) > max_tokens for i in ids]
+        ids = [i[:max_tokens].copy() if long else i for i, long in zip(ids, cut)]
+        return Tokens(ids, [len(i) for i in ids], cut)
 
-    def encode(self, texts: list[str], max_tokens: int | None = None) -> list[np.ndarray]:
-        """One int32 array per text: BOS, then at most max_tokens - len(BOS) tokens of the text."""
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """One int32 array per text: BOS, then the tokens of the text."""
         arrays = []
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
             for encoding in self.backend.encode_batch_fast(chunk, add_special_tokens=False):
-                arrays.append(np.array((self.bos + encoding.ids)[:max_tokens], dtype=np.int32))
+                arrays.append(np.array(self.bos + encoding.ids, dtype=np.int32))
         return arrays
 
-    def encode_prompted(
-        self, texts: list[str], prompt: str, max_tokens: int
-    ) -> tuple[list[np.ndarray], list[int]]:
-        """The prompt with each text in place of its `{text}`s, and where the last one starts.
+    def encode_prompted(self, texts: list[str], prompt: str, max_tokens: int) -> Tokens:
+        """The prompt with each text in place of its `{text}`s.
 
-        Where that makes more than max_tokens the text is cut, never the prompt. The second list
-        counts the tokens from the last occurrence of the text on. Raises UserError if the prompt
-        alone leaves no room for a text.
+        Where that makes more than max_tokens the text is cut, never the prompt. Raises UserError if
+        the prompt alone leaves no room for a text.
         """
-        before_last, arrays, tails = prompt.rpartition("{text}")[0], [], []
+        before_last, (arrays, tails, cut) = prompt.rpartition("{text}")[0], Tokens([], [], [])
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
             filled = [prompt.replace("{text}", text) for text in chunk]
             encodings = self.backend.encode_batch(filled, add_special_tokens=False)
             for text, encoding in zip(chunk, encodings):
-                if len(self.bos) + len(encoding.ids) > max_tokens:
+                cut.append(len(self.bos) + len(encoding.ids) > max_tokens)
+                if cut[-1]:
                     text, encoding = self._cut(text, prompt, max_tokens)
                 first = len(before_last.replace("{text}", text))  # character of the last text
                 arrays.append(np.array(self.bos + encoding.ids, dtype=np.int32))
                 tails.append(sum(end > first for _, end in encoding.offsets))
-        return arrays, tails
+        return Tokens(arrays, tails, cut)
 
     def _cut(self, text: str, prompt: str, max_tokens: int) -> tuple[str, tokenizers.Encoding]:
         """The longest beginning of the text, in whole tokens, that fits the prompt."""

@@ -1,4 +1,4 @@
-"""Which device, which dtype, and copies that nothing waits for."""
+"""Which device, which dtype, copies that nothing waits for, and texts packed in one row."""
 
 import re
 
@@ -49,3 +49,13 @@ def to_device(tensor: Tensor, device) -> Tensor:
 def flat_ids(arrays: list[np.ndarray], device) -> Tensor:
     """Arrays of token ids -> one row (T,) int64 on the device."""
     return to_device(torch.from_numpy(np.concatenate(arrays)).long(), device)
+
+
+def pack(*parts: tuple[Tensor, list[int]]) -> tuple[Tensor, list[int]]:
+    """Lay N sequences in one row, each made of one segment of every part in turn.
+
+    A part is (rows, lengths): all its N segments, one after another, and their N lengths.
+    """
+    segments = [rows.split(lengths) for rows, lengths in parts]
+    row = torch.cat([segment for sequence in zip(*segments) for segment in sequence])
+    return row, [sum(n) for n in zip(*(lengths for _, lengths in parts))]

@@ -264,7 +264,7 @@ def check_adapter_fits(folder: Path, tensors: dict[str, Tensor], slots: dict[str
 # Encoder folders: encoder.json, embeddings.safetensors, one adapter per stage
 # ---------------------------------------------------------------------------------------------
 
-FORMAT = 1  # of encoder.json
+FORMAT = 2  # of encoder.json; in format 1 max_tokens counted the memory tokens, too
 
 
 def check_encoder_config(config, types: dict[str, type], poolings):
@@ -287,9 +287,8 @@ def check_encoder_config(config, types: dict[str, type], poolings):
     kept = config.kept_tokens
     if any(type(i) is not int or not 0 <= i < k for i in kept) or len(set(kept)) < len(kept):
         raise UserError(f"kept_tokens={kept}: must be different numbers from 0 to {k - 1}")
-    if config.max_tokens < k + 2:
-        raise UserError(f"max_tokens={config.max_tokens} leaves no room for a text beside BOS and "
-                        f"{k} memory tokens")
+    if config.max_tokens < 2:
+        raise UserError(f"max_tokens={config.max_tokens} leaves no room for a text beside BOS")
 
 
 def is_encoder(folder: str | Path) -> bool:
@@ -321,12 +320,14 @@ def read_encoder(folder: Path, make_config) -> tuple:
     """
     file = folder / "encoder.json"
     about = read_json(file)
-    if about.get("format") != FORMAT:
-        raise UserError(f"{file}: format={about.get('format')!r}, this version reads {FORMAT}; "
-                        f"update the code, or save the encoder anew")
+    if type(about.get("format")) is not int or about["format"] not in (1, FORMAT):
+        raise UserError(f"{file}: format={about.get('format')!r}, this version reads 1 and "
+                        f"{FORMAT}; update the code, or save the encoder anew")
     about = {"document_template": "", "kept_tokens": [], **about}  # newer than the first folders
     try:
         about["kept_tokens"] = tuple(about["kept_tokens"])
+        if about["format"] == 1:
+            about["max_tokens"] -= about["num_memory_tokens"]
         config = make_config(**{key: about[key] for key in make_config.__dataclass_fields__})
         base = {key: about["base"][key] for key in ("name", "revision", "sha256")}
         stages = [str(stage["stage"]) for stage in about["history"]]

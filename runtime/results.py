@@ -19,6 +19,8 @@ PAPER = PUBLISHED["tasks"]  # the 14
 GROUPS = {group: [task for task in PAPER if TASKS[task]["group"] == group]
           for group in ("clustering", "retrieval", "sts", "classification", "reranking")}
 
+FORMAT = 2  # of the settings in a result; in format 1 max_tokens counted the memory tokens, too
+
 # what a finished result must have in common with the one asked for
 SAME = ("method", "sha256", "kept_tokens", "attention", "max_tokens", "template",
         "document_template", "dtype", "instruction", "data")
@@ -61,6 +63,9 @@ def finished(path: Path, settings: dict) -> dict | None:
     result = read_result(path)
     before = result["settings"]
     before = {"document_template": "", "kept_tokens": [], **before}  # newer than the first results
+    lengths = [before.get(key) for key in ("max_tokens", "num_memory_tokens")]
+    if "format" not in before and all(isinstance(length, int) for length in lengths):
+        before["max_tokens"] -= before["num_memory_tokens"]
     changed = [f"{key}: {before.get(key)!r} -> {settings[key]!r}" for key in SAME
                if before.get(key) != settings[key]]
     if (before.get("base") or {}).get("sha256") != settings["base"]["sha256"]:
@@ -122,7 +127,9 @@ def read_results(name: str, results: Path) -> tuple[str, dict[str, float], str |
     for result in map(read_result, files):
         task = keys.get(result["task_name"], result["task_name"])
         scores[task] = 100 * result["scores"]["test"][0]["main_score"]
-        paper = result["settings"].get("paper")
+        settings = result["settings"]
+        known = "format" in settings or not settings.get("history")
+        paper = settings.get("paper") if known else None  # format 1 named one whatever the training
         notes += [f"{task}: {note}" for note in result["notes"]]
     if not scores:
         known = [p.name for p in sorted(results.glob("*")) if p.is_dir()] + [*PUBLISHED["rows"]]

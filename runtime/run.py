@@ -34,6 +34,7 @@ from runtime.formats import is_encoder
 from runtime.ranks import Ranks, join_ranks
 from runtime.settings import changed_settings, stored_settings
 
+FORMAT = 2  # of a run; in format 1 lengths counted the memory tokens, rates were a step ahead
 LOCK = ".lock"  # hidden, like temporary files: hidden names do not make a folder a run's
 STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run early, after saving
 
@@ -104,7 +105,7 @@ class Run:
         """Write config.json and environment.json."""
         about = {**self.environment, "launch": self.ranks.launch}
         write_file(self.out / "environment.json", json.dumps(about) + "\n")
-        settings = json.dumps(stored_settings(self.config), indent=2)
+        settings = json.dumps({"format": FORMAT, **stored_settings(self.config)}, indent=2)
         write_file(self.out / "config.json", settings + "\n")
 
     def _print_header(self, encoder: nn.Module, trained: dict[str, Tensor], about: str, data: str):
@@ -116,7 +117,7 @@ class Run:
         print(f"python {e['python']}, torch {e['torch']}, {e['processes']} process(es) on "
               f"{e['device']}, {e['threads']} thread(s) each, {e['dtype'].removeprefix('torch.')}\n"
               f"model  {self.config.model}: {count['frozen']} frozen, {count['trained']} trained; "
-              f"{about}\ndata   {data}\n"
+              f"{about}\n{describe_memory(encoder.memory_tokens)}data   {data}\n"
               f"steps  {self.last_step:,} of {self.config.batch_size} -> {self.out}", flush=True)
 
     def open_log(self, name: str, first_step: int) -> "Log | None":
@@ -146,8 +147,8 @@ class Run:
         odd = sorted({row for row, fine in zip(rows, finite) if not fine} or set(rows))
         raise UserError(
             f"step {step}: the loss ({loss.item():.4g}) or the gradient's norm "
-            f"({norm.item():.4g}) is not finite; nothing was updated. Rows (from 0): "
-            f"{', '.join(map(name, odd[:8]))}{', ...' * (len(odd) > 8)}. Lower --lr or use "
+            f"({norm.item():.4g}) is not finite; nothing was updated. Rows: "
+            f"{'; '.join(map(name, odd[:8]))}{'; ...' * (len(odd) > 8)}. Lower --lr or use "
             f"--dtype float32; checkpoints are in {self.out}/checkpoints")
 
     def end_step(self, step: int, shown: str, **metrics):
@@ -267,7 +268,12 @@ def should_resume(config, launch: str | None) -> bool:
         raise UserError(f"{saved}: missing, nothing to resume; leave --resume out")
     restarted = launch is not None and read_environment(out).get("launch") == launch
     if config.resume or restarted and saved.is_file():
-        if changed := changed_settings(config, read_json(saved)):
+        before = read_json(saved)
+        if before.get("format", 1) != FORMAT:
+            raise UserError(f"{saved}: format={before.get('format', 1)!r}, this version resumes "
+                            f"{FORMAT} (lengths, order of texts and learning rate differ); finish "
+                            f"the run with the version that began it, or name another --out")
+        if changed := changed_settings(config, before):
             raise UserError(f"{saved}: --resume with a changed configuration ({'; '.join(changed)})"
                             f"; give the first run's values, or another --out")
         return True
@@ -293,6 +299,15 @@ def lock_folder(folder: Path) -> int:
         print(f"note: {folder} cannot be locked ({error.strerror}): make sure that no other job "
               f"writes there", flush=True)
     return descriptor
+
+
+def describe_memory(rows: Tensor) -> str:
+    """How alike the memory rows (K, D) are: a line of the header; none if there are not two."""
+    if len(rows) < 2:
+        return ""
+    unit = torch.nn.functional.normalize(rows.detach().double(), dim=-1)
+    mean = (unit @ unit.T).fill_diagonal_(0).sum() / (len(rows) * (len(rows) - 1))
+    return f"memory {len(rows)} rows, mean cosine {mean:.4f}\n"
 
 
 def environment(dtype: torch.dtype, ranks: Ranks) -> dict:

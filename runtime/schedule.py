@@ -9,6 +9,8 @@ import math
 import numpy as np
 import torch
 
+from runtime.errors import UserError
+
 # what a generator is for: the second number of its key
 ORDER, SPLIT, DROPOUT, NEGATIVES, SOURCE, ADAPTER = range(6)
 
@@ -16,15 +18,27 @@ ORDER, SPLIT, DROPOUT, NEGATIVES, SOURCE, ADAPTER = range(6)
 def learning_rate(step: int, steps: int, warmup: int, low: float, high: float) -> float:
     """DeepSpeed's WarmupDecayLR: lr = low + (high - low) g, step counted from 0.
 
-    g rises as ln(step + 1) / ln(warmup) for `warmup` steps, then falls linearly to 0 at `steps`, so
-    that the rate returns to `low`.
+    At the scheduler's t-th update g rises as ln(t + 1) / ln(warmup) for `warmup` steps, then falls
+    linearly to 0 at `steps`, so that the rate returns to `low`.
     """
+    t = max(0, step - 1)  # DeepSpeed updates it after the optimiser: two steps run at `low`
     warmup = max(2, warmup)  # as DeepSpeed: the logarithm of 1 is no divisor
-    if step < warmup:
-        g = math.log(step + 1) / math.log(warmup)
+    if t < warmup:
+        g = math.log(t + 1) / math.log(warmup)
     else:
-        g = max(0.0, (steps - step) / max(1, steps - warmup))
+        g = max(0.0, (steps - t) / max(1, steps - warmup))
     return low + (high - low) * g
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """The steps in which the rate rises: a share of `steps`, or from 1 on their number.
+
+    UserError if they are more than `steps`.
+    """
+    if warmup >= 1 and warmup > steps:
+        raise UserError(f"--warmup {warmup:g}: more steps than the {steps:,} of the schedule; "
+                        f"lower it, or give a share below 1")
+    return int(warmup * steps if warmup < 1 else warmup)
 
 
 def generator(*key: int) -> np.random.Generator:

@@ -36,19 +36,24 @@ class RunConfig:
     resume: bool = setting(False, "resume from the newest checkpoint in --out", resumable=True)
 
 
-def parse_config(config_class, presets: dict, pick_preset, argv: list[str] | None, doc: str):
+def parse_config(
+    config_class, presets: dict[str, dict[str, dict]], argv: list[str] | None, doc: str
+):
     """A configuration from its defaults, a preset, and the flags given (the stronger last).
 
-    `pick_preset(given)` names the preset when no --preset is given.
+    presets: stage -> name -> settings. The stage is that of --stage, or else the first one that has
+    the preset; the preset is `paper` if a --model other than the demo's is named, or else `demo`.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=list(presets), help="a set of defaults, see below; by "
-                        "default the demo's, with --model that of the paper")
+    names = dict.fromkeys(name for own in presets.values() for name in own)
+    parser.add_argument("--preset", choices=list(names), help="a set of defaults, see below "
+                        "(default demo; paper if --model names anything but demo)")
     parser.epilog = "\n".join(
-        f"preset {name}: " + (", ".join(f"{k} {v}" for k, v in changes.items()) or "the defaults")
-        for name, changes in presets.items()
+        f"preset {name} of {stage}: "
+        + (", ".join(f"{k} {v}" for k, v in changes.items()) or "the defaults")
+        for stage, own in presets.items() for name, changes in own.items()
     )
     own = list(config_class.__annotations__)  # the stage's settings first, then those of every run
     for f in sorted(fields(config_class),
@@ -60,8 +65,11 @@ def parse_config(config_class, presets: dict, pick_preset, argv: list[str] | Non
         text += "" if f.default is MISSING or f.type is bool else f" (default {f.default!r})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    preset = given.pop("preset") or pick_preset(given)
-    return config_class(**{**presets[preset], **given})
+    name = given.pop("preset") or ("demo" if given.get("model", "demo") == "demo" else "paper")
+    stage = given.get("stage") or next(stage for stage, own in presets.items() if name in own)
+    if name not in presets[stage]:
+        parser.error(f"--preset {name}: is not for {stage}, which has {', '.join(presets[stage])}")
+    return config_class(**{**presets[stage][name], **given})
 
 
 def check_bounds(config):

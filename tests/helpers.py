@@ -182,6 +182,13 @@ def without_speed(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics(out)]
 
 
+def settings_of(out: Path) -> dict:
+    """The settings in a run's config.json, its format left out."""
+    stored = json.loads((out / "config.json").read_text())
+    assert stored.pop("format") == 2
+    return stored
+
+
 def losses(out: Path) -> list[float]:
     """The losses in a run's metrics.jsonl."""
     return [row["loss"] for row in metrics(out)]

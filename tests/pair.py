@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import contrastive
+import evaluate
 import pretrain_ctkd
 import runtime.ranks
 from data.batches import Sentences, SplitTexts, TripleRows
+from model import load_encoder
 from runtime.checkpoints import Checkpoints
 from runtime.errors import UserError
 from runtime.ranks import Ranks, join_ranks
@@ -176,6 +178,14 @@ def exchange_errors(ranks: Ranks) -> dict:
             "first_then_others": [said(ranks.first_then_others, lambda rank=rank: failing(rank))
                                   for rank in (0, 1)],
             "sum": ranks.sum(torch.ones(1)).item()}
+
+
+def exchange_notes(ranks: Ranks, folder: str, tasks: list[str]) -> dict:
+    """What the evaluations of an encoder on these tasks, one after another, note."""
+    encoder = load_encoder(folder)
+    found = [evaluate.evaluate_on_ranks(evaluate.find_task(name), encoder, encoder.encode, "", None,
+                                        ranks) for name in tasks]
+    return {"notes": [scores["notes"] for scores in found], "own": encoder.cut}
 
 
 def exchange(job: dict) -> dict:

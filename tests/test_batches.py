@@ -1,19 +1,21 @@
 """data/batches.py: filters and splits of stage 1's texts, sentences and triples as batches."""
 
+import random
+import re
 import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import LONG, run_of, split_texts, write_triples
+from helpers import LONG, run_of, split_texts, words, write_triples
 
 import contrastive
 import pretrain_ctkd
 from contrastive import Config
 from data import corpora
-from data.batches import MIN_SIDE, SplitTexts, TripleRows, require_rows, same_texts, split_point
-from data.batches import token_batches
+from data.batches import MIN_SIDE, Sentences, SplitTexts, TripleRows, require_rows, same_texts
+from data.batches import split_point, token_batches
 from data.corpora import read_texts
 from data.tokenizer import Tokenizer
 from data.triples import Triples
@@ -25,7 +27,7 @@ def tokenizer(tiny):
     return Tokenizer(tiny, 320)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def encoder(ctkd):
     """The encoder that stage 2 trains after the run `ctkd`."""
     config = Config(model=str(ctkd), max_tokens=40, dtype="float32")
@@ -49,31 +51,108 @@ def test_wikitext_keeps_texts_of_1000_characters_and_less_than_512_tokens(
     (tmp_path / "llm2comp").mkdir()
     with zipfile.ZipFile(tmp_path / "llm2comp" / corpora.WIKITEXT_MIRROR[1], "w") as archive:
         archive.writestr(corpora.WIKITEXT_MEMBER, "".join(f" {line} \n" for line in lines))
-    config = pretrain_ctkd.Config(batch_size=2, max_tokens=520)
+    config = pretrain_ctkd.Config(batch_size=2, text_seed=-1)
     data = pretrain_ctkd.open_texts(config, tokenizer, config.num_texts)
     expected = tokenizer.encode([text.strip() for text in kept])
     assert [ids.tolist() for ids in data.texts] == [ids.tolist() for ids in expected]
-    assert data.dropped == "1 under 1000 characters, 2 512 tokens or more"
-    off = SplitTexts("wikitext103", tokenizer, 0, min_characters=0, max_text_tokens=0, room=10**6)
+    assert data.dropped == "1 under 1000 characters, 2 512 tokens or more" and data.cut == 0
+    assert [data.name(row) for row in range(2)] == ["wikitext103, text 2", "wikitext103, text 4"]
+    off = SplitTexts("wikitext103", tokenizer, 0, min_characters=0, max_text_tokens=0)
     assert len(off.texts) == len(lines) and off.dropped == "none dropped"
+    assert off.cut == 1  # of 1,600 characters; 512 tokens are not too many
 
 
-def test_texts_are_cut_so_that_bos_text_and_memory_tokens_fit_in_max_tokens(tokenizer, texts):
-    config = pretrain_ctkd.Config(text=str(texts), max_tokens=40, memory_tokens=8)
+@pytest.mark.parametrize("memory_tokens", [1, 2, 16])
+def test_texts_are_cut_to_max_tokens_with_bos_whatever_the_memory_tokens(
+    memory_tokens, tokenizer, texts
+):
+    config = pretrain_ctkd.Config(text=str(texts), max_tokens=40, memory_tokens=memory_tokens,
+                                  text_seed=-1)
     data = pretrain_ctkd.open_texts(config, tokenizer, num_texts=7)
-    assert [len(ids) for ids in data.texts] == [32] * 7
+    assert [len(ids) for ids in data.texts] == [40] * 7
     whole = tokenizer.encode(read_texts(str(texts))[:7])
     for ids, all_ids in zip(data.texts, whole):
-        assert ids[0] == 1 and ids.tolist() == all_ids[:32].tolist() and len(all_ids) > 32
+        assert ids[0] == 1 and ids.tolist() == all_ids[:40].tolist() and len(all_ids) > 40
+    assert data.cut == 7
+    assert str(data) == f"{texts}: 7 texts, 40 tokens each, 7 of them cut"
+
+
+def test_cut_texts_are_counted_after_the_filters_and_among_the_first_texts(
+    tokenizer, tmp_path
+):
+    """A filter for long texts sees them whole; a text of just the limit is not cut."""
+    path, lines = tmp_path / "a.txt", ["x" * n for n in (60, 30, 31, 12, 29, 80, 90)]
+    path.write_text("\n".join(lines))
+    lengths = [len(ids) for ids in tokenizer.encode(lines)]
+    assert lengths == [n + 1 for n in (60, 30, 31, 12, 29, 80, 90)]
+    data = SplitTexts(str(path), tokenizer, 4, max_text_tokens=81, max_tokens=31, text_seed=-1)
+    assert [len(ids) for ids in data.texts] == [31, 31, 31, 30] and data.cut == 2
+    assert str(data) == f"{path}: 4 texts, 31 tokens each, 2 of them cut"
+    assert data.dropped == "1 under 20 tokens, 2 81 tokens or more"
+    whole = SplitTexts(str(path), tokenizer, 0, max_tokens=91, text_seed=-1)
+    assert whole.cut == 0 and "of them cut" not in str(whole)
+
+
+ROWS_WITH_GAPS = ["", *words(11, 3, 8, 20), "", " ", *words(12, 4, 1, 30), "", *words(9, 5, 8, 9)]
+
+
+@pytest.fixture
+def gaps(tmp_path):
+    """A file of texts with empty lines among them, some too short to be split."""
+    path = tmp_path / "gaps.txt"
+    path.write_text("\n".join(ROWS_WITH_GAPS) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("seed", [42, 0])
+def test_stage_1_shuffles_as_the_library_datasets_does_before_it_filters(
+    seed, tokenizer, gaps, tmp_path
+):
+    """Which the official code calls on all rows, empty ones too, and takes the first after it."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset("text", data_files=str(gaps), cache_dir=str(tmp_path / "cache"))
+    shuffled = rows.shuffle(seed=seed)["train"]
+    assert len(shuffled) == len(ROWS_WITH_GAPS)
+    there = [text.strip() for text in shuffled["text"] if text.strip()]
+    kept = [ids.tolist() for ids in tokenizer.encode(there) if len(ids) >= 20]
+    assert 20 < len(kept) < len(there) == 32
+    for wanted in (0, 5):
+        data = SplitTexts(str(gaps), tokenizer, wanted, text_seed=seed)
+        assert [ids.tolist() for ids in data.texts] == kept[: wanted or None]
+    named = [int(re.fullmatch(re.escape(str(gaps)) + r", text (\d+)", data.name(row))[1])
+             for row in range(5)]
+    assert [tokenizer.encode([ROWS_WITH_GAPS[n - 1].strip()])[0].tolist()
+            for n in named] == kept[:5]
+    assert named != sorted(named)
+
+
+def test_the_text_seed_of_minus_one_keeps_the_files_order(tokenizer, gaps):
+    in_order = [ids.tolist() for ids in tokenizer.encode(read_texts(str(gaps))) if len(ids) >= 20]
+    data = SplitTexts(str(gaps), tokenizer, 6, text_seed=-1)
+    assert [ids.tolist() for ids in data.texts] == in_order[:6]
+    others = [SplitTexts(str(gaps), tokenizer, 6, text_seed=seed).sha256 for seed in (42, 0, 42)]
+    assert others[0] == others[2] and len({data.sha256, *others}) == 3
+    assert SplitTexts(str(gaps), tokenizer, 6).sha256 == others[0]  # 42 is the default
+
+
+def test_which_texts_are_read_does_not_depend_on_the_runs_seed(tokenizer, gaps):
+    read = {}
+    for seed in (0, 1):
+        for text_seed in (42, 7):
+            config = pretrain_ctkd.Config(text=str(gaps), seed=seed, text_seed=text_seed)
+            data = pretrain_ctkd.open_texts(config, tokenizer, num_texts=9)
+            read[seed, text_seed] = [ids.tolist() for ids in data.texts]
+    assert read[0, 42] == read[1, 42] and read[0, 7] == read[1, 7] != read[0, 42]
 
 
 def test_filters_drop_and_count_texts(tokenizer, texts, tmp_path):
     path, whole = tmp_path / "more.txt", texts.read_text()
     path.write_text("short\nsmall\nthe embedding of the text is here\n" + whole)
-    data = SplitTexts(str(path), tokenizer)
+    data = SplitTexts(str(path), tokenizer, text_seed=-1)
     assert len(data.texts) == 40 and data.sizes == {f"{path} (3 under 20 tokens)": 40}
-    assert data.sha256 == SplitTexts(str(texts), tokenizer).sha256
-    assert data.sha256 != SplitTexts(str(texts), tokenizer, num_texts=39).sha256
+    assert data.sha256 == SplitTexts(str(texts), tokenizer, text_seed=-1).sha256
+    assert data.sha256 != SplitTexts(str(texts), tokenizer, num_texts=39, text_seed=-1).sha256
     assert str(data) == f"{path}: 40 texts, {sum(map(len, data.texts)) / 40:.0f} tokens each"
     counts = sorted(map(len, data.texts))
     short = SplitTexts(str(path), tokenizer, min_characters=30, max_text_tokens=counts[10])
@@ -145,10 +224,14 @@ def test_a_key_with_the_text_of_a_rows_positive_is_excluded_for_that_row_only():
 
 def test_a_batch_of_sentences_has_each_text_as_query_and_key(encoder, home):
     config = Config(text=str(home / "texts.txt"), batch_size=6)
+    encoder.config = replace(encoder.config, max_tokens=20)
     data = contrastive.open_data(config, encoder, False)
+    assert 0 < sum(data.cut) < 40
     assert str(data) == (f"{home}/texts.txt: 40 texts, "
-                         f"{sum(map(len, data.texts)) / 40:.0f} tokens each")
+                         f"{sum(map(len, data.texts)) / 40:.0f} tokens each, {sum(data.cut)} of "
+                         f"them cut")
     texts = read_texts(str(home / "texts.txt"))
+    random.Random(42).shuffle(texts)
     for step in range(2):
         batch = data.read_batch(0, step, 6)
         assert batch.key_rows == batch.rows and len(batch.queries) == len(batch.keys) == 6
@@ -156,19 +239,70 @@ def test_a_batch_of_sentences_has_each_text_as_query_and_key(encoder, home):
             assert query.tolist() == key.tolist() == encoder.tokenize([texts[row]])[0][0].tolist()
         assert torch.equal(batch.excluded, same_texts(batch.keys, 6))
         assert batch.real_tokens == 2 * sum(map(len, batch.queries))
-    assert data.name(3) == f"{home}/texts.txt 3"
+        too_long = [len(encoder.tokenizer.encode([texts[row]])[0]) > 20 for row in batch.rows]
+        assert batch.cut == sum(too_long)
+    assert data.name(3) == f"{home}/texts.txt, text {read_texts(data.source).index(texts[3]) + 1}"
+
+
+@pytest.mark.parametrize("seed, wanted", [(42, 0), (42, 7), (0, 7)])
+def test_stage_2_shuffles_as_python_does_and_leaves_empty_lines_out(seed, wanted, encoder, gaps):
+    """The official code calls random.shuffle on all lines."""
+    rows = [text.strip() for text in ROWS_WITH_GAPS]
+    random.Random(seed).shuffle(rows)
+    expected = [text for text in rows if text][: wanted or None]
+    data = Sentences(str(gaps), wanted, encoder.tokenize, seed)
+    assert [ids.tolist() for ids in data.texts] == [
+        ids.tolist() for ids in encoder.tokenize(expected).ids]
+    lines = [int(data.name(row).rpartition(" ")[2]) for row in range(len(expected))]
+    assert [ROWS_WITH_GAPS[n - 1].strip() for n in lines] == expected and lines != sorted(lines)
+    config = Config(text=str(gaps), num_texts=wanted, text_seed=seed, batch_size=4, seed=9)
+    assert contrastive.open_data(config, encoder, False).sha256 == data.sha256
+    in_order = Sentences(str(gaps), wanted, encoder.tokenize, -1)
+    assert [ids.tolist() for ids in in_order.texts] == [
+        ids.tolist() for ids in encoder.tokenize(read_texts(str(gaps))[: wanted or None]).ids]
+
+
+@pytest.mark.parametrize("memory_tokens", [1, 16])
+def test_the_texts_of_a_contrastive_batch_do_not_depend_on_k(memory_tokens, tiny, home):
+    """24 tokens of a text or query, 20 of a document."""
+    common = {"model": str(tiny), "memory_tokens": memory_tokens, "max_tokens": 24,
+              "document_tokens": 20, "batch_size": 8, "dtype": "float32"}
+    config = Config(**common, text=str(home / "texts.txt"))
+    encoder, _ = contrastive.new_encoder(config, run_of(config))
+    assert len(encoder.memory_tokens) == memory_tokens
+    data = contrastive.open_data(config, encoder, False)
+    batch = data.read_batch(0, 0, 8)
+    assert max(map(len, data.texts)) == 24
+    assert batch.cut == sum(data.cut[row] for row in batch.rows) > 0
+    config = Config(**common, stage="scl", triples=str(home / "triples.jsonl"),
+                    instruction="none")
+    data = contrastive.open_data(config, encoder, False)
+    batch = data.read_batch(0, 0, 8)
+    queries, positives = (
+        encoder.tokenizer.encode([getattr(data.triples[row], role) for row in batch.rows])
+        for role in ("query", "positive"))
+    assert [len(ids) for ids in batch.queries] == [min(len(ids), 24) for ids in queries]
+    assert [len(ids) for ids in batch.keys[:8]] == [min(len(ids), 20) for ids in positives]
+    assert max(map(len, batch.queries)) == 24 and max(map(len, batch.keys)) == 20
 
 
 def test_the_embedded_data_are_read_by_name(encoder):
-    config = Config(text="demo", num_texts=300)
+    config = Config(text="demo", num_texts=300, text_seed=-1)
     data = contrastive.open_data(config, encoder, False)
     assert len(data.texts) == 300
-    assert all(1 < len(ids) <= 38 and ids[0] == 1 for ids in data.texts)
+    assert all(1 < len(ids) <= 40 and ids[0] == 1 for ids in data.texts)
+    assert max(map(len, data.texts)) == 40
     first, *_ = passages = read_texts("demo")
     sentence = encoder.tokenizer.decode(data.texts[0])
     assert first.startswith(sentence) and len(sentence) < len(first)
     everything = contrastive.open_data(replace(config, num_texts=0), encoder, False)
     assert len(everything.texts) > 2 * len(passages)
+    shuffled = contrastive.open_data(replace(config, num_texts=0, text_seed=42), encoder, False)
+    order = list(range(len(everything.texts)))
+    random.Random(42).shuffle(order)
+    assert [ids.tolist() for ids in shuffled.texts] == [everything.texts[i].tolist()
+                                                        for i in order]
+    assert shuffled.name(0) == f"demo, text {order[0] + 1}"
     data = contrastive.open_data(Config(stage="scl", triples="demo"), encoder, False)
     assert data.sha256 == Triples("demo").sha256
 
@@ -230,13 +364,58 @@ def test_negatives_depend_on_the_seed(triple_batches):
 
 
 def test_long_documents_are_cut_to_document_tokens(triple_batches):
-    """30 with the two memory tokens; queries are cut to 40."""
+    """30, and queries to 40; two memory tokens follow."""
     tokenizer, data, (batch, *_) = triple_batches(40, 45)
-    assert [len(ids) for ids in batch.queries] == [38] * 4
-    assert [len(ids) for ids in batch.keys] == [28] * 8
+    assert [len(ids) for ids in batch.queries] == [40] * 4
+    assert [len(ids) for ids in batch.keys] == [30] * 8
+    assert batch.cut == 12  # each query, positive and drawn negative
     whole = tokenizer.encode([data.triples[row].positive for row in batch.rows])
     for ids, full in zip(batch.keys, whole):
-        assert ids.tolist() == full[:28].tolist()
+        assert ids.tolist() == full[:30].tolist()
+
+
+def test_the_cut_texts_of_a_batch_of_triples_are_counted(triple_batches):
+    """With an instruction a query is longer; a hard negative counts if it was drawn."""
+    sums = []
+    for instruction in ("none", "Find the text that says the same"):
+        tokenizer, data, batches = triple_batches(4, 14, instruction=instruction)
+        expected = []
+        for batch in batches:
+            queries = [data.triples[row].query for row in batch.rows]
+            if instruction != "none":
+                queries = [f"{instruction}:{query}\n" for query in queries]
+            long = sum(len(ids) > 40 for ids in tokenizer.encode(queries))
+            keys = [data.triples[row].positive for row in batch.rows]
+            for row, ids in zip(batch.rows, batch.keys[4:], strict=True):
+                (drawn,) = {text for text in data.triples[row].negatives
+                            if tokenizer.encode([text])[0][:30].tolist() == ids.tolist()}
+                keys.append(drawn)
+            expected.append(long + sum(len(ids) > 30 for ids in tokenizer.encode(keys)))
+        assert [batch.cut for batch in batches] == expected
+        assert min(expected) < max(expected)
+        sums.append(sum(expected))
+    assert sums[0] < sums[1]
+
+
+def test_the_cut_queries_of_all_instructions_are_counted(tiny, home):
+    """A batch of three files, each with an instruction of its own."""
+    config = Config(stage="scl", model=str(tiny), triples=str(home / "folder"), memory_tokens=2,
+                    max_tokens=60, batch_size=39, dtype="float32", instruction="Find it")
+    encoder, _ = contrastive.new_encoder(config, run_of(config))
+    data = contrastive.open_data(config, encoder, False)
+    batch, lengths = data.read_batch(0, 0, 39), {}
+    for row in batch.rows:
+        triple = data.triples[row]
+        (ids,) = encoder.tokenizer.encode([f"{triple.instruction}:{triple.query}\n"])
+        lengths.setdefault(triple.instruction, []).append(len(ids))
+    counts = [sum(length > 60 for length in own) for own in lengths.values()]
+    assert len([n for n, own in zip(counts, lengths.values()) if 0 < n < len(own)]) == 2
+    assert batch.cut == sum(counts)
+
+
+def test_no_text_of_a_batch_is_counted_as_cut_if_none_is_too_long(triple_batches):
+    _, _, batches = triple_batches(3, 5, max_tokens=60, document_tokens=60)
+    assert [batch.cut for batch in batches] == [0] * 9
 
 
 def test_hard_negatives_stand_without_an_instruction(triple_batches):
@@ -271,8 +450,8 @@ def test_a_row_is_named_by_its_file_and_its_place_there(encoder, home):
     config = Config(stage="scl", triples=str(home / "folder"), batch_size=8, instruction="none")
     data = contrastive.open_data(config, encoder, False)
     assert [data.name(row) for row in (0, 19, 20, 29, 30, 38)] == [
-        "allnli.jsonl 0", "allnli.jsonl 19", "mine.jsonl 0", "mine.jsonl 9", "squad.jsonl 0",
-        "squad.jsonl 8"]
+        "allnli.jsonl, row 1", "allnli.jsonl, row 20", "mine.jsonl, row 1", "mine.jsonl, row 10",
+        "squad.jsonl, row 1", "squad.jsonl, row 9"]
     lines = str(data).splitlines()
     assert lines[0] == f"{home}/folder: 39 rows, mixed" and len(lines) == 4
     assert lines[2].split(maxsplit=1) == ["10", "mine.jsonl: no instruction"]

@@ -148,7 +148,7 @@ def test_the_command_measures_writes_and_saves_a_merged_encoder(trained, tmp_pat
     assert found["alignment"] == pytest.approx(collapse.alignment(*x[pairs.T]), rel=1e-4)
     merged = load_encoder(tmp_path / "merged" / "encoder")
     assert merged.config == replace(encoder.config, kept_tokens=tuple(found["drawn"]))
-    ids, _ = encoder.tokenize(texts[:3])
+    ids = encoder.tokenize(texts[:3]).ids
     memory = [encoder.memory(torch.from_numpy(i).long(), [len(i)])[0] for i in ids]
     kept = torch.stack([m[found["drawn"][0]] for m in memory]).detach().numpy()
     np.testing.assert_allclose(merged.encode(texts[:3]), kept, rtol=0, atol=1e-5)
@@ -182,7 +182,7 @@ def test_mean_products_and_cosines_are_reported(tiny, tmp_path):
                tmp_path / "out") == 0
     [found] = json.loads((tmp_path / "out/collapse.json").read_text())
     encoder = load_encoder(tmp_path / "encoder")
-    ids, _ = encoder.tokenize(texts)
+    ids = encoder.tokenize(texts).ids
     memory = [encoder.memory(flat_ids([one], "cpu"), [len(one)])[0].double() for one in ids]
     products = sum(m @ m.T for m in memory) / 7
     cosines = sum(m @ m.T / (m.norm(dim=1)[:, None] * m.norm(dim=1)) for m in memory) / 7
@@ -190,6 +190,19 @@ def test_mean_products_and_cosines_are_reported(tiny, tmp_path):
     assert np.array(found["cosines"]) == pytest.approx(cosines.numpy(), abs=1e-5)
     others = [cosines[i, j].item() for i in range(3) for j in range(3) if i != j]
     assert found["mean_cosine"] == pytest.approx(np.mean(others), abs=1e-5)
+
+
+def test_texts_that_were_cut_are_noted(tiny, tmp_path, capsys):
+    """The note counts texts, each once, and names the encoder's limit."""
+    save_encoder(trained_encoder(tiny, EncoderConfig(3, max_tokens=21)), tmp_path / "encoder")
+    (tmp_path / "texts.txt").write_text("\n".join("x" * n for n in (20, 21, 22, 5, 60)))
+    source = ["--text", tmp_path / "texts.txt", "--out", tmp_path / "out"]
+    assert run("--model", tmp_path / "encoder", *source) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert notes == [f"note: {tmp_path}/encoder: texts cut to 21 tokens: 3"]
+    (tmp_path / "texts.txt").write_text("\n".join("x" * n for n in (20, 19, 5)))
+    assert run("--model", tmp_path / "encoder", *source) == 0
+    assert "texts cut" not in capsys.readouterr().out
 
 
 def test_positive_pairs_have_four_fifths_of_the_highest_score():

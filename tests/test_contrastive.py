@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import FAST2, LONG, ONE, ROOT, WEIGHTS, contents, contrastive_step, edit_json
 from helpers import error_line, files, gradients, history, losses, metrics, names, run_of
-from helpers import same_tensors, scores, signal_after, words, write_llama
+from helpers import same_tensors, scores, settings_of, signal_after, words, write_llama
 from safetensors.torch import load_file, save_file
 
 import contrastive
@@ -49,17 +49,18 @@ def tiny_encoder(folder: Path, dropout=0.0):
 
 def make_batch(encoder, stage: str, rows: int) -> Batch:
     """A batch of random texts; two rows of it share their positive."""
-    queries = encoder.tokenize(words(rows, 0))[0]
+    queries = encoder.tokenize(words(rows, 0)).ids
     keys = queries
     if stage == "scl":
         positives = words(rows, 1)
         positives[1] = positives[0]
         negatives = words(rows, 2)
         negatives[2] = positives[4]
-        keys = encoder.tokenize(positives + negatives)[0]
+        keys = encoder.tokenize(positives + negatives).ids
     else:
         queries[1] = queries[0]
-    return Batch(queries, keys, same_texts(keys, rows), list(range(rows)), list(range(len(keys))))
+    return Batch(queries, keys, same_texts(keys, rows), list(range(rows)), list(range(len(keys))),
+                 cut=0)
 
 
 def gradient(encoder, batch, config, ranks=ONE) -> dict[str, torch.Tensor]:
@@ -292,7 +293,7 @@ def test_alignment_uniformity_and_accuracy_are_the_plain_loops():
 
 RUN = ["checkpoints", "config.json", "encoder", "environment.json", "metrics.jsonl"]
 FIELDS = {"step", "loss", "accuracy", "alignment", "uniformity", "effective_dimension", "masked",
-          "learning_rate", "grad_norm", "real_tokens", "tokens_per_second"}
+          "cut", "learning_rate", "grad_norm", "real_tokens", "tokens_per_second"}
 
 
 @pytest.fixture
@@ -366,7 +367,7 @@ def test_the_history_names_all_stages_and_their_adapters_are_copied(ctkd, ucl, s
     for out in (ucl, scl):
         about = json.loads((out / "encoder/encoder.json").read_text())
         assert about["base"] == first["base"] and about["history"][0] == first["history"][0]
-        assert about["history"][-1] == json.loads((out / "config.json").read_text())
+        assert about["history"][-1] == {**settings_of(out), "trained_steps": 3}
         assert contents(out / "encoder/ctkd") == contents(ctkd / "encoder/ctkd")
     assert contents(scl / "encoder/ucl") == contents(ucl / "encoder/ucl")
     assert contents(scl / "encoder/ucl").keys() == {"adapter_config.json", WEIGHTS}
@@ -474,8 +475,8 @@ def scripted_scores(monkeypatch):
     def script(values: list[float]) -> list[dict]:
         waiting, seen = iter(values), []
 
-        def score(task, name, encoder, data_dir, ranks) -> float:
-            assert name == "demo-sts"
+        def score(task, name, encoder, data_dir, ranks, wanted) -> float:
+            assert (name, wanted) == ("demo-sts", "auto")
             seen.append({name: p.detach().clone() for name, p in encoder.named_parameters()
                          if p.requires_grad})
             return next(waiting)
@@ -498,6 +499,10 @@ def test_the_best_encoder_is_kept_and_not_the_last(run, tmp_path, scripted_score
         torch.equal(tensor, best[f"base_model.model.{name.removeprefix('llama.')}.weight"])
         for name, tensor in tensors.items())]
     assert steps == [2]
+    for name, trained in (("best", 2), ("encoder", 4)):
+        *before, last = json.loads((out / name / "encoder.json").read_text())["history"]
+        assert last == {**settings_of(out), "trained_steps": trained}
+        assert [entry["trained_steps"] for entry in before] == [2]  # as the fixture ctkd
 
 
 def test_the_best_encoder_is_the_same_after_an_interruption(run, tmp_path, scripted_scores):
@@ -516,6 +521,40 @@ def test_the_best_encoder_is_the_same_after_an_interruption(run, tmp_path, scrip
     assert same_tensors(*(tmp_path / name / "best/ucl" / WEIGHTS for name in ("parts", "whole")))
     assert not same_tensors(*(tmp_path / "whole" / name / "ucl" / WEIGHTS
                               for name in ("best", "encoder")))
+
+
+def test_before_the_first_step_an_encoder_is_not_asked_what_it_has_never_seen(
+    run, home, ctkd, tmp_path, encoded
+):
+    """It is scored without instructions, unless it has been trained with some; later with them."""
+    wanted = "Retrieve semantically similar text"
+    flags = ["--triples", home / "folder", *LONG, "--eval-tasks", "demo-sts", "--eval-every", 1]
+
+    def asked() -> list[str]:
+        found = [instruction for texts, instruction in encoded if len(texts) > 99]
+        encoded.clear()
+        return found
+
+    with signal_after(1, signal.SIGTERM):
+        assert run("run", *flags, "--steps", 3, stage="scl") == 143
+    assert asked() == [""]
+    assert run("run", *flags, "--steps", 3, "--resume", stage="scl") == 0
+    assert asked() == [wanted] * 3
+    encoder = load_encoder(ctkd / "encoder")
+    encoder.config = replace(encoder.config, max_tokens=120)
+    before = scores(tmp_path / "run")
+    assert before[0]["demo-sts"] == pytest.approx(evaluate.demo_sts(encoder), abs=0.01)
+    encoded.clear()
+    assert run("again", *flags, "--steps", 1, stage="scl", model=tmp_path / "run") == 0
+    assert asked() == [wanted] * 2
+    assert scores(tmp_path / "again")[0]["demo-sts"] == pytest.approx(before[-1]["demo-sts"],
+                                                                      abs=0.01)
+
+
+def test_without_instructions_in_its_data_a_stage_is_scored_without(run, encoded):
+    flags = ["--eval-tasks", "demo-sts", "--eval-every", 1, "--steps", 1]
+    assert run("run", *flags, stage="scl") == 0
+    assert {instruction for _, instruction in encoded} == {""} and len(encoded) == 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -579,10 +618,108 @@ def test_fresh_memory_tokens_of_a_plain_llama_are_trained(run, tiny, tmp_path):
     assert np.isfinite(encoder.encode(["A text."])).all()
 
 
+def test_the_rows_of_fresh_memory_tokens_are_drawn_as_asked_for(tiny):
+    rows = {}
+    for init in ("auto", "mean", "normal"):
+        config = Config(model=str(tiny), memory_tokens=6, memory_init=init, dtype="float32")
+        rows[init] = contrastive.new_encoder(config, run_of(config))[0].memory_tokens.detach()
+    table = load_file(tiny / "model.safetensors")["model.embed_tokens.weight"]
+    mean, spread = table.mean(0), table.std(0)
+    assert torch.equal(rows["auto"], rows["mean"]) and rows["mean"].shape == (6, 32)
+    assert all(torch.equal(x, x.bfloat16().float()) for x in rows.values())
+    near = 5 * 1e-9**0.5 * spread + 2**-8 * mean.abs()  # five deviations and a rounding
+    assert ((rows["mean"] - mean).abs() <= near).all()
+    assert 0.8 < ((rows["normal"] - mean) / spread).std() < 1.2
+
+
+def test_memory_tokens_take_no_room_from_a_text(tiny, home):
+    read = []
+    for k in (2, 12):
+        config = Config(stage="scl", model=str(tiny), memory_tokens=k, dtype="float32",
+                        triples=str(home / "triples.jsonl"), batch_size=8, max_tokens=14,
+                        document_tokens=12)
+        encoder, _ = contrastive.new_encoder(config, run_of(config))
+        batch = contrastive.open_data(config, encoder, False).read_batch(0, 0, 8)
+        assert max(map(len, batch.queries)) == 14 and max(map(len, batch.keys)) == 12
+        z = contrastive.embed_batch(encoder, batch.queries + batch.keys, config, 0, ONE)
+        assert z.shape == (24, 32) and z.isfinite().all()
+        read.append([ids.tolist() for ids in batch.queries + batch.keys])
+    assert read[0] == read[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Presets
+# ---------------------------------------------------------------------------------------------
+
+# tevatron at 2e5d00e, examples/repllama: README.md ("Train RepLLaMA from scratch": 4 GPUs of 8
+# texts, accumulated 4 times; a group of 16 is a positive and 15 negatives), repllama.py (LoRA, the
+# last token, the temperature), data.py (the prefixes); what is not named there is transformers'
+# default (TrainingArguments: weight decay, clipping).
+TEVATRON = {
+    "model": "meta-llama/Llama-2-7b-hf", "batch_size": 8 * 4 * 4, "negatives": 16 - 1, "lr": 1e-4,
+    "max_tokens": 32, "document_tokens": 196, "steps": 0, "warmup": 100.0, "lora_r": 32,
+    "lora_alpha": 64, "lora_dropout": 0.1, "temperature": 0.01, "pooling": "last",
+    "attention": "causal", "weight_decay": 0.0, "clip": 1.0, "template": "query: {text}</s>",
+    "document_template": "passage: {text}</s>", "instruction": "none", "schedule_steps": 0,
+    "attention_dropout": 0.0, "min_lr": 0.0,
+}
+# stage 3 of the paper: the row is at step 200 (section 5.4, Figure 10) of the official code's
+# schedule of 2,000; its 512 and 1,024 tokens have the 8 memory tokens in them
+PAPER_SCL = {"batch_size": 1024, "steps": 200, "schedule_steps": 2000, "lr": 1e-4, "min_lr": 1e-5,
+             "weight_decay": 3e-4, "clip": 0.0, "max_tokens": 512 - 8, "document_tokens": 1024 - 8,
+             "negatives": 1, "temperature": 0.05, "warmup": 0.1}
+PAPER_UCL = {"batch_size": 128, "steps": 0, "schedule_steps": 0, "num_texts": 128_000, "lr": 3e-5,
+             "min_lr": 1e-5, "max_tokens": 512 - 8, "temperature": 0.05,
+             "text_seed": 42}
+
+
+@pytest.mark.parametrize("flags, stage, expected", [
+    (["--preset", "repllama"], "scl", TEVATRON),
+    (["--preset", "repllama", "--stage", "scl"], "scl", TEVATRON),
+    (["--preset", "paper", "--stage", "scl"], "scl", PAPER_SCL),
+    (["--stage", "scl", "--model", "x"], "scl", PAPER_SCL),
+    (["--preset", "paper"], "ucl", PAPER_UCL), (["--model", "x"], "ucl", PAPER_UCL),
+    ([], "ucl", {"model": "runs/ctkd-demo", "text": "demo", "out": "runs/ucl-demo"}),
+    (["--preset", "demo"], "ucl", {"model": "runs/ctkd-demo", "out": "runs/ucl-demo"}),
+    (["--stage", "scl"], "scl", {"model": "runs/ucl-demo", "triples": "demo"}),
+    (["--stage", "scl", "--preset", "demo", "--model", "x"], "scl", {"triples": "demo"}),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_each_stage_has_its_presets(flags, stage, expected):
+    config = vars(contrastive.parse_arguments(flags))
+    given = {"model": "x"} if "--model" in flags else {}
+    assert config["stage"] == stage and config.items() >= (expected | given).items()
+
+
+@pytest.mark.parametrize("stage, module, steps", [
+    ("ctkd", pretrain_ctkd, 8000), ("ucl", contrastive, 1000), ("scl", contrastive, 200)])
+def test_what_the_papers_presets_train_is_set_beside_the_papers_rows(stage, module, steps):
+    flags = ["--preset", "paper"] + ["--stage", stage] * (stage != "ctkd")
+    config = module.parse_arguments(flags)
+    trained = config.steps or config.num_texts // config.batch_size
+    recipe = evaluate.PUBLISHED["recipes"][stage]
+    assert (vars(config) | {"trained_steps": trained}).items() >= recipe.items()
+    assert recipe["trained_steps"] == trained == steps and len(recipe) >= 2
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--preset", "repllama", "--stage", "ucl"], "--preset repllama: is not for ucl, which has "
+                                                 "paper, demo"),
+    (["--preset", "scl-demo"], "invalid choice: 'scl-demo'"),
+])
+def test_a_preset_that_the_stage_has_not_is_a_usage_error(flags, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        contrastive.main(flags)
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.startswith("usage: ") and "Traceback" not in printed
+
+
 @pytest.fixture
-def repllama(run, tiny, tmp_path):
-    """A run of the preset repllama on the tiny Llama."""
-    assert run("repllama", "--preset", "repllama", stage="scl", model=tiny) == 0
+def repllama(run, home, tiny, tmp_path):
+    """A run of the preset repllama on the tiny Llama; the preset says the stage."""
+    flags = ["--model", tiny, "--triples", home / "triples.jsonl", *FAST2, "--document-tokens", 40,
+             "--out", tmp_path / "repllama", "--warmup", 0.5]
+    assert contrastive.main(["--preset", "repllama", *map(str, flags)]) == 0
     return tmp_path / "repllama"
 
 
@@ -596,8 +733,9 @@ def test_a_preset_with_templates_stores_them_and_reads_texts_in_them(repllama):
     texts = ["A model", "", "the embedding of the text " * 30]
     for document, start in ((False, "query: "), (True, "passage: ")):
         prefix = encoder.tokenizer.encode([start])[0].tolist()
-        ids, _ = encoder.tokenize(texts, document=document)
+        ids, tails, cut = encoder.tokenize(texts, document=document)
         assert [len(i) for i in ids][2] == 40 and len(ids[0]) < 40
+        assert cut == [False, False, True] and tails[1] == 1
         for one in ids:
             assert one[-1] == 2 and list(one).count(2) == 1 and one[0] == 1
             assert one[:4].tolist() == prefix[:4]
@@ -611,7 +749,7 @@ def test_a_preset_with_templates_stores_them_and_reads_texts_in_them(repllama):
 
 
 def test_a_batch_is_read_in_the_templates_too(repllama):
-    config = Config(**json.loads((repllama / "config.json").read_text()))
+    config = Config(**settings_of(repllama))
     encoder, earlier = contrastive.new_encoder(config, run_of(config))
     assert earlier is None
     data = contrastive.open_data(config, encoder, False)
@@ -621,9 +759,10 @@ def test_a_batch_is_read_in_the_templates_too(repllama):
         [f"query: {t.query}</s>" for t in triples])]
     assert [i.tolist() for i in batch.keys[:8]] == [i.tolist() for i in encoder.tokenizer.encode(
         [f"passage: {t.positive}</s>" for t in triples])]
-    for triple, key in zip(triples, batch.keys[8:], strict=True):
-        found = encoder.tokenizer.decode(key)
-        assert found in [f"passage: {text}" for text in triple.negatives]
+    assert len(batch.keys) == 8 + 2 * 8  # both negatives of each: the preset takes up to 15
+    for i, triple in enumerate(triples):
+        found = [encoder.tokenizer.decode(key) for key in batch.keys[8 + 2 * i : 10 + 2 * i]]
+        assert sorted(found) == sorted(f"passage: {text}" for text in triple.negatives)
 
 
 def test_documents_are_scored_in_their_template(repllama):
@@ -636,7 +775,7 @@ def test_documents_are_scored_in_their_template(repllama):
         return encoder.encode(texts, instruction, document)
 
     task = evaluate.find_task("demo-retrieval")
-    evaluate.evaluate_on_ranks(task, encode, "", None, ONE)
+    evaluate.evaluate_on_ranks(task, encoder, encode, "", None, ONE)
     assert asked == [("", False, 76), ("", True, 98)]
 
 
@@ -723,6 +862,8 @@ def test_a_template_with_its_own_place_for_an_instruction_is_kept(run, home, tin
     ("scl", ["--template", "q: {text}"], ["--template q: {text}", "'{text}'", "leave it out"]),
     ("scl", ["--document-template", "d: {text}"], ["--document-template d:", "leave it out"]),
     ("ucl", ["--memory-tokens", 8], ["--memory-tokens 8", "trained with 2", "leave it out"]),
+    ("ucl", ["--memory-init", "mean"], ["--memory-init mean", "its own memory rows", "leave it"]),
+    ("scl", ["--memory-init", "normal"], ["--memory-init normal", "its own memory", "leave it"]),
     ("ucl", ["--model", "runs/nowhere"], ["--model runs/nowhere", "no encoder there", "the stage "
                                           "before"]),
     ("scl", ["--model", "HOME/folder"], ["folder/config.json: missing"]),
@@ -755,12 +896,6 @@ def test_a_template_that_the_tokenizer_cannot_read_is_refused(
 ):
     error_line(run("run", "--pooling", "last", *flags, model=tiny), capsys, flags[1], *fragments)
     assert files(tmp_path) == {}
-
-
-def test_a_limit_without_room_beside_the_memory_tokens_is_refused(run, tiny, tmp_path, capsys):
-    flags = ["--memory-tokens", 12, "--document-tokens", 12]
-    error_line(run("run", *flags, stage="scl", model=tiny), capsys, "12 tokens", "12 memory",
-               "raise")
 
 
 def test_an_encoder_without_its_base_is_one_line_that_names_base(

@@ -17,7 +17,7 @@ import pytest
 from helpers import dead_url, hub_environment, hub_file, loopback
 
 from data import corpora
-from data.corpora import digest_ids, read_texts
+from data.corpora import digest_ids, read_rows, read_texts
 from runtime.errors import UserError
 
 ROWS = b'{"text": "one"}\n{"text": "t\\u00f6w"}\n'
@@ -44,6 +44,39 @@ def test_texts_are_read_in_order_and_stripped(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     assert read_texts(str(path)) == ["one", "töw"]
+
+
+@pytest.mark.parametrize("name, content, rows", [
+    ("a.txt", b"\n one\n\n \ntwo", ["", "one", "", "", "two"]),
+    ("a.txt.gz", gzip.compress(b"one\n\n"), ["one", ""]),
+    ("a.jsonl", b'{"text": " "}\n{"text": "one"}\n', ["", "one"]),
+])
+def test_rows_are_all_texts_with_the_empty_ones(name, content, rows, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert read_rows(str(path)) == rows
+    assert read_texts(str(path)) == [row for row in rows if row]
+
+
+def test_rows_are_those_of_the_library_datasets(tmp_path):
+    """Which row has which number decides what a shuffle by seed takes."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    path = tmp_path / "a.txt"
+    path.write_text("\n one\n\n  \ntwo\n\n\nthree \n\n")
+    theirs = datasets.load_dataset("text", data_files=str(path), cache_dir=str(tmp_path / "cache"))
+    found = read_rows(str(path))
+    assert found == [text.strip() for text in theirs["train"]["text"]]
+    assert [i for i, text in enumerate(found) if text] == [1, 4, 7] and len(found) == 9
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", b" \n\n"), ("a.jsonl", b'{"text": " "}\n'),
+                                           ("b.txt", b"")])
+def test_rows_of_a_file_without_a_text_are_refused(name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="no text in it; give a file with at least one text"):
+        read_rows(str(path))
 
 
 def test_only_newlines_separate_texts(tmp_path):
@@ -172,7 +205,7 @@ def cached_zips(tmp_path) -> list[str]:
 
 def test_wikitext_is_downloaded_once_and_only_its_training_part_is_read(wikitext, tmp_path):
     assert read_texts("wikitext103") == TEXTS
-    assert read_texts("wikitext103") == TEXTS
+    assert read_rows("wikitext103") == ["", TEXTS[0], "", TEXTS[1]]
     assert wikitext.requests == ["GET /w.zip"]
     assert cached_zips(tmp_path) == [NAME]
 

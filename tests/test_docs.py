@@ -17,6 +17,7 @@ from helpers import ROOT, mteb_demo_tasks, run_of
 from torch.distributed.run import get_args_parser
 
 import collapse
+import contrastive
 import evaluate
 import export
 import paper
@@ -306,6 +307,33 @@ def test_the_table_from_the_paper_to_the_code_is_complete():
     assert len([name for name in fast if not name.endswith(".py")]) >= 15
     assert {name.partition(".")[0] for name in fast} >= {
         "model", "pretrain_ctkd", "contrastive", "measures", "evaluate", "collapse"}
+
+
+def preset_table() -> dict[str, list[str]]:
+    """Setting -> its value in each stage, as docs/official.md prints `--preset paper`."""
+    section = TEXT[ROOT / "docs/official.md"].split("\n## ")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in section.splitlines() if line.startswith("| `")]
+    assert all(len(row) == 5 and row[4] for row in rows)  # each has its source
+    return {name: row[1:4] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+
+
+@pytest.mark.parametrize("stage, place", [("ctkd", 0), ("ucl", 1), ("scl", 2)])
+def test_the_page_of_the_official_code_has_every_value_of_the_papers_preset(stage, place):
+    module = stage1 if stage == "ctkd" else contrastive
+    flags = ["--preset", "paper"] + ["--stage", stage] * (stage != "ctkd")
+    config, table = module.parse_arguments(flags), preset_table()
+    for name, cells in table.items():
+        value = getattr(config, name, None)
+        if cells[place] == "-":
+            continue  # not of this stage
+        if isinstance(value, (int, float)):
+            assert float(cells[place]) == value, name
+        else:
+            assert cells[place] == value, name
+    names = re.findall(r"`(\w+)`", TEXT[ROOT / "docs/official.md"].split("Not of the method")[1]
+                       .split("\n\n")[0])
+    assert {f for f in module.Config.__annotations__} <= {*table, *names, "stage", "save_every"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

@@ -16,8 +16,9 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
-from helpers import ROOT, TASK_FILES, TEXT, cosine_table, error_line, evaluate_main, files, jsonl
-from helpers import mteb_demo_tasks, sklearn_clusters, sts17, trec_scores, write_encoder, write_task
+from helpers import ROOT, TASK_FILES, TEXT, cosine_table, edit_json, error_line, evaluate_main
+from helpers import files, jsonl, mteb_demo_tasks, sklearn_clusters, sts17, trec_scores
+from helpers import write_encoder, write_task
 from sklearn.linear_model import LogisticRegression
 
 import evaluate
@@ -34,9 +35,9 @@ from evaluate import (
     parse_arguments,
 )
 from measures import KINDS, unit
-from model import Encoder, EncoderConfig, plain_encoder
+from model import Encoder, EncoderConfig, load_encoder, plain_encoder
 from runtime.errors import UserError
-from runtime.results import PAPER
+from runtime.results import PAPER, PUBLISHED
 
 # ---------------------------------------------------------------------------------------------
 # Tasks: from texts to scores
@@ -389,6 +390,35 @@ def test_max_tokens_limits_what_a_plain_llama_reads(tiny, here, encoded, capsys)
     error_line(code, capsys, "max_tokens: 12 -> 512")
 
 
+@pytest.mark.parametrize("k", [1, 16])
+def test_how_many_texts_were_cut_is_noted_and_does_not_depend_on_k(k, tiny, here, capsys):
+    """Queries and documents, each distinct text once; a text of just the limit is whole."""
+    write_encoder(tiny, here / "mine", num_memory_tokens=k, max_tokens=21)
+    queries = [{"_id": f"q{n}", "text": "x" * n} for n in (20, 21)]
+    corpus = [{"_id": f"d{n}", "title": "", "text": "y" * n} for n in (3, 20, 21, 40)]
+    judged = [{"query-id": f"q{n}", "corpus-id": "d3", "score": 1} for n in (20, 21)]
+    write_task(here.parent / "data/scifact", "retrieval", queries=queries, corpus=corpus,
+               qrels=judged)
+    note = "texts cut to 21 tokens: 3"
+    for again in range(2):  # the second time from the file
+        assert evaluate_main("--task", "scifact", "sickr", "--model", "mine") == 0
+        assert re.findall("note: (.*cut.*)", capsys.readouterr().out) == [note]
+    result = json.loads((here / "results/mine/SciFact.json").read_text())
+    assert result["notes"].count(note) == 1
+    after = json.loads((here / "results/mine/SICK-R.json").read_text())
+    assert not any("cut" in note for note in after["notes"])  # not those of the task before
+
+
+@pytest.mark.parametrize("method", ["metaeol", "prompteol"])
+def test_a_text_that_several_prompts_cut_counts_once(method):
+    encoder, name = evaluate.open_model("demo", method, 130)
+    encode = evaluate.encoding(encoder, name)
+    encode(["word " * 200, "a"])
+    assert encoder.cut == 1
+    encode(["word " * 200, "word " * 201])
+    assert encoder.cut == 3
+
+
 def test_a_task_with_missing_data_does_not_stop_the_others(tiny, here, capsys):
     shutil.rmtree(here.parent / "data/scifact")
     assert evaluate_main("--task", "sts17", "scifact", "sickr", "--model", tiny) == 2
@@ -507,7 +537,6 @@ def test_a_runs_folder_stands_for_its_encoder(tiny, here, capsys):
     (["--model", "mine", "--method", "mean"], ["--method mean", "trained with memory"]),
     (["--model", "TINY", "--method", "memory"], ["--method memory", "plain Llama"]),
     (["--model", "mine", "--max-tokens", "32"], ["--max-tokens 32", "trained with 64"]),
-    (["--model", "TINY", "--max-tokens", "-9"], ["max_tokens=-9"]),
     (["--model", "nowhere"], ["nowhere: no such folder"]),
     (["--model", "mine", "--base", "nowhere"], ["base model cannot be loaded", "--base"]),
     (["--model", "mine", "--data-dir", "nowhere"], ["nowhere/sts17", "--data-dir"]),
@@ -527,11 +556,14 @@ def test_a_wrong_argument_exits_with_2_and_writes_nothing(
 
 
 @pytest.mark.parametrize("flags", [["--batch-tokens", "0"], ["--threads", "-1"],
-                                   ["--timeout", "0"], ["--timeout", "nan"], ["--max-tokens", "0"]])
+                                   ["--timeout", "0"], ["--timeout", "nan"], ["--max-tokens", "0"],
+                                   ["--max-tokens", "1"], ["--max-tokens", "-9"]])
 def test_an_impossible_setting_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main(["--task", "demo-sts", *flags])
-    assert caught.value.code == 2 and "must be above 0" in capsys.readouterr().err
+    assert caught.value.code == 2
+    bound = "(above 0|not below|at least 2)"
+    assert re.search(f"error: .*{flags[0]}.* {bound}", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -547,18 +579,100 @@ def test_a_moved_base_is_found_with_base(tiny, here):
     assert sts17("--model", "mine", "--base", "moved") == 0
 
 
-@pytest.mark.parametrize("objective, stages, row", [
-    ("ctkd", "ctkd", "LLM2Comp KL"), ("nll", "ctkd ucl", "LLM2Comp NLL + UCL"),
-    ("rc", "ctkd ucl scl", "LLM2Comp RC + SCL"), ("ctkd", "ctkd scl", None),
-    ("ctkd", "ctkd ucl scl scl_2", None), ("ctkd", "ctkd scl ucl", None), (None, "ucl", None),
-])
-def test_only_the_papers_own_recipes_name_a_row_of_its_table(objective, stages, row):
-    history = [{"stage": stage} for stage in stages.split()]
+RECIPES = PUBLISHED["recipes"]
+
+
+def encoder_after(*stages: str, objective="ctkd", **changed) -> SimpleNamespace:
+    """An encoder whose history is that of the paper's recipes; `changed`: stage -> settings."""
+    history = [{"stage": stage, **RECIPES.get(stage, {}), **changed.get(stage, {})}
+               for stage in stages]
     history[0]["objective"] = objective
-    encoder = SimpleNamespace(history=history, config=EncoderConfig())
-    assert evaluate.paper_row(encoder, "memory") == row
+    return SimpleNamespace(history=history, config=EncoderConfig())
+
+
+@pytest.mark.parametrize("objective, name", [("ctkd", "KL"), ("nll", "NLL"), ("rc", "RC")])
+@pytest.mark.parametrize("stages, ending", [
+    (["ctkd"], ""), (["ctkd", "ucl"], " + UCL"), (["ctkd", "ucl", "scl"], " + SCL")], ids=str)
+def test_the_papers_own_recipes_name_a_row_of_its_table(objective, name, stages, ending):
+    found, _ = evaluate.paper_row(encoder_after(*stages, objective=objective), "memory")
+    assert found == f"LLM2Comp {name}{ending}" and found in PUBLISHED["rows"]
+
+
+@pytest.mark.parametrize("stages", ["ctkd scl", "ctkd ucl scl scl_2", "ctkd scl ucl", "ucl",
+                                    "ctkd ucl ucl_2", "scl", "ctkd ctkd"])
+def test_stages_in_another_order_than_the_papers_have_no_row(stages):
+    found = evaluate.paper_row(encoder_after(*stages.split()), "memory")
+    assert found == (None, "stages " + stages.replace(" ", ", "))
+
+
+CHANGED = {
+    "memory_tokens": 4, "memory_init": "normal", "attention": "causal",
+    "train_embeddings": "memory", "nll_weight": 0.5, "batch_size": 7, "trained_steps": 300,
+}
+
+
+@pytest.mark.parametrize("stage, key", [(stage, key) for stage, recipe in RECIPES.items()
+                                        for key in recipe])
+@pytest.mark.parametrize("missing", [False, True], ids=["changed", "missing"])
+def test_an_encoder_of_another_recipe_has_no_row_and_is_told_why(stage, key, missing):
+    encoder = encoder_after("ctkd", "ucl", "scl", **{stage: {key: CHANGED[key]}})
+    place = list(RECIPES).index(stage)
+    if missing:  # by a version of the code that did not store it
+        del encoder.history[place][key]
+    theirs, ours = RECIPES[stage][key], None if missing else CHANGED[key]
+    why = f"{stage} had {key}={ours!r}, the row's is {theirs!r}"
+    assert evaluate.paper_row(encoder, "memory") == (None, why)
+    encoder.history = encoder.history[:place]  # the stages before it are as they should be
+    assert not encoder.history or evaluate.paper_row(encoder, "memory")[0] is not None
+
+
+def test_every_kind_of_deviation_that_has_a_row_of_its_own_is_compared():
+    assert set(RECIPES["ctkd"]) == {
+        "memory_tokens", "memory_init", "attention", "train_embeddings", "nll_weight",
+        "batch_size", "trained_steps"}
+    assert {"batch_size", "trained_steps"} == set(RECIPES["ucl"]) == set(RECIPES["scl"])
+
+
+def test_kept_tokens_and_an_unknown_objective_have_no_row():
+    encoder = encoder_after("ctkd", "ucl", "scl")
     encoder.config = EncoderConfig(kept_tokens=(0, 3))  # effective tokens are no row of Table 1
-    assert evaluate.paper_row(encoder, "memory") is None
+    assert evaluate.paper_row(encoder, "memory") == (None, "kept_tokens=(0, 3)")
+    found, why = evaluate.paper_row(encoder_after("ctkd", objective="mine"), "memory")
+    assert found is None and why.startswith("objective '")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plain_llama_is_compared_by_its_method(method):
+    encoder = SimpleNamespace(history=[], config=EncoderConfig(0, "mean"))
+    found, why = evaluate.paper_row(encoder, method)
+    assert found == METHODS[method]["paper"] and why
+    assert found is None or found in PUBLISHED["rows"]
+
+
+def test_what_the_recipes_compare_is_in_the_history_of_a_run(scl):
+    history = load_encoder(scl / "encoder").history
+    assert [entry["stage"] for entry in history] == ["ctkd", "ucl", "scl"]
+    for entry in history:
+        assert set(RECIPES[entry["stage"]]) <= set(entry)
+    assert [entry["trained_steps"] for entry in history] == [2, 3, 3]
+
+
+def test_a_table_of_an_encoder_says_why_it_has_no_row_of_the_paper(tiny, here, capsys):
+    where = write_encoder(tiny, here / "mine")
+    edit_json(where / "encoder.json", history=encoder_after("ctkd").history)
+    assert sts17("--model", "mine") == 0
+    assert "not compared with a row" not in capsys.readouterr().out
+    settings = json.loads((here / "results/mine/STS17.json").read_text())["settings"]
+    assert (settings["paper"], settings["paper_differs"]) == ("LLM2Comp KL", "")
+    edit_json(where / "encoder.json",
+              history=encoder_after("ctkd", ctkd={"memory_tokens": 2}).history)
+    assert sts17("--model", "mine", "--force") == 0
+    why = "ctkd had memory_tokens=2, the row's is 8"
+    assert f"\nnot compared with a row of the paper: {why}\n" in capsys.readouterr().out
+    settings = json.loads((here / "results/mine/STS17.json").read_text())["settings"]
+    assert (settings["paper"], settings["paper_differs"]) == (None, why)
+    assert sts17("--model", tiny, "--method", "mean") == 0  # a plain Llama: none was to be expected
+    assert "not compared with a row" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -570,7 +684,7 @@ def test_two_processes_write_the_scores_of_one_and_print_one_table(tiny, here):
     one_query = TASK_FILES["retrieval"]["qrels/test"][:2]  # none for the second process
     write_task(here.parent / "data/scifact", "retrieval", qrels=one_query)
     flags = ["--task", "demo-sts", "nfcorpus", "scifact", "--model", str(tiny), "--device", "cpu",
-             "--threads", "1", "--data-dir", str(here.parent / "data")]
+             "--threads", "1", "--data-dir", str(here.parent / "data"), "--max-tokens", "24"]
     assert evaluate.main([*flags, "--results", "one"]) == 2  # there is no nfcorpus
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(ROOT / "evaluate.py"), *flags, "--results", "two"]
@@ -585,6 +699,7 @@ def test_two_processes_write_the_scores_of_one_and_print_one_table(tiny, here):
         two = results[1][name]
         assert (one["settings"]["ranks"], two["settings"]["ranks"]) == (1, 2)
         assert two["notes"] == one["notes"]
+        assert name != "demo-sts.json" or "cut to 24 tokens" in one["notes"][-1]
         for key, value in one["scores"]["test"][0].items():
             assert two["scores"]["test"][0][key] == pytest.approx(value, abs=1e-6)
     assert done.stdout.count("main score") == done.stdout.count("written to two/") == 1

@@ -1,9 +1,10 @@
-"""What an earlier version has written is read as it was: fixtures/, from before there was runtime/.
+"""What an earlier version has written is read as it was: fixtures/.
 
     llama/           a tiny random Llama, the base of all that follows
     texts.txt        twelve texts
-    run/             stage 1 (COMMAND), interrupted after step 2 of 4
-    ucl/encoder/     an encoder after stages 1 and 2
+    ucl/encoder/     an encoder after stages 1 and 2, of format 1, from before there was runtime/
+    format-1/        config.json of a run of that time
+    run/             stage 1 (COMMAND), interrupted after step 2 of 4, of format 2
     expected/        encoder and losses of the whole run, embeddings of ucl/encoder
 
 None of it is ever written anew: it stands for the folders that people have.
@@ -11,12 +12,13 @@ None of it is ever written anew: it stands for the folders that people have.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import embed_with_transformers, metrics
+from helpers import embed_with_transformers, error_line, files, metrics
 from safetensors.torch import load_file
 
 import export
@@ -44,6 +46,19 @@ def test_an_old_encoder_gives_its_old_embeddings(embeddings):
     assert np.abs(encoder.encode(texts) - expected).max() <= 1e-5
 
 
+def test_an_old_encoder_cuts_its_texts_where_it_did(embeddings):
+    """Format 1 says 60 with the three memory tokens; two texts are longer than the 57 left."""
+    texts, expected = embeddings
+    about = json.loads((FIXTURES / "ucl/encoder/encoder.json").read_text())
+    assert (about["format"], about["max_tokens"], about["num_memory_tokens"]) == (1, 60, 3)
+    encoder = load_encoder(FIXTURES / "ucl/encoder", base=str(FIXTURES / "llama"))
+    ids, _, cut = encoder.tokenize(texts)
+    assert encoder.config.max_tokens == 57 and cut == [True] * 2 + [False] * 6
+    assert [len(text) for text in ids[:2]] == [57, 57] and max(map(len, ids[2:])) < 57
+    encoder.config = replace(encoder.config, max_tokens=60)
+    assert np.abs(encoder.encode(texts) - expected).max(axis=1)[:2].min() > 1e-3
+
+
 def test_an_old_encoder_can_be_exported(embeddings, tmp_path):
     texts, expected = embeddings
     arguments = [FIXTURES / "ucl/encoder", tmp_path / "out", "--base", FIXTURES / "llama"]
@@ -65,10 +80,23 @@ def resumed(tmp_path_factory) -> Path:
     return home / "run"
 
 
+def test_a_run_of_format_1_is_not_resumed(tmp_path, monkeypatch, capsys):
+    """Its lengths, order of texts and learning rate were others."""
+    shutil.copytree(FIXTURES, tmp_path, dirs_exist_ok=True)
+    shutil.copy(tmp_path / "format-1/config.json", tmp_path / "run/config.json")
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    code = pretrain_ctkd.main([*COMMAND, "--resume"])
+    error_line(code, capsys, "run/config.json: format=1, this version resumes 2",
+               "finish the run with the version that began it, or name another --out")
+    assert files(tmp_path) == before
+
+
 def test_an_old_run_resumes_with_its_old_losses(resumed):
     before, expected, found = metrics(FIXTURES / "run"), metrics(EXPECTED), metrics(resumed)
     assert found[:2] == before == expected[:2]  # not trained again: the same speeds, too
     assert [row["step"] for row in found] == [0, 1, 2, 3]
+    assert json.loads((FIXTURES / "run/config.json").read_text())["format"] == 2
     for key in ("loss", "learning_rate", "grad_norm", "real_tokens"):
         assert [row[key] for row in found] == pytest.approx([row[key] for row in expected],
                                                             rel=0, abs=1e-5)

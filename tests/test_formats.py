@@ -5,14 +5,15 @@ import json
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from helpers import edit_json, refused, trained_encoder, write_llama
+from helpers import TEXT, K, edit_json, refused, trained_encoder, write_llama
 from safetensors.torch import load_file, save_file
 
 import lora
 from lora import LoraConfig
-from model import EncoderConfig, load_encoder, load_llama
+from model import EncoderConfig, load_encoder, load_llama, save_encoder
 from runtime.files import sha256_of_files
 from runtime.formats import ModelFolder, read_llama_config, weight_files
 
@@ -261,12 +262,54 @@ def test_adapter_config_json_names_the_base_and_the_projections(adapter, tiny):
     ({"num_memory_tokens": 0}, "num_memory_tokens=0"),
     ({"num_memory_tokens": 8, "pooling": "mean"}, "num_memory_tokens=8"),
     ({"num_memory_tokens": -1, "pooling": "mean"}, "num_memory_tokens=-1"),
-    ({"max_tokens": 9}, "max_tokens=9"), ({"template": "query: "}, "must contain {text}"),
+    ({"max_tokens": 1}, "max_tokens=1 leaves no room"), ({"max_tokens": -9}, "max_tokens=-9"),
+    ({"template": "query: "}, "must contain {text}"),
     ({"template": "{instruction}:"}, "must contain {text}"),
     ({"num_memory_tokens": 8, "pooling": "echo"}, "num_memory_tokens=8"),
 ])
 def test_a_contradictory_encoder_config_is_refused(settings, fragment):
     refused(lambda: EncoderConfig(**settings), fragment)
+
+
+def test_the_limit_of_a_text_leaves_the_memory_tokens_aside():
+    config = EncoderConfig(num_memory_tokens=8, max_tokens=2)
+    assert (config.num_memory_tokens, config.max_tokens) == (8, 2)
+
+
+def as_format_1(folder, **settings):
+    """Make an encoder folder say what format 1 said of it: max_tokens with the memory tokens."""
+    about = json.loads((folder / "encoder.json").read_text())
+    edit_json(folder / "encoder.json", format=1,
+              max_tokens=about["max_tokens"] + about["num_memory_tokens"], **settings)
+
+
+def test_an_encoder_of_format_1_is_cut_as_before_and_is_saved_in_format_2(two_stages, tmp_path):
+    folder = shutil.copytree(two_stages[0], tmp_path / "encoder")
+    new = load_encoder(folder)
+    as_format_1(folder)
+    assert json.loads((folder / "encoder.json").read_text())["max_tokens"] == 64 + K
+    old = load_encoder(folder)
+    assert old.config == new.config and old.config.max_tokens == 64
+    texts = [TEXT, TEXT[:150], "short"]
+    assert len(old.tokenizer.encode([TEXT])[0]) > 64 + K
+    (ids, *_), _, cut = old.tokenize(texts)
+    assert len(ids) == 64 and cut[0] and not cut[2]  # 64 + K with the memory tokens: as it was
+    assert np.array_equal(old.encode(texts), new.encode(texts))
+    save_encoder(old, tmp_path / "again")
+    about = json.loads((tmp_path / "again/encoder.json").read_text())
+    assert (about["format"], about["max_tokens"], about["num_memory_tokens"]) == (2, 64, K)
+    assert load_encoder(tmp_path / "again").config == old.config
+
+
+def test_the_limit_of_an_encoder_of_format_1_without_memory_tokens_is_the_same(tiny, tmp_path):
+    config = EncoderConfig(0, "mean", max_tokens=30)
+    save_encoder(trained_encoder(tiny, config), tmp_path / "encoder")
+    edit_json(tmp_path / "encoder/encoder.json", format=1)
+    assert load_encoder(tmp_path / "encoder").config == config
+
+
+def test_a_saved_encoder_says_its_format(two_stages):
+    assert json.loads((two_stages[1] / "encoder.json").read_text())["format"] == 2
 
 
 def test_an_encoder_json_from_before_the_newer_keys_gets_their_defaults(two_stages, tmp_path):
@@ -279,7 +322,16 @@ ABOUT, ROWS = "encoder.json", "embeddings.safetensors"
 BAD_ENCODERS = {
     "no encoder.json": (lambda f: (f / ABOUT).unlink(), ABOUT, "missing"),
     "encoder.json cut off": (lambda f: (f / ABOUT).write_text("{"), ABOUT, "JSON"),
-    "another format": (edit_about(format=2), ABOUT, "format=2"),
+    "a newer format": (edit_about(format=3), ABOUT, "format=3, this version reads 1 and 2"),
+    "no format": (lambda f: edit_json(f / ABOUT, drop=["format"]), ABOUT, "format=None"),
+    "the format a word": (edit_about(format="2"), ABOUT, "format='2'"),
+    "no room for a text": (edit_about(max_tokens=1), ABOUT, "max_tokens=1 leaves no room"),
+    "format 1 without room": (edit_about(format=1, max_tokens=5), ABOUT, "max_tokens=1 leaves"),
+    "format 1, K a word": (edit_about(format=1, num_memory_tokens="4"), ABOUT, "odd"),
+    "format 1, no limit": (
+        lambda f: (edit_about(format=1)(f), edit_json(f / ABOUT, drop=["max_tokens"])),
+        ABOUT, "max_tokens"
+    ),
     "no pooling": (lambda f: edit_json(f / ABOUT, drop=["pooling"]), ABOUT, "pooling"),
     "no base": (lambda f: edit_json(f / ABOUT, drop=["base"]), ABOUT, "base"),
     "base without revision": (edit_about(base={"name": "demo", "sha256": ""}), ABOUT, "revision"),

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 import contrastive
 import evaluate
 import pretrain_ctkd
+from runtime.results import PUBLISHED
 
 CASES = int(os.environ.get("FUZZ_CASES", 0))
 fuzz = settings(max_examples=CASES or 80, derandomize=not CASES, database=None, deadline=None,
@@ -632,6 +633,32 @@ def test_a_result_that_once_ended_in_a_traceback(path, new, scored, tiny):
         (file, *_) = sorted(folder.glob("results/*/*.json"))
         file.write_text(json.dumps(changed(json.loads(file.read_text()), path, new)))
         assert outcome(evaluate.main, ["--compare", file.parent.name], tiny) == 2
+
+
+@pytest.mark.parametrize("k", ["2", [2], 10**400], ids=lambda value: repr(value)[:30])
+def test_an_odd_k_in_a_result_of_format_1_is_no_traceback(k, scored, tiny):
+    with fresh() as folder:
+        shutil.copytree(scored, folder, dirs_exist_ok=True)
+        (file,) = folder.glob("results/*@last/*.json")
+        whole = json.loads(file.read_text().replace(str(scored), str(folder.resolve())))
+        old = changed(whole, ("settings", "format"), ...)
+        file.write_text(json.dumps(changed(old, ("settings", "num_memory_tokens"), k)))
+        argv = {"model": tiny, "task_dir": "task", "kind": "sts", "method": "last",
+                "device": "cpu", "threads": 1}
+        outcome(evaluate.main, flags(argv), tiny)
+
+
+@pytest.mark.parametrize("objective", [[], {}, None, 5], ids=str)
+def test_an_odd_objective_of_the_papers_recipe_is_no_row_and_no_traceback(
+    objective, home, ctkd, tiny
+):
+    recipe = PUBLISHED["recipes"]["ctkd"]
+    with fresh() as folder:
+        model = Path(shutil.copytree(ctkd / "encoder", folder / "given"))
+        whole = json.loads((model / "encoder.json").read_text())
+        history = [{"stage": "ctkd", **recipe, "objective": objective}]
+        (model / "encoder.json").write_text(json.dumps({**whole, "history": history}))
+        assert read("evaluate", model, home, tiny) == 0
 
 
 @pytest.mark.parametrize("line", ['{"step": 2}', '{"step": 2, "mean": {}}', "[" * 100_000],

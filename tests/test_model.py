@@ -17,8 +17,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lora
 from data.tokenizer import INSTRUCTED
-from model import EncoderConfig, attend, inverse_frequencies, load_encoder, load_llama, pack
+from model import EncoderConfig, attend, inverse_frequencies, load_encoder, load_llama
 from model import plain_encoder, save_encoder
+from runtime.devices import pack
 from runtime.errors import UserError
 from runtime.hub import find_model
 
@@ -254,7 +255,7 @@ def test_attention_dropout_acts_only_in_training_mode(tiny):
 
 
 def packed(encoder, texts):
-    arrays = encoder.tokenizer.encode(texts, encoder.config.max_tokens - len(encoder.memory_tokens))
+    arrays = encoder.tokenize(texts).ids
     return torch.from_numpy(np.concatenate(arrays)), [len(a) for a in arrays]
 
 
@@ -304,20 +305,41 @@ def test_a_bf16_encoder_is_close_to_the_fp32_one(tiny):
     assert cosines.min() > 0.999
 
 
-@pytest.mark.parametrize("max_tokens", [K + 2, K + 5, 20])
-def test_a_long_text_is_cut_to_leave_room_for_bos_and_memory_tokens(max_tokens, tiny):
+@pytest.mark.parametrize("max_tokens", [2, 5, 20])
+def test_a_long_text_is_cut_to_max_tokens_and_the_memory_tokens_follow(max_tokens, tiny):
     config = EncoderConfig(K, max_tokens=max_tokens)
     encoder = trained_encoder(tiny, config)
     whole = trained_encoder(tiny, EncoderConfig(K, max_tokens=512))
     ids = encoder.tokenizer.encode([TEXT])[0]
     assert len(ids) > 50 and ids[0] == 1
-    kept = torch.from_numpy(ids[: max_tokens - K])
+    kept = torch.from_numpy(ids[:max_tokens])
     with torch.no_grad():
         hidden, lengths = encoder(kept, [len(kept)])
         expected = whole.embed(kept, [len(kept)]).numpy()
-    assert lengths == [max_tokens] and len(hidden) == max_tokens
+    assert lengths == [max_tokens + K] and len(hidden) == max_tokens + K
     assert np.abs(encoder.encode([TEXT]) - expected).max() <= 1e-6
     assert np.abs(whole.encode([TEXT]) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 2, 16])
+def test_an_encoder_counts_the_texts_that_it_has_cut(k, tiny):
+    """As many tokens of each text whatever K; no text counts while it is only tokenized."""
+    encoder = trained_encoder(tiny, EncoderConfig(k, max_tokens=20))
+    sizes = [len(ids) for ids in encoder.tokenizer.encode(TEXTS)]
+    long = sum(size > 20 for size in sizes)
+    assert 20 in [min(size, 20) for size in sizes] and 2 <= long < len(TEXTS)
+    encoder.tokenize(TEXTS)
+    assert encoder.cut == 0
+    encoder.encode(TEXTS)
+    assert encoder.cut == long
+    lengths = {place: n for places, _, ns, _ in encoder.batches(TEXTS, batch_tokens=50)
+               for place, n in zip(places, ns)}
+    assert [lengths[i] for i in range(len(TEXTS))] == [min(size, 20) for size in sizes]
+    assert encoder.cut == 2 * long
+    encoder.encode(["x" * 15])
+    assert encoder.cut == 2 * long
+    encoder.encode(["x" * 15], "Find it")
+    assert encoder.cut == 2 * long + 1
 
 
 def test_encode_uses_no_dropout_and_restores_training_mode(tiny):
@@ -374,7 +396,7 @@ def test_each_pooling_equals_its_formula_on_the_states_of_transformers(
     encoder.add_memory("normal", False, torch.Generator().manual_seed(0))
     theirs, result = reference(tiny).model, encoder.encode(TEXTS)
     for text, embedding in zip(TEXTS, result):
-        ids = torch.from_numpy(encoder.tokenizer.encode([text], 128 - k)[0]).long()
+        ids = torch.from_numpy(encoder.tokenizer.encode([text])[0]).long()[:128]
         rows = torch.cat((theirs.embed_tokens(ids), encoder.memory_tokens.data))
         hidden = their_hidden(theirs, rows.detach(), attention == "causal")
         assert np.abs(embedding - POOLINGS[pooling](list(hidden)).numpy()).max() <= 1e-5
@@ -436,12 +458,106 @@ def test_without_adapters_an_encoder_is_the_plain_llama_with_its_pooling(tiny):
     assert np.array_equal(adapted.encode(TEXTS), expected)
 
 
-def test_mean_initialisation_makes_memory_tokens_nearly_equal(tiny):
+def draw_memory(folder, init, k, table=None, seed=0, dtype=torch.float32) -> torch.Tensor:
+    """The initial memory rows (k, D) of a plain Llama, its table replaced if one is given."""
+    encoder = plain_encoder(folder, EncoderConfig(k), dtype=dtype)
+    if table is not None:
+        encoder.table.data.copy_(table)
+    encoder.add_memory(init, False, torch.Generator().manual_seed(seed))
+    return encoder.memory_tokens.detach()
+
+
+@pytest.fixture(scope="module")
+def centred_table():
+    """A table (320, 32) of zero mean, so that the rows' rounding to bf16 is small beside their
+    spread; its dimensions are correlated and of unequal deviation."""
+    random = torch.Generator().manual_seed(5)
+    mix = torch.randn(32, 32, generator=random, dtype=torch.float64)
+    table = torch.randn(320, 32, generator=random, dtype=torch.float64) @ mix
+    table *= torch.logspace(-1, 1, 32, dtype=torch.float64)
+    return table - table.mean(0)
+
+
+def standard_errors(rows: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """How far the rows' covariance is from the expected one (D, D), in standard errors of a normal
+    sample."""
+    variance = expected.diagonal()
+    error = (expected**2 + variance[:, None] * variance) / len(rows)
+    return (rows.double().T.cov() - expected).abs() / error.sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mean_rows_have_a_billionth_of_the_tables_covariance(dtype, centred_table, tiny):
+    rows = draw_memory(tiny, "mean", 20_000, centred_table, dtype=dtype)
+    expected = 1e-9 * centred_table.T @ centred_table / 320
+    assert standard_errors(rows, expected).max() < 5  # of 528 numbers
+    assert standard_errors(rows, 1.2 * expected).max() > 10
+    assert standard_errors(rows, expected.diagonal().diag()).max() > 10
+    assert (rows.double().mean(0).abs() / (expected.diagonal() / 20_000).sqrt()).max() < 5
+
+
+def test_mean_rows_are_drawn_as_transformers_resizes_a_table(centred_table, tiny, reference):
+    """The official code's start: resize_token_embeddings."""
+    model = reference(tiny)
+    model.get_input_embeddings().weight.data.copy_(centred_table)
+    torch.manual_seed(0)
+    theirs = model.resize_token_embeddings(320 + 20_000, mean_resizing=True).weight[320:].detach()
+    ours = draw_memory(tiny, "mean", 20_000, centred_table)
+    assert theirs.shape == ours.shape and theirs.abs().max() > 0
+    covariance = theirs.double().T.cov()
+    assert standard_errors(ours, covariance).max() < 5 * 2**0.5  # theirs is a sample, too
+    assert (ours.std(0) / theirs.std(0) - 1).abs().max() < 0.03
+    assert (ours.norm(dim=1).mean() / theirs.norm(dim=1).mean() - 1).abs() < 0.02
+
+
+def test_mean_rows_lie_at_the_tables_mean_and_are_nearly_equal(tiny):
+    rows, table = draw_memory(tiny, "mean", 8), load_llama(tiny).model.embed_tokens.weight
+    mean, spread = table.mean(0), table.std(0)
+    distance = (rows - mean).abs()
+    assert (distance <= 2**-8 * mean.abs() + 6 * 1e-9**0.5 * spread).all()
+    assert (distance.max(dim=0).values > 0).any() and not torch.equal(rows[0], rows[1])
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    assert (unit @ unit.T).min() > 0.99999
+    unit = torch.nn.functional.normalize(draw_memory(tiny, "normal", 8).double(), dim=1)
+    assert (unit @ unit.T).min() < 0.5
+
+
+def test_mean_rows_have_no_spread_where_the_table_has_none(centred_table, tiny):
+    """The covariance is about the mean. The value lies halfway between two of bf16, so that the
+    least noise would move some rows to the other one."""
+    table = centred_table.clone()
+    table[:, 3] = 1 + 2**-8
+    rows = draw_memory(tiny, "mean", 64, table)
+    assert (rows[:, 3] == 1).all() and len(rows[:, 4].unique()) > 32
+
+
+def test_normal_rows_have_the_tables_deviation_in_each_dimension_and_no_correlation(
+    centred_table, tiny
+):
+    rows = draw_memory(tiny, "normal", 20_000, centred_table)
+    expected = centred_table.var(0).diag()
+    assert standard_errors(rows, expected).max() < 5
+    assert standard_errors(rows, centred_table.T.cov()).max() > 10
+
+
+@pytest.mark.parametrize("init", ["mean", "normal"])
+def test_initial_memory_rows_depend_on_the_generator_alone_and_are_rounded_to_bf16(init, tiny):
+    drawn = [draw_memory(tiny, init, 8, seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    for rows in drawn:
+        assert rows.dtype == torch.float32 and torch.equal(rows, rows.bfloat16().float())
+        assert len(torch.unique(rows, dim=0)) > 1
+    wide = draw_memory(tiny, init, 8, seed=3, dtype=torch.float64)
+    assert wide.dtype == torch.float64 and torch.equal(wide, wide.bfloat16().double())
+
+
+def test_the_table_of_an_encoder_is_not_rounded_and_is_no_copy_of_the_llamas(tiny):
     encoder = plain_encoder(tiny, MEMORY)
-    encoder.add_memory("mean", False, torch.Generator().manual_seed(0))
-    rows, table = encoder.memory_tokens.data, encoder.table
-    distance = (rows - table.mean(0)).abs() / table.std(0)
-    assert distance.max() < 5e-3 and not torch.equal(rows[0], rows[1])
+    encoder.add_memory("mean", True, torch.Generator().manual_seed(0))
+    own, theirs = encoder.table.detach(), encoder.llama.model.embed_tokens.weight
+    assert torch.equal(own, theirs) and not torch.equal(own, own.bfloat16().float())
+    encoder.table.data.add_(1)
+    assert not torch.equal(own, theirs)
 
 
 def test_gradients_reach_only_memory_tokens_table_and_adapters(tiny):

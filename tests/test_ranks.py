@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 from helpers import (
     DROPOUT, ONE, ROOT, STAGES, assert_same_run, error_line, losses, metrics, names, signal_after,
 )
 
+from data.tasks import TASKS, read_task
 from runtime.ranks import Ranks, rendezvous
 
 
@@ -237,6 +240,21 @@ def test_an_incomplete_batch_is_dropped_on_every_rank(run_pair, run, tmp_path):
     assert len(losses(tmp_path / "two")) == 2  # 20 // 7
 
 
+def test_the_cut_texts_of_each_evaluation_are_counted_over_both_ranks(pair, ctkd, tiny):
+    tasks, tokenizer = ["demo-sts", "demo-retrieval"], tokenizers.Tokenizer.from_file(
+        str(tiny / "tokenizer.json"))
+    results = pair({"exchange": "notes", "inputs": [str(ctkd / "encoder"), tasks]})
+    expected = []
+    for task in tasks:
+        texts, _, _ = read_task(TASKS[task])
+        expected.append(sum(len(tokenizer.encode(text).ids) > 40
+                            for text in {text for part in texts.values() for text in part}))
+    assert results[0].notes == results[1].notes == [
+        [f"texts cut to 40 tokens: {n}"] for n in expected]
+    assert min(result.own for result in results) > 0 and min(expected) > 0
+    assert sum(result.own for result in results) == sum(expected)
+
+
 # ---------------------------------------------------------------------------------------------
 # A fault on one rank
 # ---------------------------------------------------------------------------------------------
@@ -256,9 +274,8 @@ def test_what_is_not_finite_on_one_rank_stops_both_before_the_update(
         line = result.err.splitlines()[-1]
         assert line.startswith("error on rank 1: step 3: " if rank else "error: step 3: ")
         assert "not finite; nothing was updated" in line and str(out / "checkpoints") in line
-    named = line.split("(from 0): ")[1].split(". Lower")[0].split(", ")
-    file = "texts.txt" if stage == "ctkd" else "triples.jsonl"
-    assert all(file in name for name in named)
+    named = re.findall(r"/texts.txt, text \d+\b|triples.jsonl, row \d+\b", line.split("Rows")[1])
+    assert {("texts" in name) for name in named} == {stage == "ctkd"}
     if kind == "gradient" or stage == "ctkd":  # in scl each row may have a text that rank 1 reads
         assert len(named) == (6 if kind == "gradient" else 3)
     assert names(out / "checkpoints") == ["step-0000002"] and not (out / "encoder").exists()

@@ -53,6 +53,8 @@ def test_the_json_file_says_what_the_score_depends_on(tiny, here, capsys):
              "attention": "causal", "max_tokens": 64, "template": "{text}", "instruction": "",
              "dtype": "torch.bfloat16", "device": "cpu", "threads": 1, "ranks": 1,
              "history": [{"stage": "ctkd", "seed": 0}],
+             "format": 2, "paper": None,
+             "paper_differs": "ctkd had memory_tokens=None, the row's is 8",
              "data": str(here.parent / "data/sts17-crosslingual-sts")}
     assert {key: settings[key] for key in about} == about
     assert settings["base"]["name"] == str(tiny) and len(settings["base"]["sha256"]) == 64
@@ -162,6 +164,64 @@ def test_a_result_from_before_a_setting_existed_has_its_default(tiny, here, enco
     for key in ("document_template", "kept_tokens"):
         del result["settings"][key]
     path.write_text(json.dumps(result))
+    assert sts17("--model", tiny) == 0
+    assert len(encoded) == 1 and "finished before" in capsys.readouterr().out
+
+
+@pytest.fixture
+def result_file(tiny, here):
+    """The result of an encoder of two memory tokens that reads 64 tokens of a text."""
+    write_encoder(tiny, here / "mine")
+    assert sts17("--model", "mine") == 0
+    return here / "results/mine/STS17.json"
+
+
+def edit_settings(path: Path, drop=(), **new):
+    """Change keys of the settings in a result."""
+    result = json.loads(path.read_text())
+    settings = {k: v for k, v in result["settings"].items() if k not in drop}
+    path.write_text(json.dumps({**result, "settings": {**settings, **new}}))
+
+
+@pytest.mark.parametrize("max_tokens, same", [(66, True), (64, False), (67, False)])
+def test_a_result_of_format_1_counted_the_memory_tokens_in_its_limit(
+    max_tokens, same, result_file, encoded, capsys
+):
+    edit_settings(result_file, drop=["format", "paper_differs"], max_tokens=max_tokens)
+    before = result_file.read_text()
+    capsys.readouterr()
+    code = sts17("--model", "mine")
+    if same:
+        assert code == 0 and "finished before" in capsys.readouterr().out
+    else:
+        error_line(code, capsys, f"STS17.json: was made with other settings (max_tokens: "
+                                 f"{max_tokens - 2} -> 64)", "--force")
+    assert result_file.read_text() == before and encoded == []
+
+
+@pytest.mark.parametrize("k", ["2", None, []])
+def test_a_result_of_format_1_with_an_odd_number_of_memory_tokens_is_refused(
+    k, result_file, capsys
+):
+    edit_settings(result_file, drop=["format"], max_tokens=66, num_memory_tokens=k)
+    capsys.readouterr()
+    error_line(sts17("--model", "mine"), capsys, "STS17.json", "--force")
+
+
+def test_the_limit_in_a_result_of_format_2_is_taken_as_it_is(result_file, capsys):
+    assert json.loads(result_file.read_text())["settings"]["format"] == 2
+    edit_settings(result_file, max_tokens=66)
+    capsys.readouterr()
+    error_line(sts17("--model", "mine"), capsys, "(max_tokens: 66 -> 64)")
+
+
+@pytest.mark.parametrize("left_out", [["format"], ["format", "num_memory_tokens"]], ids=" ".join)
+def test_a_result_of_format_1_of_a_plain_llama_has_the_same_limit(
+    left_out, tiny, here, encoded, capsys
+):
+    assert sts17("--model", tiny) == 0
+    (path,) = here.glob("results/*/*.json")
+    edit_settings(path, drop=left_out)
     assert sts17("--model", tiny) == 0
     assert len(encoded) == 1 and "finished before" in capsys.readouterr().out
 
@@ -300,6 +360,18 @@ def test_a_run_is_compared_with_the_papers_row_for_it_and_with_a_named_row(here,
     assert average[:2] == pytest.approx([41.46, 40.46], abs=0.02) and average[2] == 1
     assert average[3:] == pytest.approx([66.78, 66.78 - 41.46], abs=0.03)
     assert cells["sts (3 tasks)"][2] == "+1.00" and cells["tasks of the 14"] == ["14"] * 5
+
+
+@pytest.mark.parametrize("history, named", [([], True), ([{"stage": "ctkd"}], False)])
+def test_a_trained_encoders_row_in_a_result_of_format_1_is_not_believed(
+    history, named, here, capsys
+):
+    """That format named the row whatever K, attention, start and steps were."""
+    write_results(here / "results/a", "LLM2Comp KL", sts17=80)
+    edit_settings(here / "results/a/STS17.json", history=history)
+    assert ("paper: LLM2Comp KL" in compared(capsys, "a")[0]) is named
+    edit_settings(here / "results/a/STS17.json", format=2)
+    assert "paper: LLM2Comp KL" in compared(capsys, "a")[0]
 
 
 def test_a_gap_in_a_published_row_is_a_dash_and_leaves_no_average(here, capsys):

@@ -22,7 +22,7 @@ import runtime.run
 from data.batches import SplitTexts
 from runtime.checkpoints import unseal
 from runtime.errors import UserError
-from runtime.run import Log, Run, open_run
+from runtime.run import Log, Run, describe_memory, open_run
 
 # ---------------------------------------------------------------------------------------------
 # Resumed and killed
@@ -107,6 +107,16 @@ def test_a_damaged_environment_does_not_stop_a_resume(run, tmp_path):
         assert run("run", "--steps", 3) == 143
     (tmp_path / "run/environment.json").write_text("{")
     assert run("run", "--steps", 3, "--resume") == 0
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([[1, 0], [0, 2], [-3, 0]], "memory 3 rows, mean cosine -0.3333\n"),
+    ([[1, 1], [5, 5]], "memory 2 rows, mean cosine 1.0000\n"),
+    ([[3, 0], [3, 4]], "memory 2 rows, mean cosine 0.6000\n"),
+    ([[1, 0]], ""), ([], ""),
+], ids=str)
+def test_the_cosine_of_the_memory_rows_is_the_mean_over_pairs(rows, said):
+    assert describe_memory(torch.tensor(rows, dtype=torch.float32).reshape(-1, 2)) == said
 
 
 def test_lines_of_a_log_that_are_no_metrics_are_left_out(tmp_path):

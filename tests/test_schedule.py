@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.errors import UserError
 from runtime.schedule import (
     epoch_order,
     generator,
@@ -13,26 +14,45 @@ from runtime.schedule import (
     learning_rate,
     one_source_batch,
     seed_torch,
+    warmup_steps,
 )
 
 
 def test_the_learning_rate_is_deepspeeds_warmup_decay():
-    rates = [learning_rate(s, 100, 10, 1e-5, 1e-4) for s in range(101)]
-    assert rates[0] == 1e-5 and rates[10] == 1e-4 and rates[100] == 1e-5
-    assert rates[4] == pytest.approx(1e-5 + 9e-5 * np.log(5) / np.log(10))
-    assert rates[55] == pytest.approx(1e-5 + 9e-5 * 0.5)
+    """Its own numbers are in test_recipes.py; it is updated after the optimiser."""
+    rates = [learning_rate(s, 100, 10, 1e-5, 1e-4) for s in range(102)]
+    assert rates[0] == rates[1] == 1e-5 and rates[11] == 1e-4 and rates[101] == 1e-5
+    assert rates[10] == 1e-4  # the tenth update is ln(10) / ln(10)
+    assert rates[5] == pytest.approx(1e-5 + 9e-5 * np.log(5) / np.log(10))
+    assert rates[56] == pytest.approx(1e-5 + 9e-5 * 0.5)
+    assert max(rates) == 1e-4 and min(rates) == 1e-5 and rates[100] > 1e-5
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 2])
 def test_a_warmup_shorter_than_two_steps_counts_as_two(warmup):
-    rates = [learning_rate(step, 6, warmup, 0.0, 1.0) for step in range(7)]
-    assert rates == [0, math.log(2) / math.log(2), 1, 3 / 4, 2 / 4, 1 / 4, 0]
+    rates = [learning_rate(step, 6, warmup, 0.0, 1.0) for step in range(8)]
+    assert rates == [0, 0, math.log(2) / math.log(2), 1, 3 / 4, 2 / 4, 1 / 4, 0]
 
 
 def test_the_learning_rate_stays_finite_where_the_schedule_is_over_or_all_warmup():
     assert learning_rate(9, 4, 1, 1e-5, 1e-4) == 1e-5
-    assert learning_rate(3, 3, 3, 1e-5, 1e-4) == 1e-5
-    assert learning_rate(2, 2, 0, 1e-5, 1e-4) == 1e-5
+    assert learning_rate(4, 3, 3, 1e-5, 1e-4) == 1e-5
+    assert learning_rate(3, 2, 0, 1e-5, 1e-4) == 1e-5
+
+
+@pytest.mark.parametrize("warmup, steps, expected", [
+    (0.1, 8000, 800), (0.1, 2000, 200), (0.1, 60, 6), (0.5, 7, 3), (0.0, 100, 0),
+    (1.0, 8000, 1), (100.0, 100, 100), (100, 2000, 100), (0.999, 1000, 999), (250.7, 300, 250),
+])
+def test_a_warmup_below_1_is_a_share_and_from_1_on_a_number_of_steps(warmup, steps, expected):
+    found = warmup_steps(warmup, steps)
+    assert found == expected and type(found) is int
+
+
+@pytest.mark.parametrize("warmup, steps", [(2.0, 1), (101.0, 100), (250.7, 250)])
+def test_more_steps_of_warmup_than_of_the_schedule_are_refused(warmup, steps):
+    with pytest.raises(UserError, match=rf"--warmup {warmup:g}: more steps than the {steps}"):
+        warmup_steps(warmup, steps)
 
 
 def test_a_generator_depends_on_its_key_alone():

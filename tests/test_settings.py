@@ -36,13 +36,28 @@ class Config(RunConfig):
     whole_table: bool = setting(True, "all rows")
 
 
-PRESETS = {"plain": {}, "strong": {"lr": 0.5, "kind": "b"}}
+@dataclass
+class Staged(Config):
+    """Settings of two stages."""
+
+    stage: str = setting("one", "which", ("one", "two"))
+    model: str = setting("x", "where from")
+
+
+PRESETS = {"paper": {}, "demo": {}, "strong": {"lr": 0.5, "kind": "b"}}
+STAGED = {"one": {"paper": {}, "demo": {"lr": 0.5}},
+          "two": {"paper": {"stage": "two"}, "demo": {"stage": "two", "lr": 0.25},
+                  "strong": {"stage": "two", "lr": 0.75}}}
 
 
 def parse(*argv) -> Config:
-    """The configuration of a command line; without --preset that of `strong` if --kind is given."""
-    return parse_config(Config, PRESETS, lambda given: "strong" if "kind" in given else "plain",
-                        list(argv), "about this stage")
+    """The configuration of a command line."""
+    return parse_config(Config, {"one": PRESETS}, list(argv), "about this stage")
+
+
+def parse_staged(*argv) -> Staged:
+    """The configuration of a command line that knows two stages."""
+    return parse_config(Staged, STAGED, list(argv), "about these stages")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -54,10 +69,30 @@ def test_flags_are_stronger_than_a_preset_and_a_preset_than_the_defaults():
     assert parse() == Config()
     assert parse("--preset", "strong") == Config(lr=0.5, kind="b")
     assert parse("--preset", "strong", "--lr", "0.25") == Config(lr=0.25, kind="b")
-    assert parse("--kind", "a") == Config(lr=0.5, kind="a")  # the preset picked by what is given
-    assert parse("--kind", "a", "--preset", "plain") == Config(kind="a")
+    assert parse("--kind", "a", "--preset", "strong") == Config(lr=0.5, kind="a")
     assert parse("--no-whole-table", "--resume", "--threads", "3") == Config(
         whole_table=False, resume=True, threads=3)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], ("one", 0.5)), (["--stage", "two"], ("two", 0.25)), (["--model", "demo"], ("one", 0.5)),
+    (["--model", "y"], ("one", 1e-3)), (["--stage", "two", "--model", "y"], ("two", 1e-3)),
+    (["--preset", "paper"], ("one", 1e-3)),
+    (["--stage", "two", "--preset", "paper"], ("two", 1e-3)),
+    (["--preset", "demo", "--model", "y"], ("one", 0.5)), (["--preset", "strong"], ("two", 0.75)),
+    (["--preset", "strong", "--stage", "two", "--lr", "0.125"], ("two", 0.125)),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else v[0])
+def test_the_preset_is_that_of_the_stage_and_demo_or_paper_by_the_model(flags, expected):
+    found = parse_staged(*flags)
+    assert (found.stage, found.lr) == expected
+
+
+def test_a_preset_that_the_stage_lacks_ends_with_the_usage(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_staged("--stage", "one", "--preset", "strong")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("usage: ")
+    assert "--preset strong: is not for one, which has paper, demo\n" in said
 
 
 @pytest.mark.parametrize("argv", [["--kind", "c"], ["--preset", "none"], ["--threads", "x"],
@@ -69,7 +104,7 @@ def test_an_unknown_flag_or_choice_ends_with_the_usage(argv, capsys):
 
 
 @pytest.mark.parametrize("config, parse", [
-    (Config, lambda argv: parse(*argv)),
+    (Staged, lambda argv: parse_staged(*argv)),
     (pretrain_ctkd.Config, pretrain_ctkd.parse_arguments),
     (contrastive.Config, contrastive.parse_arguments),
 ])
@@ -83,8 +118,14 @@ def test_help_has_every_setting_once_with_its_default(config, parse, monkeypatch
         (entry,) = re.findall(rf"^  {flag(f.name)}[ ,].*(?:\n {{8}}.*)?", printed, re.M)
         assert f.metadata["help"] in entry
         assert f.type is bool or f"(default {f.default!r})" in entry
-    assert all(f"\npreset {name}: " in printed for name in
-               re.search(r"--preset {(.*?)}", printed)[1].split(","))
+    presets = {Staged: STAGED, pretrain_ctkd.Config: {"stage 1": pretrain_ctkd.PRESETS},
+               contrastive.Config: contrastive.PRESETS}[config]
+    about = {(name, stage): ", ".join(f"{k} {v}" for k, v in changes.items()) or "the defaults"
+             for stage, own in presets.items() for name, changes in own.items()}
+    assert re.findall(r"^preset (\w+) of ([\w ]+): (.*)$", printed, re.M) == [
+        (*key, text) for key, text in about.items()]
+    named = re.search(r"--preset {(.*?)}", printed)[1].split(",")
+    assert set(named) == {name for name, _ in about} and len(set(named)) == len(named)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,35 +140,44 @@ def test_stage_1s_defaults_are_the_papers():
         "batch_size": 4, "lr": 1e-4, "min_lr": 1e-5, "warmup": 0.1, "weight_decay": 1e-5,
         "clip": 2.0, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "max_tokens": 512,
         "memory_tokens": 8, "objective": "ctkd", "nll_weight": 0.0, "attention": "bidirectional",
-        "train_embeddings": "all", "steps": 0,
+        "train_embeddings": "all", "steps": 0, "memory_init": "mean", "text_seed": 42,
+        "min_characters": -1, "max_text_tokens": -1,
     }
     assert expected.items() <= vars(config).items()
     assert config.num_texts // config.batch_size == 8000  # steps = 0 is once through the texts
 
 
 def test_stages_2_and_3_have_the_papers_settings():
-    ucl, scl = (contrastive.Config(**contrastive.PRESETS[name]) for name in ("ucl", "scl"))
-    shared = {"negatives": 1, "batches": "mixed", "max_tokens": 512, "document_tokens": 1024,
+    ucl, scl = (contrastive.Config(**contrastive.PRESETS[stage]["paper"])
+                for stage in ("ucl", "scl"))
+    shared = {"negatives": 1, "batches": "mixed", "max_tokens": 504, "document_tokens": 1016,
               "temperature": 0.05, "min_lr": 1e-5, "warmup": 0.1, "lora_r": 16, "lora_alpha": 32,
               "lora_dropout": 0.05}
     for config in (ucl, scl):
         assert shared.items() <= vars(config).items()
     assert vars(ucl).items() >= {
-        "stage": "ucl", "text": "wiki1m", "num_texts": 128000, "batch_size": 128, "lr": 3e-5,
+        "stage": "ucl", "text": "wiki1m", "text_seed": 42, "num_texts": 128000,
+        "batch_size": 128, "lr": 3e-5,
         "weight_decay": 1e-3, "clip": 1.0, "attention_dropout": 0.2, "steps": 0,
         "schedule_steps": 0}.items()
     assert vars(scl).items() >= {
         "stage": "scl", "batch_size": 1024, "lr": 1e-4, "weight_decay": 3e-4, "clip": 0.0,
-        "attention_dropout": 0.0, "steps": 1000, "schedule_steps": 2000}.items()
+        "attention_dropout": 0.0, "steps": 200, "schedule_steps": 2000}.items()
 
 
 def test_stage_1s_preset_is_demo_unless_a_model_or_a_preset_is_named(tmp_path, capsys):
-    cases = [([], 256), (["--model", "x"], 512), (["--preset", "paper"], 512),
-             (["--model", "x", "--preset", "demo"], 256), (["--model", "demo"], 256)]
-    for flags, max_tokens in cases:
-        out = ["--memory-tokens", "999", "--out", str(tmp_path / "x")]
-        error_line(pretrain_ctkd.main([*flags, *out]), capsys,
-                   f"--max-tokens {max_tokens}: must be at least")
+    cases = [([], "demo"), (["--model", "x"], "paper"), (["--preset", "paper"], "paper"),
+             (["--model", "x", "--preset", "demo"], "demo"), (["--model", "demo"], "demo")]
+    for flags, preset in cases:
+        out = ["--out", str(tmp_path / "x")]
+        expected = pretrain_ctkd.Config(**pretrain_ctkd.PRESETS[preset])
+        expected.out = out[-1]
+        if "x" in flags:
+            expected.model = "x"
+        assert pretrain_ctkd.parse_arguments([*flags, *out]) == expected
+        lr = {"demo": 1e-3, "paper": 1e-4}[preset]  # the bounds are checked against the preset's
+        error_line(pretrain_ctkd.main([*flags, *out, "--min-lr", "1"]), capsys,
+                   f"--lr {lr}: must be at least --min-lr 1.0")
     assert not (tmp_path / "x").exists()
 
 
@@ -137,24 +187,50 @@ def test_a_run_of_another_model_has_the_defaults_of_the_paper(run, tmp_path):
     assert (config["num_texts"], config["batch_size"], config["save_every"]) == (32000, 4, 500)
 
 
-def test_the_contrastive_preset_is_the_stages_demo_unless_a_model_or_a_preset_is_named():
-    for flags, preset in (([], "ucl-demo"), (["--stage", "scl"], "scl-demo"),
-                          (["--model", "x"], "ucl"), (["--stage", "scl", "--model", "x"], "scl"),
-                          (["--preset", "repllama"], "repllama"), (["--preset", "ucl"], "ucl")):
-        config = contrastive.parse_arguments(flags)
-        expected = contrastive.Config(**contrastive.PRESETS[preset])
-        if "--model" in flags:
-            expected.model = "x"
-        assert config == expected
+@pytest.mark.parametrize("flags, stage, preset", [
+    ([], "ucl", "demo"), (["--stage", "scl"], "scl", "demo"), (["--model", "x"], "ucl", "paper"),
+    (["--stage", "scl", "--model", "x"], "scl", "paper"), (["--preset", "paper"], "ucl", "paper"),
+    (["--preset", "paper", "--stage", "scl"], "scl", "paper"),
+    (["--preset", "repllama"], "scl", "repllama"),
+    (["--stage", "scl", "--preset", "repllama"], "scl", "repllama"),
+    (["--preset", "demo", "--model", "x"], "ucl", "demo"),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else v)
+def test_the_contrastive_preset_is_the_stages_demo_unless_a_model_or_a_preset_is_named(
+    flags, stage, preset
+):
+    config = contrastive.parse_arguments(flags)
+    expected = contrastive.Config(**contrastive.PRESETS[stage][preset])
+    if "--model" in flags:
+        expected.model = "x"
+    assert config == expected and config.stage == stage
 
 
-@pytest.mark.parametrize("stage", [pretrain_ctkd, contrastive])
-def test_every_preset_passes_its_own_check(stage):
-    for name, changes in stage.PRESETS.items():
-        config = stage.Config(**changes)
-        if config.__dict__.get("stage") == "scl":
-            config.triples = config.triples or "FOLDER"
-        stage.check(config)
+@pytest.mark.parametrize("flags", [["--stage", "ucl", "--preset", "repllama"],
+                                   ["--preset", "ucl"], ["--preset", "scl-demo"]], ids=" ".join)
+def test_a_contrastive_preset_of_another_stage_or_of_an_old_name_ends_with_the_usage(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        contrastive.main(flags)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and flags[-1] in said and "repllama" in said
+
+
+@pytest.mark.parametrize("stage, preset", [
+    *(pytest.param(pretrain_ctkd, preset, id=f"ctkd {name}")
+      for name, preset in pretrain_ctkd.PRESETS.items()),
+    *(pytest.param(contrastive, preset, id=f"{stage} {name}")
+      for stage, own in contrastive.PRESETS.items() for name, preset in own.items()),
+])
+def test_every_preset_passes_its_own_check(stage, preset):
+    config = stage.Config(**preset)
+    if config.__dict__.get("stage") == "scl":
+        config.triples = config.triples or "FOLDER"
+    stage.check(config)
+
+
+def test_the_presets_of_a_stage_are_of_that_stage():
+    for stage, own in contrastive.PRESETS.items():
+        for name, preset in own.items():
+            assert preset.get("stage", "ucl") == stage, name
 
 
 # ---------------------------------------------------------------------------------------------

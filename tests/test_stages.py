@@ -3,6 +3,7 @@ interrupted and resumed, several processes, and the line that ends a run after a
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,13 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from helpers import LONG, ROOT, STAGES, WEIGHTS, error_line, files, history, losses, metrics
-from helpers import names, run_of, same_tensors, scores, signal_after, without_speed, words
+from helpers import LONG, ROOT, STAGES, WEIGHTS, edit_json, error_line, files, history, losses
+from helpers import metrics, names, run_of, same_tensors, scores, signal_after, without_speed, words
 from helpers import write_llama
 from safetensors.torch import load_file, save_file
 
 import contrastive
+import evaluate
+import pretrain_ctkd
 from lora import lora_layers
 from model import load_encoder
 from runtime.schedule import learning_rate
@@ -49,8 +53,10 @@ def run(run, texts):
 
 
 @pytest.mark.parametrize("stage, batch, about, data", [
-    ("ctkd", 4, "K = 2, bidirectional, objective ctkd", r"\S+/texts.txt: 40 texts, \d+ tokens"),
-    ("ucl", 8, "ucl, memory pooling, bidirectional", r"\S+/texts.txt: 40 texts, \d+ tokens"),
+    ("ctkd", 4, "K = 2, bidirectional, objective ctkd",
+     r"\S+/texts.txt: 40 texts, \d+ tokens each\n"),
+    ("ucl", 8, "ucl, memory pooling, bidirectional",
+     r"\S+/texts.txt: 40 texts, \d+ tokens each\n"),
     ("scl", 8, "scl, memory pooling, bidirectional", r"\S+/triples.jsonl: 24 rows, mixed\n  "),
 ], ids=ALL)
 def test_a_run_prints_what_it_depends_on(
@@ -62,8 +68,71 @@ def test_a_run_prints_what_it_depends_on(
     assert re.match(
         re.escape(f"python {python}, torch {torch.__version__}, 1 process(es) on cpu, 1 thread(s) "
                   f"each, float32\nmodel  {model}: ")
-        + rf"\d+\.\d\d M frozen, \d+\.\d\d M trained; {re.escape(about)}\ndata   {data}", printed)
+        + rf"\d+\.\d\d M frozen, \d+\.\d\d M trained; {re.escape(about)}\n"
+        rf"memory 2 rows, mean cosine [01]\.\d{{4}}\ndata   {data}", printed)
     assert f"\nsteps  2 of {batch} -> {tmp_path}/run\n" in printed
+
+
+def mean_cosine(rows: torch.Tensor) -> float:
+    """The mean cosine of all pairs of rows, one pair at a time."""
+    rows = rows.double().numpy()
+    return np.mean([a @ b / np.sqrt(a @ a * (b @ b))
+                    for i, a in enumerate(rows) for b in rows[:i]])
+
+
+@pytest.mark.parametrize("stage", ["ctkd", "ucl"])
+def test_the_header_says_how_alike_the_memory_rows_are(stage, run, tiny, tmp_path, capsys):
+    """At a rate of 0 the rows at the end are those of the start."""
+    flags = ["--model", tiny, "--steps", 1, "--lr", 0, "--min-lr", 0, "--memory-tokens", 3]
+    shown = {}
+    for init in ("mean", "normal"):
+        assert run(init, *flags, "--memory-init", init, stage=stage) == 0
+        rows = load_file(tmp_path / init / "encoder/embeddings.safetensors")["memory_tokens"]
+        (shown[init],) = re.findall(r"^memory 3 rows, mean cosine (.*)$", capsys.readouterr().out,
+                                    re.MULTILINE)
+        assert shown[init] == f"{mean_cosine(rows):.4f}"
+    assert float(shown["mean"]) > 0.999 and float(shown["normal"]) < 0.9
+
+
+def token_counts(texts: list[str], model: Path) -> list[int]:
+    """Tokens of each text with BOS, by the library alone."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    return [len(tokenizer.encode(text).ids) for text in texts]
+
+
+@pytest.mark.parametrize("stage", ["ctkd", "ucl"])
+def test_texts_that_are_cut_are_counted(stage, run, tiny, tmp_path, capsys):
+    """K takes no room from a text: the count is the same for any."""
+    texts, path = words(40, 14, 14, 24), tmp_path / "mixed.txt"
+    path.write_text("\n".join(texts))
+    counts = np.array(token_counts(texts, tiny))
+    cut, mean = (counts > 40).sum(), counts.clip(max=40).mean()
+    assert 5 < cut < 35 and counts.min() >= 20 and (counts == 40).any() and (counts == 41).any()
+    for k in (1, 16):
+        flags = ["--model", tiny, "--text", path, "--max-tokens", 40, "--memory-tokens", k]
+        assert run(f"run-{k}", *flags, "--steps", 0, "--batch-size", 8, stage=stage) == 0
+        assert (f"data   {path}: 40 texts, {mean:.0f} tokens each, {cut} of them cut\n"
+                in capsys.readouterr().out)
+        rows = metrics(tmp_path / f"run-{k}")
+        assert len(rows) == 5  # once through the texts
+        assert stage == "ctkd" or sum(row["cut"] for row in rows) == cut
+        total = counts.clip(max=40).sum() * (1 if stage == "ctkd" else 2)  # a query and a key
+        assert sum(row["real_tokens"] for row in rows) == total
+
+
+def test_queries_and_documents_of_triples_that_are_cut_are_counted(run, tmp_path, ctkd, tiny):
+    queries, positives = words(16, 6, 2, 12), words(16, 7, 2, 12)
+    negatives = words(16, 8, 2, 12)  # two of the same length, whichever is taken
+    path = tmp_path / "triples.jsonl"
+    path.write_text("".join(
+        json.dumps({"query": q, "positive": p, "negative": [n, n[:-1] + n[-1].upper()]}) + "\n"
+        for q, p, n in zip(queries, positives, negatives)))
+    flags = ["--triples", path, "--max-tokens", 20, "--document-tokens", 16, "--batch-size", 8]
+    assert run("run", *flags, "--steps", 2, stage="scl") == 0
+    long = [sum(n > limit for n in token_counts(texts, tiny))
+            for texts, limit in ((queries, 20), (positives, 16), (negatives, 16))]
+    rows = metrics(tmp_path / "run")
+    assert min(long) > 0 and sum(row["cut"] for row in rows) == sum(long) < 3 * 16
 
 
 def test_a_run_logs_every_step_once_and_leaves_everything_in_its_folder(stage, run, tmp_path):
@@ -114,11 +183,18 @@ def test_weights_decay_as_asked_for(stage, run, tmp_path):
         assert (start - weight).abs().max() < 0.011, name
 
 
-def test_the_rate_rises_for_the_share_of_steps_asked_for(stage, run, tmp_path):
+@pytest.mark.parametrize("warmup, expected", [  # by hand: ln(t) / ln(4), then down in quarters
+    (0.5, [0, 0, 0.005, 0.01 * np.log(3) / np.log(4), 0.01, 0.01, 0.0075, 0.005]),
+    (4, [0, 0, 0.005, 0.01 * np.log(3) / np.log(4), 0.01, 0.01, 0.0075, 0.005]),
+    (1, [0, 0, 0.01, 0.01, 0.05 / 6, 0.04 / 6, 0.03 / 6, 0.02 / 6]),
+    (0, [0, 0, 0.01, 0.01, 0.05 / 6, 0.04 / 6, 0.03 / 6, 0.02 / 6]),
+], ids=["a share", "steps", "one step", "none"])
+def test_the_rate_rises_for_the_share_or_number_of_steps_asked_for(
+    warmup, expected, stage, run, tmp_path
+):
     flags = ["--steps", 8, "--schedule-steps", 8] if stage == "scl" else ["--steps", 8]
-    flags += ["--warmup", 0.5, "--lr", 0.01, "--min-lr", 0]
+    flags += ["--warmup", warmup, "--lr", 0.01, "--min-lr", 0]
     assert run("run", *flags, stage=stage) == 0
-    expected = [learning_rate(step, 8, 4, 0, 0.01) for step in range(8)]
     assert [row["learning_rate"] for row in metrics(tmp_path / "run")] == pytest.approx(expected)
 
 
@@ -139,7 +215,7 @@ def test_adapters_are_scaled_by_the_alpha_asked_for(stage, tiny):
         torch.testing.assert_close(adapted, by_hand, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage, after", [("ctkd", "ucl-demo"), ("ucl", "scl-demo")])
+@pytest.mark.parametrize("stage, after", [("ctkd", "ucl"), ("ucl", "scl")])
 def test_after_a_demo_run_the_next_stages_demo_is_named(stage, after, argv, tmp_path, capsys):
     """The embedded data in another folder than the demo's: its settings still come from there."""
     out = tmp_path / "run"
@@ -147,8 +223,34 @@ def test_after_a_demo_run_the_next_stages_demo_is_named(stage, after, argv, tmp_
     (command,) = [line.split() for line in capsys.readouterr().out.splitlines()
                   if line.startswith("  torchrun ")]
     assert command[:2] == ["torchrun", "contrastive.py"]
-    expected = contrastive.PRESETS[after] | {"model": str(out), "out": "FOLDER"}
+    expected = contrastive.PRESETS[after]["demo"] | {"model": str(out), "out": "FOLDER"}
     assert contrastive.parse_arguments(command[2:]) == contrastive.Config(**expected)
+
+
+@pytest.mark.parametrize("stage", ["ctkd", "ucl"])
+@pytest.mark.parametrize("text, out", [("demo", "DEFAULT"), ("demo", "mine"), ("TEXTS", "mine")])
+def test_the_commands_named_at_the_end_are_accepted(
+    text, out, stage, argv, home, tmp_path, monkeypatch, capsys
+):
+    """And they are those of the next stage: its demo's after a demo, else the paper's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "demo_sts", lambda _: 0.0)
+    presets = pretrain_ctkd.PRESETS if stage == "ctkd" else contrastive.PRESETS[stage]
+    out = presets["demo"]["out"] if out == "DEFAULT" else out
+    text, given = text.replace("TEXTS", str(home / "texts.txt")), Path(out)
+    assert STAGES[stage].main(argv(stage, given, "--text", text, "--steps", 1)) == 0
+    printed = capsys.readouterr().out.partition("; next")[2]
+    train, score = [line.split() for line in printed.splitlines()[1:]]
+    assert train[:2] == ["torchrun", "contrastive.py"] and score[:2] == ["python", "evaluate.py"]
+    config = contrastive.parse_arguments(train[2:])
+    following = {"ctkd": "ucl", "ucl": "scl"}[stage]
+    changed = {"model": out} if given != Path(presets["demo"]["out"]) else {}
+    changed |= {"out": "FOLDER"} if changed else {}
+    changed |= {"triples": "FOLDER"} if (stage, text != "demo") == ("ucl", True) else {}
+    preset = contrastive.PRESETS[following]["demo" if text == "demo" else "paper"]
+    assert config == contrastive.Config(**preset | changed) and config.stage == following
+    encoder, _ = evaluate.open_model(evaluate.parse_arguments(score[2:]).model)
+    assert [entry["stage"] for entry in encoder.history][-1] == stage
 
 
 @pytest.mark.parametrize("stage, steps", [("ctkd", 40 // 12), ("ucl", 40 // 12), ("scl", 24 // 12)])
@@ -156,6 +258,65 @@ def test_without_steps_a_run_goes_once_through_the_data(stage, steps, run, tmp_p
     assert run("run", "--batch-size", 12, "--steps", 0, stage=stage) == 0
     assert len(losses(tmp_path / "run")) == steps
     assert f"steps  {steps} of 12 -> " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["ctkd", "ucl"])
+def test_which_texts_are_read_is_the_text_seeds_choice_alone(stage, tiny, texts, tmp_path):
+    """Ten texts of forty with empty lines among them, which are shuffled, too: in stage 1 by
+    numpy's permutation, as the library datasets does, in stage 2 by Python's random."""
+    path = tmp_path / "texts.txt"
+    path.write_text(texts.read_text().replace("\n", "\n\n", 15).replace("\n\n", "\n \n\n", 2))
+
+    def read(**settings) -> list[str]:
+        config = STAGES[stage].Config(model=str(tiny), text=str(path), num_texts=10,
+                                      batch_size=4, dtype="float32", **settings)
+        encoder = STAGES[stage].new_encoder(config, run_of(config))
+        if stage == "ctkd":
+            data = pretrain_ctkd.open_texts(config, encoder.tokenizer, config.num_texts)
+        else:
+            data = contrastive.open_data(config, encoder[0], False)
+        tokenizer = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+        assert len(data.texts) == 10
+        assert [data.name(i) for i in range(10)] == [
+            f"{path}, text {lines.index(tokenizer.decode(ids.tolist())) + 1}"
+            for ids in data.texts]
+        return [tokenizer.decode(ids.tolist()) for ids in data.texts]
+
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    assert len(lines) == 57 and len(set(lines)) == 41
+
+    def first(seed: int) -> list[str]:
+        order = list(range(57))
+        if stage == "ctkd":
+            order = np.random.default_rng(seed).permutation(57)
+        else:
+            random.Random(seed).shuffle(order)
+        return [lines[i] for i in order if lines[i]][:10]
+
+    in_order = [line for line in lines if line][:10]
+    assert read() == read(seed=1) == read(text_seed=42) == first(42)
+    assert read(text_seed=0) == first(0) and read(text_seed=43, seed=42) == first(43)
+    assert read(text_seed=-1) == read(text_seed=-1, seed=3) == in_order
+    assert len({tuple(x) for x in (first(42), first(43), first(0), in_order)}) == 4
+
+
+@pytest.mark.parametrize("stage", ["ctkd", "ucl"])
+def test_the_text_seed_of_a_run_may_not_change(stage, run, tmp_path, capsys):
+    with signal_after(1, signal.SIGTERM):
+        assert run("run", "--steps", 3, stage=stage) == 143
+    capsys.readouterr()
+    error_line(run("run", "--steps", 3, "--text-seed", 7, "--resume", stage=stage), capsys,
+               "text_seed: 42 -> 7")
+
+
+@pytest.mark.parametrize("stage", ["ctkd", "ucl"])
+def test_k_does_not_change_what_is_read(stage, run, tiny, tmp_path):
+    for k in (1, 16):
+        flags = ["--model", tiny, "--memory-tokens", k, "--max-tokens", 30, "--steps", 1]
+        assert run(f"run-{k}", *flags, stage=stage) == 0
+    found = [json.loads((tmp_path / f"run-{k}/checkpoints/step-0000001/state.json").read_text())
+             for k in (1, 16)]
+    assert found[0]["texts"] == found[1]["texts"] and len(found[0]["texts"]) == 64
 
 
 def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(stage, run, tmp_path):
@@ -305,6 +466,19 @@ def test_a_resume_with_changed_settings_names_them(stage, stopped, tmp_path, cap
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("written", [{}, {"format": 1}, {"format": 3}], ids=str)
+def test_a_run_of_another_format_is_not_resumed(written, stage, stopped, tmp_path, capsys):
+    """In format 1, which was not written down, lengths, order of texts and rates were others."""
+    resume = stopped(stage)
+    edit_json(tmp_path / "run/config.json", drop=["format"], **written)
+    before = files(tmp_path)
+    error_line(resume("--resume"), capsys, tmp_path / "run/config.json",
+               f"format={written.get('format', 1)}", "resumes 2", "another --out")
+    assert files(tmp_path) == before
+    edit_json(tmp_path / "run/config.json", format=2)
+    assert resume("--resume") == 0
+
+
 def test_how_often_to_save_and_how_long_to_wait_may_change(stage, stopped, tmp_path):
     resume = stopped(stage)
     assert resume("--resume", "--save-every", 1, "--timeout", 7, "--save-minutes", 5) == 0
@@ -365,7 +539,7 @@ def test_a_resume_over_other_data_or_another_model_is_refused(
     ("--num-texts", -1, "at least 0"), ("--timeout", 0.0, "at least 0.01"),
     ("--lr", "nan", "finite"), ("--lr", -0.1, "at least 0"), ("--lr", 1e-09, "--min-lr"),
     ("--min-lr", "nan", "finite"), ("--weight-decay", -1.0, "at least 0"),
-    ("--clip", "nan", "finite"), ("--warmup", 1.0, "below 1"), ("--warmup", "nan", "finite"),
+    ("--clip", "nan", "finite"), ("--warmup", -0.1, "at least 0"), ("--warmup", "nan", "finite"),
     ("--lora-dropout", 1.0, "below 1"), ("--lora-dropout", "nan", "finite"),
     ("--lr", "inf", "finite"), ("--min-lr", "inf", "finite"), ("--lora-alpha", "nan", "finite"),
     ("--seed", 2**70, "below 2^63"), ("--threads", 5000, "at most 1024"),
@@ -386,8 +560,7 @@ def test_a_setting_that_no_run_can_have_is_refused(
     ("ctkd", ["--nll-weight=-inf"], ["--nll-weight -inf: must be finite"]),
     ("ctkd", ["--nll-weight", "inf"], ["--nll-weight inf: must be finite"]),
     ("ctkd", ["--nll-weight", 0.5, "--objective", "rc"], ["--nll-weight 0.5", "--objective ctkd"]),
-    ("ctkd", ["--max-tokens", 21],
-     ["--max-tokens 21: must be at least --memory-tokens + 20 = 22"]),
+    ("ctkd", ["--max-tokens", 19], ["--max-tokens 19: must be at least 20, 10 for a context"]),
     ("ucl", ["--temperature", 0], ["--temperature 0.0", "above 0"]),
     ("scl", ["--temperature=-0.1"], ["--temperature -0.1", "above 0"]),
     ("ucl", ["--temperature", "nan"], ["--temperature nan", "finite"]),
@@ -461,9 +634,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(stage, run, t
     step = len(losses(out))
     source = "triples.jsonl" if stage == "scl" else "texts.txt"
     error_line(code, capsys, f"error: step {step}: the loss (", "is not finite",
-               "nothing was updated", f"{source} ", "Lower --lr", "--dtype float32",
-               out / "checkpoints", bar=True)
-    assert step == (3 if stage == "ctkd" else 2) and np.isfinite(losses(out)).all()
+               "nothing was updated", f"{source}, {'row' if stage == 'scl' else 'text'} ",
+               "Lower --lr", "--dtype float32", out / "checkpoints", bar=True)
+    assert step == (4 if stage == "ctkd" else 3) and np.isfinite(losses(out)).all()
     assert names(out / "checkpoints") == [f"step-{step - 1:07d}", f"step-{step:07d}"]
     assert not (out / "encoder").exists()
 

@@ -104,7 +104,8 @@ def test_ids_equal_those_of_transformers_and_a_cut_keeps_bos(tiny):
     ours = Tokenizer(tiny, 320)
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"))
     assert [a.tolist() for a in ours.encode(TEXTS)] == theirs(TEXTS).input_ids
-    assert [a.tolist() for a in ours.encode(TEXTS, 5)] == [i[:5] for i in theirs(TEXTS).input_ids]
+    cut = ours.read(TEXTS, "{text}", 5).ids
+    assert [a.tolist() for a in cut] == [i[:5] for i in theirs(TEXTS).input_ids]
     assert [ours.decode(a) for a in ours.encode(TEXTS)] == TEXTS
 
 
@@ -186,8 +187,9 @@ def test_a_template_without_a_place_for_an_instruction_refuses_one(template, tin
 def test_cutting_a_long_text_leaves_instruction_and_newline_whole(tiny):
     config = EncoderConfig(K, template=INSTRUCTED, max_tokens=40)
     encoder = trained_encoder(tiny, config)
-    ids, _ = encoder.tokenize([TEXT, "short"], "Find it")
-    assert len(ids[0]) == 40 - K and encoder.tokenizer.decode(ids[1]) == "Find it:short\n"
+    ids, _, cut = encoder.tokenize([TEXT, "short"], "Find it")
+    assert len(ids[0]) == 40 and encoder.tokenizer.decode(ids[1]) == "Find it:short\n"
+    assert cut == [True, False]
     said = encoder.tokenizer.decode(ids[0])
     assert said.startswith("Find it:The quick") and said.endswith("\n")
     kept = said.removeprefix("Find it:").removesuffix("\n")
@@ -202,8 +204,9 @@ def test_a_filled_prompt_is_tokenized_as_one_text_with_the_last_occurrence_as_ta
     prompt, after, tiny
 ):
     tokenizer = Tokenizer(tiny, 320)
-    arrays, tails = tokenizer.encode_prompted(TEXTS, prompt, 4096)
+    arrays, tails, cut = tokenizer.encode_prompted(TEXTS, prompt, 4096)
     whole = tokenizer.encode([prompt.replace("{text}", text) for text in TEXTS])
+    assert cut == [False] * len(TEXTS)
     for text, ids, expected, tail in zip(TEXTS, arrays, whole, tails):
         assert np.array_equal(ids, expected) and ids.dtype == np.int32
         last = tokenizer.decode(ids[len(ids) - tail :])
@@ -212,7 +215,7 @@ def test_a_filled_prompt_is_tokenized_as_one_text_with_the_last_occurrence_as_ta
 
 def test_a_llama_2_tokenizer_gives_the_golden_tails(tmp_path):
     tokenizer = Tokenizer(tmp_path, like_llama_2(tmp_path))
-    arrays, tails = tokenizer.encode_prompted(["a", "ab", "b", "é", ""], "b {text}b {text}", 99)
+    arrays, tails, _ = tokenizer.encode_prompted(["a", "ab", "b", "é", ""], "b {text}b {text}", 99)
     space, b = [259], [261]
     first = [1, 259, 261]
     golden = [[*first, 262, *b, 262], [*first, 262, *b, *b, 262, *b],
@@ -249,11 +252,13 @@ def test_a_long_text_is_cut_no_more_than_needed_and_the_prompt_never(prompt, lik
         for text in texts:
             expected = longest_fit(tokenizer, text, prompt, room)
             try:
-                (ids,), (tail,) = tokenizer.encode_prompted([text], prompt, room)
+                (ids,), (tail,), (cut,) = tokenizer.encode_prompted([text], prompt, room)
             except UserError as error:
                 assert expected is None and f"max_tokens={room}" in str(error)
                 continue
             assert ids.tolist() == expected and len(ids) <= room and 0 < tail < len(ids)
+            (whole,) = tokenizer.encode([prompt.replace("{text}", text)])
+            assert cut == (len(whole) > room)
             said = tokenizer.decode(ids)
             assert said.startswith(before.strip()) and said.endswith(after)
 
@@ -261,11 +266,57 @@ def test_a_long_text_is_cut_no_more_than_needed_and_the_prompt_never(prompt, lik
 def test_only_texts_that_are_too_long_are_cut(tiny):
     tokenizer = Tokenizer(tiny, 320)
     texts = ["short", TEXT, "", "a model"]
-    arrays, tails = tokenizer.encode_prompted(texts, EOL, 80)
+    arrays, tails, cut = tokenizer.encode_prompted(texts, EOL, 80)
     for i in (0, 2, 3):
-        (alone,), (tail,) = tokenizer.encode_prompted([texts[i]], EOL, 4096)
+        (alone,), (tail,), _ = tokenizer.encode_prompted([texts[i]], EOL, 4096)
         assert np.array_equal(arrays[i], alone) and tails[i] == tail
-    assert 75 <= len(arrays[1]) <= 80
+    assert 75 <= len(arrays[1]) <= 80 and cut == [False, True, False, False]
+
+
+@pytest.mark.parametrize("template", ["{text}", "query: {text}\n", ECHO])
+def test_a_text_of_just_the_limit_is_whole_and_one_token_more_is_cut(template, tiny):
+    """The limit counts BOS and the template."""
+    tokenizer = Tokenizer(tiny, 320)
+    texts = ["x" * n for n in range(1, 40)]  # one token each
+    whole = tokenizer.encode([template.replace("{text}", text) for text in texts])
+    sizes = [len(ids) for ids in whole]
+    limit = sizes[20]
+    ids, tails, cut = tokenizer.read(texts, template, limit)
+    assert cut == [size > limit for size in sizes] and cut.count(False) == 21
+    for found, expected, long in zip(ids, whole, cut):
+        assert long or np.array_equal(found, expected)
+        assert not long or np.array_equal(found, ids[20])
+        assert len(found) <= limit and found[0] == 1 and found.dtype == np.int32
+    assert template != "{text}" or tails == [len(found) for found in ids]
+
+
+def test_a_cut_text_does_not_keep_the_whole_one_in_memory(tiny):
+    (ids,), _, (cut,) = Tokenizer(tiny, 320).read([TEXT * 50], "{text}", 8)
+    assert cut and len(ids) == 8 and ids.base is None
+
+
+@pytest.mark.parametrize("max_tokens", [1, 0, -5])
+def test_a_limit_of_bos_alone_is_refused(max_tokens, tiny):
+    refused(lambda: Tokenizer(tiny, 320).read(["x"], "{text}", max_tokens),
+            f"{max_tokens} tokens leave no room for a text beside BOS")
+    assert len(Tokenizer(tiny, 320).read(["x"], "{text}", 2).ids[0]) == 2
+
+
+@pytest.mark.parametrize("template, asked", [
+    ("{text}", {}), ("query: {text}", {}), (INSTRUCTED, {"instruction": "Find it"}),
+    ("{text}", {"max_tokens": 21}), (INSTRUCTED, {"instruction": "x", "max_tokens": 33}),
+    ("{text}", {"document": True, "max_tokens": 30}),
+])
+def test_what_an_encoder_reads_of_a_text_does_not_depend_on_k(template, asked, tiny):
+    read = []
+    for k in (1, 2, 16):
+        encoder = plain_encoder(tiny, EncoderConfig(k, template=template, max_tokens=40))
+        read.append(encoder.tokenize([TEXT, "short", TEXT[:60]], **asked))
+    limit = asked.get("max_tokens", 40)
+    for ids, tails, cut in read:
+        assert [i.tolist() for i in ids] == [i.tolist() for i in read[0].ids]
+        assert (tails, cut) == (read[0].tails, read[0].cut) and cut[:2] == [True, False]
+        assert limit - 4 <= len(ids[0]) <= limit and (len(ids[0]) == limit or template != "{text}")
 
 
 @pytest.mark.parametrize("text", [TEXT, "x", ""])
@@ -278,7 +329,7 @@ def test_a_prompt_that_leaves_no_room_is_a_user_error(text, tiny):
 def test_prompted_texts_keep_their_order_across_chunks(tiny):
     tokenizer = Tokenizer(tiny, 320)
     texts = [str(i) for i in range(512 + 5)]
-    arrays, tails = tokenizer.encode_prompted(texts, "a {text} b {text}", 99)
+    arrays, tails, _ = tokenizer.encode_prompted(texts, "a {text} b {text}", 99)
     assert [tokenizer.decode(a) for a in arrays] == [f"a {t} b {t}" for t in texts]
     assert len(tails) == len(texts)
 

@@ -20,7 +20,7 @@ from helpers import ctkd_step, run_of
 
 import pretrain_ctkd
 from runtime.cpu import keep_freed_memory
-from runtime.schedule import learning_rate
+from runtime.schedule import learning_rate, warmup_steps
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def losses(path: str, dtype: str, start: dict[str, torch.Tensor]) -> np.ndarray:
     found = []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = learning_rate(
-            step, STEPS, int(config.warmup * STEPS), config.min_lr, config.lr)
+            step, STEPS, warmup_steps(config.warmup, STEPS), config.min_lr, config.lr)
         if path == "fast":
             loss = ctkd_step(encoder, data, config, step)[0].sum()
         else:
