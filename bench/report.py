@@ -2,12 +2,8 @@
 
     python bench/report.py --runs runs/ablations
 
-Reads only: common.json, each run's config.json, metrics.jsonl and collapse.json, and the results of
-evaluate.py. What is not finished is named, and enters no figure; with unfinished runs an existing
-docs/results.md is overwritten only with --force. A difference between two variants is the mean over
-their common seeds, of which there must be two; it counts if it has one sign in each and is above
-two standard errors. Without any real difference that happens by chance in 30 % of the cases with
-two seeds, in 18 % with three.
+What is not finished is named, and enters no figure; with unfinished runs an existing
+docs/results.md is overwritten only with --force. The page itself says how claims are tested.
 """
 
 import argparse
@@ -19,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
 
@@ -31,16 +30,10 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-sts": "embedded STS",
          "demo-retrieval": "embedded retrieval", "clustering-20newsgroups": "20 Newsgroups*"}
-NO_DIFFERENCE = 2.0  # points; a difference is said to be small if it is, with two errors, below
-PUBLIC = {  # file or folder of a command -> what it is
-    "passages.jsonl.gz": "36,000 paragraphs of 1,000 to 2,400 characters of English Wikipedia "
-                         "articles (data set jason-feng/wikiVisual)",
-    "sentences.txt.gz": "128,000 sentences of the same source",
-    "triples": "19,982 triples: MedQuAD questions with their and other answers, SNLI pairs "
-               "(sentences of the STS sets removed)",
-    "clustering-20newsgroups": "ten sets of 20 Newsgroups subject lines in the layout of MTEB's "
-                               "task, not its own draws: marked * in the tables",
-}
+SEEDS, ALPHA = 3, 0.05  # what a verdict needs at least; of each test
+NO_DIFFERENCE = 2.0  # points; a difference is said to be small if it is shown to be below
+PEAK = 200  # steps of stage 3, after which the paper sees no gain
+DIMENSIONS = ("entropy", "participation", "above_1_percent")
 MEASURES = {  # key of a run -> heading, digits
     "entropy": ("dimension: entropy", 1), "participation": ("participation", 1),
     "above_1_percent": ("above 1 %", 0), "mean_cosine": ("tokens' mean cosine", 3),
@@ -56,7 +49,7 @@ class Runs:
     args: argparse.Namespace  # of the command that made them, without its studies and seeds
     studies: dict[str, dict[str, str]]
     values: dict[tuple[str, int], dict[str, float]]
-    files: dict[tuple[str, int], dict]  # environment, config, losses, collapse
+    files: dict[tuple[str, int], dict]  # environment, config, losses, curve, collapse
     unfinished: dict[tuple[str, int], str]
     tasks: dict[str, str]  # heading -> kind
 
@@ -64,16 +57,23 @@ class Runs:
         """The finished seeds of a variant."""
         return sorted(seed for name, seed in self.values if name == variant)
 
+    def begun(self, study: str) -> list[str]:
+        """The variants of a study of which there is any trace."""
+        there = {name for name, _ in self.values} | {
+            name for (name, _), why in self.unfinished.items() if why != "not begun"}
+        return [variant for variant in self.studies[study] if variant in there]
+
     def of(self, variant: str, key: str, seeds: list[int] | None = None) -> np.ndarray:
         """A score or a measure of a variant, one number a finished seed."""
         seeds = self.seeds(variant) if seeds is None else seeds
         return np.array([self.values[variant, seed].get(key, np.nan) for seed in seeds])
 
     def both(self, a: str, b: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """The values of a and b, one a common seed; an untrained b has one value for all."""
-        if b in self.studies["untrained"]:
-            return self.of(a, key), np.repeat(self.of(b, key), len(self.seeds(a)))
+        """The values of a and b, one a common seed; an untrained b has one value for all of a's."""
         seeds = [seed for seed in self.seeds(a) if seed in self.seeds(b)]
+        if b in self.studies["untrained"] or b == "0":
+            y = np.repeat(self.of(b, key) if b != "0" else 0.0, len(self.seeds(a)))
+            return self.of(a, key)[: len(y)], y
         return self.of(a, key, seeds), self.of(b, key, seeds)
 
 
@@ -84,9 +84,9 @@ def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dic
         if (path := out / f"{name}.json").is_file():
             files[name] = json.loads(path.read_text())
     if "config" in files:
-        metrics, steps = out / "metrics.jsonl", files["config"]["steps"]
-        lines = metrics.read_text().splitlines(True) if metrics.is_file() else []
-        files["losses"] = [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
+        steps = files["config"]["steps"]
+        files["losses"] = [row["loss"] for row in read_rows(out / "metrics.jsonl")]
+        files["curve"] = read_rows(out / "scores.jsonl")
         if not (out / "encoder" / "encoder.json").is_file():
             return values, files, f"{len(files['losses'])}{f' of {steps}' if steps else ''} steps"
     hashes = set()
@@ -96,7 +96,8 @@ def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dic
         name = SHORT.get(about["task_name"], about["task_name"])
         values[name] = 100 * about["scores"]["test"][0]["main_score"]
     if missing := [task for task in tasks if task not in values]:
-        return values, files, "not evaluated on " + ", ".join(missing) if values else "not begun"
+        begun = values or files
+        return values, files, "not evaluated on " + ", ".join(missing) if begun else "not begun"
     if not (path := out / "collapse" / "collapse.json").is_file():
         return values, files, "not analysed"
     [found] = json.loads(path.read_text())
@@ -107,17 +108,33 @@ def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dic
     if "clusters" in found:
         values["effective"] = len(found["kept_tokens"]) or len(found["clusters"])
         values["kept"] = len(found["kept_tokens"]) or len(found["cosines"])
-    for kind in set(tasks.values()):
-        values[kind] = np.mean([values[task] for task, of in tasks.items() if of == kind])
-    values["mean"] = np.mean([values[task] for task in tasks])
-    return values, files, ""
+    groups = {kind: [task for task in tasks if tasks[task] == kind] for kind in tasks.values()}
+    groups["mean without retrieval"] = [task for task in tasks if tasks[task] != "retrieval"]
+    for name, there in {**groups, "mean": tasks}.items():
+        values[name] = np.mean([values[task] for task in there] or np.nan)
+    return values | after_peak(files.get("curve", [])), files, ""
 
 
-def seeds_of(folder: Path, study: str, variant: str) -> list[int]:
-    """The seeds that a variant should have, and those that it has besides."""
-    there = [path.name.removeprefix(f"{variant}-") for path in folder.glob(f"{variant}-*")]
-    there = [int(seed) for seed in there if seed.isdigit()]
-    return sorted({*ablations.SEEDS.get(study, [0, 1]), *there})
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a log, without one that is being written; none without a log."""
+    lines = path.read_text().splitlines(True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def retrieval_of(row: dict) -> float:
+    """The mean of the retrieval tasks of a row of scores.jsonl; nan without any."""
+    there = [x for name, x in row.items() if TASKS.get(name, {}).get("kind") == "retrieval"]
+    return float(np.mean(there)) if there else np.nan
+
+
+def after_peak(curve: list[dict]) -> dict[str, float]:
+    """Figure 10: what stage 3 gains after step PEAK over its best before; retrieval's change."""
+    early = [row for row in curve if row["step"] <= PEAK]
+    late = [row["mean"] for row in curve if row["step"] > PEAK]
+    if not early or not late:
+        return {}
+    return {f"gain after step {PEAK}": max(late) - max(row["mean"] for row in early),
+            f"retrieval after step {PEAK}": retrieval_of(curve[-1]) - retrieval_of(early[-1])}
 
 
 def read_runs(folder: Path) -> Runs:
@@ -127,15 +144,18 @@ def read_runs(folder: Path) -> Runs:
     args = argparse.Namespace(**setting, base=base)
     tasks = {SHORT.get(TASKS[t]["name"], TASKS[t]["name"]): TASKS[t]["kind"] for t in args.task}
     tasks |= {SHORT.get(Path(f).name, Path(f).name): kind for f, kind in args.task_dir}
-    runs = Runs(args, ablations.studies(args.base), {}, {}, {}, tasks)
+    studies = {name: v for name, v in ablations.studies(base).items() if name != "curve"}
+    runs = Runs(args, studies, {}, {}, {}, tasks)  # the run of curve is one of the stages
     for study, variants in runs.studies.items():
         for variant in variants:
-            for seed in seeds_of(folder, study, variant):
+            there = [path.name.removeprefix(f"{variant}-") for path in folder.glob(f"{variant}-*")]
+            due = [0] if study == "untrained" else ablations.SEEDS
+            for seed in sorted({*due, *(int(seed) for seed in there if seed.isdigit())}):
                 name, model, method = f"{variant}-{seed}", f"{args.out}/{variant}-{seed}", "memory"
                 if study == "untrained":
-                    name, model, method = variant, args.base.model, variant
-                out, label = folder / name, label_of(model, method)
-                values, files, why = read_run(out, folder / "results" / label, tasks)
+                    name, model, method = variant, base.model, variant
+                label = label_of(model, method)
+                values, files, why = read_run(folder / name, folder / "results" / label, tasks)
                 runs.files[variant, seed] = files
                 (runs.unfinished if why else runs.values)[variant, seed] = why or values
     return runs
@@ -151,312 +171,343 @@ def cell(x: np.ndarray, digits: int = 1) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
-def by_variant(runs: Runs, columns: Callable[[str], list[str]]) -> list[list[str]]:
-    """A row a variant with finished seeds: study, variant, seeds, columns(variant)."""
-    rows = []
-    for study, variants in runs.studies.items():
-        there = [variant for variant in variants if runs.seeds(variant)]
-        rows += [["" if i else study, variant, str(len(runs.seeds(variant))), *columns(variant)]
-                 for i, variant in enumerate(there)]
-    return rows
-
-
-def command_of(runs: Runs, study: str, variant: str) -> str:
-    """The command that made the runs of a variant; S stands for the seed."""
-    if study == "untrained":
-        return (f"evaluate.py --model {runs.args.base.model} --method {variant} --max-tokens "
-                f"{runs.args.base.max_tokens}")
-    module, flags, _ = ablations.recipe(variant, runs.studies[study][variant], "S", runs.args)
-    return f"{module.__name__}.py {shlex.join(flags)}"
+def by_variant(runs: Runs, head: list[str], columns: Callable[[str], list[str]]) -> str:
+    """A table with a row a variant with finished seeds: study, variant, seeds, columns(variant)."""
+    rows = [["" if i else study, variant, str(len(runs.seeds(variant))), *columns(variant)]
+            for study, variants in runs.studies.items()
+            for i, variant in enumerate(filter(runs.seeds, variants))]
+    return table(["study", "variant", "seeds", *head], rows)
 
 
 def losses_of(runs: Runs, variant: str) -> str:
     """Mean loss of the first and of the last 50 steps, over seeds."""
-    found = [runs.files[variant, seed]["losses"] for seed in runs.seeds(variant)
-             if "losses" in runs.files[variant, seed]]
-    if not found:
-        return "-"
-    return " → ".join(cell(np.array([np.mean(part) for part in parts]), 2)
-                      for parts in ([x[:50] for x in found], [x[-50:] for x in found]))
+    found = [runs.files[variant, seed].get("losses", []) for seed in runs.seeds(variant)]
+    parts = (slice(50), slice(-50, None)) if all(found) else ()
+    return " → ".join(cell(np.array([np.mean(x[part]) for x in found]), 2) for part in parts)
+
+
+def student(d: np.ndarray, level: float = 0.95) -> tuple[float, float, float, float]:
+    """Mean of paired differences, its interval by Student's t (two bounds), its two-sided p."""
+    mean, error = d.mean(), d.std(ddof=1) / np.sqrt(len(d))
+    half = stats.t.ppf((1 + level) / 2, len(d) - 1) * error
+    p = 2 * stats.t.sf(abs(mean) / error, len(d) - 1) if error else mean == 0
+    return mean, mean - half, mean + half, float(p)
+
+
+@np.errstate(divide="ignore", invalid="ignore")  # a deviation of 0 is not testable
+def deviations(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float, float]:
+    """Ratio of two standard deviations, its 95 % interval, and the two-sided p of an F test."""
+    ratio, df = x.std(ddof=1) / y.std(ddof=1), (len(x) - 1, len(y) - 1)
+    low, high = ratio / np.sqrt(stats.f.ppf([0.975, 0.025], *df))
+    p = 2 * min(stats.f.cdf(ratio**2, *df), stats.f.sf(ratio**2, *df))
+    return ratio, low, high, float(p)
+
+
+def equivalence(d: np.ndarray) -> float:
+    """p of two one-sided t tests that the mean of d is within ± NO_DIFFERENCE."""
+    below = stats.ttest_1samp(d, NO_DIFFERENCE, alternative="less").pvalue
+    above = stats.ttest_1samp(d, -NO_DIFFERENCE, alternative="greater").pvalue
+    return float(max(below, above))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's p-values: with probability 95 % none of those below 0.05 is by chance."""
+    p, order = np.array(p), np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted[np.argsort(order)]
 
 
 @dataclass
-class Claim:
-    """A sentence of the paper, its figures, and what to compare: (a, b, key, expected sign)."""
+class Found:
+    """A comparison as it came out; p and holm are nan if it could not be tested."""
 
-    text: str
-    paper: str
-    comparisons: Sequence[tuple[str, str, str, int]] = ()
-    judge: Callable[[Runs], tuple[str, str]] | None = None  # in place of comparisons
-
-
-def sign_of(d: np.ndarray) -> int:
-    """The sign of a difference that counts, else 0 (see the top)."""
-    if abs(np.sign(d).sum()) < len(d):
-        return 0
-    return int(np.sign(d[0])) * int(abs(d.mean()) > 2 * error_of(d))
+    sides: str
+    sign: str
+    seeds: int
+    verdict: str = "not testable here"
+    difference: str = "-"
+    p: float = np.nan
+    holm: float = np.nan
 
 
-def error_of(d: np.ndarray) -> float:
-    """Standard error of the mean."""
-    return float(d.std(ddof=1) / np.sqrt(len(d)))
-
-
-def judge(runs: Runs, claim: Claim) -> tuple[str, str]:
-    """Verdict and evidence: confirmed if every comparison is as expected."""
-    if claim.judge:
-        return claim.judge(runs)
-    found = [compare(runs, *comparison) for comparison in claim.comparisons]
-    verdicts, evidence = {verdict for verdict, _ in found}, "; ".join(text for _, text in found)
-    if "opposite" in verdicts:
-        part = "in part " if len(verdicts) > 1 else ""
-        return f"not confirmed: {part}the opposite", evidence
-    for verdict in ("unfinished", "not testable here", "not confirmed"):
-        if verdict in verdicts:
-            return verdict, evidence
-    return "confirmed", evidence
-
-
-def compare(runs: Runs, a: str, b: str, key: str, expected: int) -> tuple[str, str]:
-    """Verdict and evidence of one comparison: `expected` is the sign of a - b, 0 a small one."""
+def compare(runs: Runs, a: str, sign: str, b: str, key: str) -> Found:
+    """One comparison of a claim: a > b, a < b, or a = b for a small difference."""
     (x, y), (title, digits) = runs.both(a, b, key), MEASURES.get(key, (key, 1))
-    if min(len(x), len(y)) < 2:
-        return "unfinished", f"{title}: {a} {cell(x, digits)}, {b} {cell(y, digits)}"
-    d = x - y
-    if np.isnan(d).any():
-        return "not testable here", f"{title}: not measured"
-    evidence = (f"{title}: {a} {cell(x, digits)}, {b} {cell(y, digits)}, difference "
-                f"{d.mean():+.{digits}f} ± {d.std(ddof=1):.{digits}f} ({len(d)})")
-    small = abs(d.mean()) + 2 * error_of(d) < NO_DIFFERENCE
-    if small if expected == 0 else sign_of(d) == expected:
-        return "confirmed", evidence
-    return "opposite" if expected and sign_of(d) == -expected else "not confirmed", evidence
+    if key == "deviation":  # of the mean score, over all seeds of each: they are no pairs
+        x, y = runs.of(a, "mean"), runs.of(b, "mean")
+    sides = f"{title}: {a} {cell(x, digits)}" + f", {b} {cell(y, digits)}" * (b != "0")
+    found = Found(sides, sign, min(len(x), len(y)))
+    if found.seeds > 1 and not np.isnan([*x, *y]).any():
+        ratio, form = key == "deviation", ".2f" if key == "deviation" else f"+.{max(digits, 1)}f"
+        middle, low, high, found.p = deviations(x, y) if ratio else student(x - y)
+        found.difference = f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+        if sign == "=":
+            _, low, high, _ = student(x - y, 1 - 2 * ALPHA)
+            found.difference += f", 90 % [{low:{form}}, {high:{form}}]"
+            found.p = equivalence(x - y)
+            found.verdict = "confirmed" if max(-low, high) < NO_DIFFERENCE else "not confirmed"
+            if min(abs(low), abs(high)) > NO_DIFFERENCE and low * high > 0:
+                found.verdict = "opposite"
+        elif not np.isnan(found.p):
+            shown = "confirmed" if (middle > ratio) == (sign == ">") else "opposite"
+            found.verdict = shown if found.p < ALPHA else "not confirmed"
+    if a.startswith("merged-"):
+        kept, before = runs.both(a, b, "kept")
+        found.sides += f"; tokens kept by seed: {', '.join(f'{n:.0f}' for n in kept)}"
+        if (kept == before).any():  # nothing was merged
+            found.verdict = "not testable here"
+    if found.seeds < SEEDS:
+        found.verdict = f"no verdict: {found.seeds} seed{'s' * (found.seeds != 1)}"
+    return found
 
 
-def judge_spread(runs: Runs) -> tuple[str, str]:
-    """Whether the scores of ctkd vary less over seeds than those of nll: an F test at 5 %."""
-    x = {name: runs.of(name, "mean") for name in ("ctkd", "nll", "rc")}
-    if min(map(len, x.values())) < 3:
-        return "unfinished", "three seeds are needed"
-    spread = {name: values.std(ddof=1) for name, values in x.items()}
-    told = (spread["nll"] / spread["ctkd"]) ** 2 > 19  # F(2, 2)
-    evidence = ", ".join(f"{name} {value:.2f}" for name, value in spread.items())
-    return ("confirmed" if told else "not confirmed",
-            f"deviation of the mean over three seeds: {evidence}; three seeds tell only deviations "
-            f"apart that differ 4.4 times")
+def conclude(found: list[Found]) -> str:
+    """The verdict of a claim: confirmed if every comparison is as expected."""
+    verdicts = sorted({f.verdict for f in found})  # "no verdict: 0 seeds" before 1 and 2
+    if "opposite" in verdicts:
+        return f"not confirmed: {'in part ' * (len(verdicts) > 1)}the opposite"
+    for start in ("no verdict", "not testable here", "not confirmed"):
+        if there := [verdict for verdict in verdicts if verdict.startswith(start)]:
+            return there[0]
+    corrected = "also" if all(f.holm < ALPHA for f in found) else "not"
+    return "confirmed" + f", {corrected} after Holm" * (found[0].sign != "=")
 
 
-def judge_merging(runs: Runs) -> tuple[str, str]:
-    """Whether the mean of effective tokens scores higher, if any were merged at all."""
-    seeds = [seed for seed in runs.seeds("merged-nll") if seed in runs.seeds("nll")]
-    kept = runs.of("merged-nll", "kept", seeds)
-    verdict, evidence = judge(runs, Claim("", "", [("merged-nll", "nll", "mean", 1)]))
-    if len(kept) > 1 and (kept == runs.of("nll", "kept", seeds)).any():
-        verdict = "not testable here"  # there was nothing to merge
-    return verdict, f"{evidence}; tokens kept by seed: {', '.join(f'{n:.0f}' for n in kept)}"
+def judge_all(runs: Runs) -> list[tuple[str, list[Found]]]:
+    """Verdict ("not run" if nothing of it was) and comparisons, with Holm's p, of each claim."""
+    judged = [[compare(runs, *part) for part in parts] for *_, parts in CLAIMS]
+    tested = [f for found in judged for f in found if not np.isnan(f.p)]
+    for f, p in zip(tested, holm([f.p for f in tested])):
+        f.holm = float(p)
+    return [(conclude(found) if any(f.seeds for f in found) else "not run", found)
+            for found in judged]
 
 
-def judge_peak(runs: Runs) -> tuple[str, str]:
-    """Stage 3 is not followed over its steps here."""
-    steps = {runs.files["scl-ctkd", seed]["config"]["steps"] for seed in runs.seeds("scl-ctkd")}
-    after = f", after {' or '.join(map(str, sorted(steps)))} steps" if steps else ""
-    return "not testable here", f"stage 3 was scored at its end only{after}"
+def each(comparisons: str, *values: str) -> list[list[str]]:
+    """`a > b by key; ...` as lists of a, sign, b, key, once for each value of X."""
+    return [part.replace(" by ", " ").split(" ", 3) for value in values or "-"
+            for part in comparisons.replace("X", value).split("; ")]
 
 
-def judge_size(runs: Runs) -> tuple[str, str]:
-    """The absolute scores belong to another model and other data."""
-    return "not testable here", (f"{runs.args.base.model} in place of a Llama of 7 B weights, "
-                                 f"{len(runs.tasks)} tasks, little data")
-
-
-CLAIMS = [
-    Claim("Continuation beats reconstruction", "CTKD 52.49, NLL 46.22, RC 35.79 after stage 1",
-          [("ctkd", "rc", "mean", 1), ("nll", "rc", "mean", 1)]),
-    Claim("Distillation beats the plain likelihood", "CTKD 52.49, NLL 46.22",
-          [("ctkd", "nll", "mean", 1)]),
-    Claim("CTKD varies less over runs", "deviation 1.37, NLL 5.32, RC 2.65 (five runs)",
-          judge=judge_spread),
-    Claim("Stage 1 beats the training-free mean", "CTKD 52.49, weighted mean 40.46",
-          [("ctkd", "weighted-mean", "mean", 1)]),
-    Claim("NLL's embeddings collapse to fewer dimensions", "about 10 against 100 (of 4,096)",
-          [("nll", "ctkd", "entropy", -1), ("nll", "ctkd", "participation", -1)]),
-    Claim("NLL's memory tokens are more alike", "Figures 5 and 6",
-          [("nll", "ctkd", "mean_cosine", 1)]),
-    Claim("Merging alike tokens helps NLL", "48.38 -> 51.09 (128,000 texts)", judge=judge_merging),
-    Claim("K from 1 to 8 makes little difference", "Figure 3",
-          [(f"K={k}", "ctkd", "mean", 0) for k in (1, 2, 4)]),
-    Claim("K = 16 hurts retrieval", "Figure 3", [("K=16", "ctkd", "retrieval", -1)]),
-    Claim("Bidirectional attention helps retrieval", "section 4",
-          [("causal", "ctkd", "retrieval", -1)]),
-    Claim("Causal attention helps STS and classification", "section 4",
-          [("causal", "ctkd", "sts", 1), ("causal", "ctkd", "classification", 1)]),
-    Claim("Each contrastive stage raises the scores", "52.49, 58.51, 66.78",
-          [("ucl-ctkd", "ctkd", "mean", 1), ("scl-ctkd", "ucl-ctkd", "mean", 1)]),
-    Claim("Each contrastive stage raises the effective dimension", "Figures 8 and 10",
-          [("ucl-ctkd", "ctkd", "entropy", 1), ("scl-ctkd", "ucl-ctkd", "entropy", 1)]),
-    Claim("Compression is a better start for the contrastive stages than none",
-          "66.78; LLM2Vec, another pretext task, 66.11",
-          [("ucl-ctkd", "ucl-none", "mean", 1), ("scl-ctkd", "scl-none", "mean", 1)]),
-    Claim("Stage 3 is best within 200 steps, retrieval declines after", "section 4",
-          judge=judge_peak),
-    Claim("The scores themselves", "66.78 on 14 tasks", judge=judge_size),
+CLAIMS = [  # what the paper says, its figures, what is compared
+    ("Continuation beats reconstruction", "CTKD 52.49, NLL 46.22, RC 35.79 after stage 1",
+     each("X > rc by mean", "ctkd", "nll")),
+    ("Distillation beats the likelihood", "CTKD 52.49, NLL 46.22", each("ctkd > nll by mean")),
+    ("CTKD varies less over runs", "Figure 2: deviation 1.37, NLL 5.32, RC 2.65 (five runs)",
+     each("ctkd < X by deviation", "nll", "rc")),
+    ("Stage 1 beats the training-free mean", "CTKD 52.49, weighted mean 40.46",
+     each("ctkd > weighted-mean by mean")),
+    ("NLL's embeddings collapse to fewer dimensions", "Figure 4: about 10 against 100 (of 4,096); "
+     "in which sense is not said: values near zero are meant, `above 1 %` is the nearest",
+     each("nll < ctkd by X", *DIMENSIONS)),
+    ("NLL's memory tokens are more alike", "Figures 5 and 6, 32,000 texts",
+     each("nll > ctkd by mean_cosine")),
+    ("NLL's memory tokens are more alike, 4 x texts", "Figures 5 and 6, 128,000 texts",
+     each("nll-4x > ctkd-4x by mean_cosine")),
+    ("Initial rows that are alike keep the tokens alike", "ours",
+     each("X > X-normal by mean_cosine", *ablations.OBJECTIVES)),
+    ("The initial rows make little difference to the scores", "ours",
+     each("X = X-normal by mean", *ablations.OBJECTIVES)),
+    ("Merging alike tokens helps NLL", "Figure 7, section 4.2", each("merged-nll > nll by mean")),
+    ("Merging alike tokens helps NLL, 4 x texts", "Figure 7: 48.38 -> 51.09, 128,000 texts",
+     each("merged-nll-4x > nll-4x by mean")),
+    ("K from 1 to 8 makes little difference outside retrieval", "Figure 3",
+     each("K=X = ctkd by mean without retrieval", "1", "2", "4")),
+    ("K = 16 hurts retrieval", "Figure 3", each("K=16 < ctkd by retrieval")),
+    ("One memory token is not enough", "section 4.2: unsatisfactory", each("K=1 < ctkd by mean")),
+    ("One memory token is not enough for NLL", "section 4.2", each("nll-K=1 < nll by mean")),
+    ("Bidirectional attention helps retrieval", "a summary of the paper, not its text",
+     each("causal < ctkd by retrieval")),
+    ("Causal attention helps STS and classification", "a summary of the paper, not its text",
+     each("causal > ctkd by X", "sts", "classification")),
+    ("Each contrastive stage raises the scores", "CTKD 52.49, 58.51, 66.78; NLL 46.22, 56.84, "
+     "65.90; RC 35.79, 45.41, 65.49",
+     each("ucl-X > X by mean; scl-X > ucl-X by mean", *ablations.OBJECTIVES)),
+    ("The order CTKD, NLL, RC lasts", "after stage 2 58.51, 56.84, 45.41; 3 66.78, 65.90, 65.49",
+     each("X-ctkd > X-nll by mean; X-nll > X-rc by mean", "ucl", "scl")),
+    ("Each contrastive stage raises the effective dimension", "Figure 9",
+     each("ucl-ctkd > ctkd by X; scl-ctkd > ucl-ctkd by X", *DIMENSIONS)),
+    ("Compression is a better start for the contrastive stages than none",
+     "66.78; LLM2Vec, another pretext task, 66.11", each("X-ctkd > X-none by mean", "ucl", "scl")),
+    (f"Stage 3 is best within {PEAK} steps, retrieval declines after", "section 5.4, Figure 10",
+     each(f"scl-ctkd < 0 by X after step {PEAK}", "gain", "retrieval")),
 ]
 
 
 def draw_scores(runs: Runs, path: Path):
-    """Objectives, K and stages: a dot a seed, a line through the means."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((9, 2.8), layout="constrained")
-    axes = {"objective": ["weighted-mean", "rc", "nll", "ctkd"],
-            "K": ["K=1", "K=2", "K=4", "ctkd", "K=16"],
-            "after": ["ctkd", "ucl-ctkd", "scl-ctkd"]}
-    panels = figure.subplots(1, len(axes))
-    for panel, (title, variants) in zip(panels, axes.items()):
+    """Figures 2 and 3: a dot a seed, a line through the means; 8 and 10 if they were run."""
+    axes = {"objective": ["weighted-mean", "rc", "nll", "ctkd"], "K": [
+        "K=1", "K=2", "K=4", "ctkd", "K=16"], "stage": ["ctkd", "ucl-ctkd", "scl-ctkd"]}
+    later = bool(runs.seeds("scl-ctkd"))
+    figure = Figure((9, 2.8 + 3.6 * later), layout="constrained")
+    polar = {"d": {"projection": "polar"}} if later else {}
+    panels = figure.subplot_mosaic("abc;dee" if later else "abc", per_subplot_kw=polar)
+    for panel, (title, variants) in zip(map(panels.get, "abc"), axes.items()):
         there, style = [v for v in variants if runs.seeds(v)], "_" if title == "objective" else "-"
-        for colour, key in enumerate(("sts", "retrieval", "mean")):
+        for colour, key in enumerate((*dict.fromkeys(runs.tasks.values()), "mean")):
             values = [runs.of(v, key) for v in there]
-            panel.plot([x.mean() for x in values], style, color=f"C{colour}",
-                       label="mean of all" if key == "mean" else key)
+            panel.plot([x.mean() for x in values], style, color=f"C{colour}", label=key)
             for i, x in enumerate(values):
                 panel.plot([i] * len(x), x, ".", color=f"C{colour}")
-        names = there if title != "K" else [
-            str(runs.args.base.memory_tokens) if v == "ctkd" else v[2:] for v in there]
-        panel.set_xticks(range(len(there)), names, fontsize=7)
+        panel.set_xticks(range(len(there)), there, fontsize=7)
         panel.set_xlabel(title)
-    panels[0].set_ylabel("score x 100")
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
+    panels["a"].set_ylabel("score x 100")
+    if panels["a"].lines:
+        panels["c"].legend(*panels["a"].get_legend_handles_labels(), loc="center left",
+                           bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
+    if later:
+        draw_stages(runs, panels["d"], panels["e"])
     figure.savefig(path, metadata={"Date": None})
 
 
-def draw_collapse(runs: Runs, path: Path):
-    """Spectra of objectives and stages, a line a seed; mean cosines of the memory tokens."""
-    from matplotlib.figure import Figure
+def draw_stages(runs: Runs, radar, curve):
+    """Tasks by stage (Figure 8); scores over the steps of stage 3, a line a seed (Figure 10)."""
+    turns = 2 * np.pi * np.arange(len(runs.tasks)) / len(runs.tasks)
+    for variant in filter(runs.seeds, ("ctkd", "ucl-ctkd", "scl-ctkd")):
+        x = [runs.of(variant, task).mean() for task in runs.tasks]
+        radar.plot([*turns, 0], [*x, x[0]], label=variant)
+    radar.set_xticks(turns, runs.tasks, fontsize=7)
+    for turn, seed in enumerate(runs.seeds("scl-ctkd")):
+        rows = runs.files["scl-ctkd", seed].get("curve", [])
+        for i, name in enumerate(("mean", "retrieval")):
+            values = [row["mean"] if name == "mean" else retrieval_of(row) for row in rows]
+            curve.plot([row["step"] for row in rows], values, f"C{i}", label="_" * turn + name)
+    curve.set(xlabel="steps of stage 3 after ctkd", ylabel="score x 100")
+    for panel in (radar, curve):
+        panel.legend(loc="center left", bbox_to_anchor=(1.1, 0.5), frameon=False, fontsize=7)
 
+
+def draw_collapse(runs: Runs, path: Path):
+    """Spectra of objectives and stages, a line a seed (4, 9); the tokens' cosines (5, 6)."""
     figure = Figure((9, 4.8), layout="constrained")
-    panels = figure.subplot_mosaic("aabb;cdef", height_ratios=[1.2, 1])
+    tokens = (objective + end for end in ("", "-4x", "-normal") for objective in ("nll", "ctkd"))
+    tokens = [*filter(runs.seeds, tokens)]
+    lower, half = [name for name in tokens for _ in "ab"] or [".", "."], len(tokens) or 1
+    panels = figure.subplot_mosaic([["a"] * half + ["b"] * half, lower])
     for name, variants in (("a", ["weighted-mean", "rc", "nll", "ctkd"]),
                            ("b", ["ctkd", "ucl-ctkd", "scl-ctkd"])):
         for i, variant in enumerate(variants):
             for turn, seed in enumerate(runs.seeds(variant)):
                 s = np.array(runs.files[variant, seed]["collapse"]["spectrum"])
-                panels[name].plot(np.arange(1, len(s) + 1), s / s[0], color=f"C{i}", linewidth=0.8,
-                                  label=None if turn else variant)
-        panels[name].set(yscale="log", ylim=(1e-5, 1.5), xlabel="index",
-                         ylabel="singular value / first")
-        panels[name].legend(frameon=False, fontsize=7)
-    for name, variant in zip("cdef", ["rc", "nll", "ctkd", "scl-ctkd"]):
-        if seeds := runs.seeds(variant):
-            cosines = runs.files[variant, seeds[0]]["collapse"]["cosines"]
-            image = panels[name].imshow(cosines, vmin=0, vmax=1)
-            panels[name].set_title(f"{variant}, seed {seeds[0]}", fontsize=8)
-            figure.colorbar(image, ax=panels[name], shrink=0.8)
-        else:
-            panels[name].remove()
+                panels[name].plot(s / s[0], f"C{i}", linewidth=0.8, label="_" * turn + variant)
+        panels[name].set(yscale="log", ylim=(1e-5, 1.5), ylabel="singular value / first")
+        if panels[name].lines:
+            panels[name].legend(frameon=False, fontsize=7)
+    for name in tokens:  # of the first seed
+        cosines = runs.files[name, runs.seeds(name)[0]]["collapse"]["cosines"]
+        image = panels[name].imshow(cosines, vmin=0, vmax=1)
+        panels[name].set_title(name, fontsize=8)
+    figure.colorbar(image, ax=[panels[name] for name in tokens]) if tokens else None
     figure.savefig(path, metadata={"Date": None})
-
-
-def flag_of(key: str, value) -> str:
-    """A setting of bench/ablations.py as its flag in a shell."""
-    flag = "--" + key.replace("_", "-")
-    if key == "task_dir":
-        return " ".join(f"{flag} {path} {kind}" for path, kind in value)
-    if isinstance(value, list):
-        return f"{flag} {' '.join(value)}"
-    return f'{flag} "{value}"' if "'" in value else f"{flag} {shlex.quote(value)}"
 
 
 def first_section(runs: Runs) -> str:
     """The first section: model, command, data."""
-    args, llama = runs.args, runs.args.base.model
-    words = shlex.split(" ".join([*args.common, args.ucl_flags, args.scl_flags,
-                                  *sum(args.task_dir, [])]))
-    names = {Path(word).name for word in words}
-    data = [f"* `{name}`: {what}" for name, what in PUBLIC.items() if name in names]
+    args, model = runs.args, runs.args.base.model
+    model = "the embedded Llama (6.9 M weights, D = 256)" if model == "demo" else model
     about = next((f["environment"] for f in runs.files.values() if "environment" in f), {})
-    dtype = about.get("dtype", "?").removeprefix("torch.")
-    llama = "the embedded one (6.9 M weights, D = 256)" if llama == "demo" else llama
-    more = " \\\n    ".join(flag_of(key, value) for key, value in vars(args).items()
-                           if value and key not in ("common", "base", "out"))
-    common = shlex.join(args.common[2:])
+    dtype, device, torch = (about.get(key, "?") for key in ("dtype", "device", "torch"))
+    lines = [["--study", *filter(runs.begun, runs.studies)], args.common[4:]]
+    lines += [["--task-dir", *pair] for pair in args.task_dir]
+    lines += [["--" + key.replace("_", "-"), *(value if isinstance(value, list) else [str(value)])]
+              for key, value in vars(args).items() if value not in ("", None)
+              and key not in ("common", "base", "task_dir")]
+    command = " \\\n    ".join(map(shlex.join, filter(None, lines)))
     return f"""# Results
 
-The paper's ablations and analysis at the size of a laptop: the Llama is {llama}, not the paper's
-of 7 B. `python bench/report.py --runs {args.out}` writes this page from the run folders that this
-command leaves (and resumes where it was stopped):
+**Exploratory**: the paper's ablations and analysis with {model} in place of
+Llama-2-7B, and little data. Directions may carry over, scores (the paper's 66.78) cannot.
+`python bench/report.py --runs {args.out}` writes this page from what this command leaves:
 
 ```sh
-python bench/ablations.py --study {' '.join(runs.studies)} \\
-    {common} \\
-    {more} \\
-    --out {args.out}
+python bench/ablations.py {command}
 ```
 
-{chr(10).join(data)}
+{args.about or "The data are those of the command."}
 
-Scores are main scores x 100, mean ± standard deviation over seeds. Within stage 1 all variants of
-a seed see the same texts in the same order, except those of the study `texts`. Training in {dtype}
-on {about.get('device', '?')}, evaluation and analysis in {args.eval_dtype}, torch
-{about.get('torch', '?')}. Speed, memory and the evaluator's agreement with published scores are in
-[measured.md](measured.md).
+Scores are main scores x 100, mean ± standard deviation over seeds. In stage 1 all variants of a
+seed see the same texts in the same order, but for those of `texts`. Training on {device} in
+{dtype.removeprefix("torch.")}, evaluation and analysis in {args.eval_dtype}, torch {torch}.
 """
+
+
+def claims_section(runs: Runs) -> str:
+    """The table of claims, a row a comparison; those of which nothing was run in a line each."""
+    judged, rows, missing = judge_all(runs), [], []
+    every = ablations.studies(ablations.pretrain_ctkd.Config())
+    study_of = {name: study for study, variants in reversed(every.items()) for name in variants}
+    count = sum(not np.isnan(f.p) for _, found in judged for f in found)
+    for (text, paper, parts), (verdict, found) in zip(CLAIMS, judged):
+        if verdict == "not run":
+            needed = {study_of[name] for a, _, b, _ in parts for name in (a, b)
+                      if name in study_of and not runs.seeds(name)}
+            missing.append(f"* {text} ({paper}): `--study {' '.join(sorted(needed))}`")
+            continue
+        for i, f in enumerate(found):
+            p = [f"{p:.3f}" if p >= 5e-4 else "< 0.001" for p in (f.p, f.holm) if p >= 0]
+            rows.append([*(["", "", ""] if i else [text, paper, verdict]), f.sides, f.difference,
+                         *(p or "--"), str(f.seeds)])
+    head = ["claim", "paper (7 B)", "here", "compared", "difference [95 %]", "p", "Holm", "seeds"]
+    return f"""## The paper's claims
+
+Comparisons: {count}; if nothing differed, {count * ALPHA:.1f} would have p < {ALPHA} by
+chance, half of them with the expected sign. A difference is paired over common seeds, of which a
+verdict needs {SEEDS}: its mean, 95 % interval and two-sided p by Student's t, and Holm's p, which
+holds for all of them together. *Confirmed* is the expected sign and p < {ALPHA} in each comparison,
+*the opposite* the other sign. Little difference is confirmed if the 90 % interval is within
+± {NO_DIFFERENCE:g} points (its p is that of the less clear of the two sides), *the opposite* if it
+is wholly beyond; deviations over seeds are compared by their ratio and an F test.
+
+{table(head, rows)}
+{not_run(missing)}"""
+
+
+def not_run(claims: list[str]) -> str:
+    """The claims of which nothing was run, and what the command above lacks for them."""
+    return f"""
+Not run; the command above runs them with these studies (`texts` takes a multiple of `--num-texts
+N`; Figure 10 needs a stage 3 of more than {PEAK} steps, `--scl-flags "--steps 1000 --schedule-steps
+2000"`; other flags need another `--out`):
+
+{chr(10).join(claims)}
+""" if claims else ""
 
 
 def page(runs: Runs) -> str:
     """The text of docs/results.md."""
     args, tasks = runs.args, list(runs.tasks)
     analysed = next((f["collapse"]["texts"] for f in runs.files.values() if "collapse" in f), 0)
-    scores = by_variant(runs, lambda v: [
-        *(cell(runs.of(v, task)) for task in [*tasks, "mean"])])
-    measures = by_variant(runs, lambda v: [
+    scores = by_variant(runs, [*tasks, "mean", "loss"], lambda v: [
+        *(cell(runs.of(v, task)) for task in [*tasks, "mean"]), losses_of(runs, v)])
+    measures = by_variant(runs, [title for title, _ in MEASURES.values()], lambda v: [
         cell(runs.of(v, key), digits) for key, (_, digits) in MEASURES.items()])
-    claims = [[c.text, c.paper, *judge(runs, c)] for c in CLAIMS]
-    commands = [[f"{study}: {variant}", losses_of(runs, variant),
-                 f"`{command_of(runs, study, variant)}`"]
-                for study, variants in runs.studies.items() for variant in variants]
-    unfinished = [f"* {study}: {variant}, seed {seed}: {why}"
-                  for study, variants in runs.studies.items()
-                  for (variant, seed), why in runs.unfinished.items() if variant in variants]
+    unfinished = [f"* {study}: {name}, seed {seed}: {why}" for study in runs.studies
+                  for (name, seed), why in runs.unfinished.items() if name in runs.begun(study)]
     return f"""{first_section(runs)}
-## The paper's claims
-
-A difference is taken seed by seed; it counts if it has one sign in all common seeds (their number
-in brackets) and is above two standard errors. That happens by chance in 30 % of the cases with two
-seeds, in 18 % with three: *confirmed* is a direction seen, not a proof. A claim of little
-difference is confirmed if it is, with two standard errors, below {NO_DIFFERENCE:g} points. The
-studies texts, embeddings and memory belong to no claim; their rows are below.
-
-{table(["claim", "paper (7 B)", "here", "evidence"], claims)}
-
+{claims_section(runs)}
 ## Scores
+
+The loss is the mean of the first and of the last 50 steps; `python bench/ablations.py --help` says
+what a variant is.
 
 ![Scores over objectives, K and stages](ablations.svg)
 
-{table(["study", "variant", "seeds", *tasks, "mean"], scores)}
+{scores}
 
 ## Collapse
 
-Of the embeddings of {analysed:,} texts of {args.analyse} (`collapse.py --help` says what the
-columns are):
+{analysed:,} texts of {args.analyse}; `python collapse.py --help` says what the columns are.
 
 ![Spectra and token correlations](collapse.svg)
 
-{table(["study", "variant", "seeds", *(name for name, _ in MEASURES.values())], measures)}
-
-## Commands
-
-S stands for the seed; the loss is the mean of the first and of the last 50 steps. Each run is then
-read by `evaluate.py` on the tasks above and by `collapse.py --task {args.analyse}`.
-
-{table(["runs", "loss", "command"], commands)}
+{measures}
 
 ## Unfinished
 
-{chr(10).join(unfinished) or "Nothing."}
+{chr(10).join(unfinished) or "Nothing that was begun."}
 """
 
 
@@ -466,32 +517,28 @@ def write(args: argparse.Namespace):
     if not (folder / "common.json").is_file():
         raise UserError(f"{folder}: no common.json there; is it the --out of bench/ablations.py?")
     runs = read_runs(folder)
-    if runs.unfinished and out.resolve() == PAGE and out.exists() and not args.force:
-        (variant, seed), why = next(iter(runs.unfinished.items()))
-        raise UserError(f"{out}: kept as it is, {len(runs.unfinished)} runs are unfinished ("
-                        f"{variant}, seed {seed}: {why}); finish them, name another --out, or give "
-                        f"--force")
-    from matplotlib import rcParams
-
+    begun = {name for study in runs.studies for name in runs.begun(study)}
+    unfinished = [(run, why) for run, why in runs.unfinished.items() if run[0] in begun]
+    if unfinished and out.resolve() == PAGE and out.exists() and not args.force:
+        (variant, seed), why = unfinished[0]
+        raise UserError(f"{out}: kept, {len(unfinished)} runs are unfinished ({variant}, seed "
+                        f"{seed}: {why}); finish them, name another --out, or give --force")
     rcParams["svg.hashsalt"] = "ablations"  # the same runs draw the same file
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_scores(runs, out.parent / "ablations.svg")
     draw_collapse(runs, out.parent / "collapse.svg")
     out.write_text(page(runs), encoding="utf-8")
-    print(f"{out}: {len(runs.values)} runs, {len(runs.unfinished)} unfinished")
+    print(f"{out}: {len(runs.values)} runs, {len(unfinished)} unfinished")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--runs", default="runs/ablations", help="folder of bench/ablations.py")
     parser.add_argument("--out", default=str(PAGE), help="the page; its figures go beside it")
-    parser.add_argument("--force", action="store_true",
-                        help="write docs/results.md though runs are unfinished")
-    args = parser.parse_args(argv)
-    return run_command(lambda: write(args))
+    parser.add_argument("--force", action="store_true", help="write it though runs are unfinished")
+    return run_command(lambda: write(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def points_of(axis: str, values: list[int], args) -> list[dict]:
 def measure(point: dict, args) -> Timing:
     """Time a point, in processes of its own."""
     kind, n, k = (point[key] for key in ("kind", "length", "K"))
-    ours = json.dumps({"memory_tokens": k, "max_tokens": max(512, n + k)})
+    ours = json.dumps({"memory_tokens": k, "max_tokens": max(512, n)})
     given = {**vars(args), **point, "threads": [point["threads"]], "lengths": [n, n],
              "dropout": 0.0, "ours": ours}
     found = harness.race({kind: KINDS[kind]}, SimpleNamespace(**given), lambda *_: None,

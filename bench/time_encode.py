@@ -60,7 +60,7 @@ class Encoding(Implementation):
 
     def check_ids(self, theirs: list[list[int]]):
         """UserError unless a library's ids of the first texts are ours, BOS and cut included."""
-        ours = open_tokenizer(self.args.folder).encode(self.texts[: len(theirs)], LONGEST)
+        ours = tokens_of(self.args.folder, self.texts[: len(theirs)])
         for a, b in zip(ours, theirs):
             if a.tolist() != list(b):
                 raise UserError(f"its ids {list(b)[:5]}... are not ours, {a.tolist()[:5]}...")
@@ -140,6 +140,11 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer(Path(folder), config["vocab_size"], config["bos_token_id"])
 
 
+def tokens_of(folder: str | Path, texts: list[str]) -> list[np.ndarray]:
+    """The texts' ids as our encoder reads them: with BOS, and cut."""
+    return open_tokenizer(folder).read(texts, "{text}", LONGEST).ids
+
+
 def sample_texts(args) -> list[str]:
     """--texts texts of --lengths tokens each, cut from the embedded passages."""
     tokenizer, (low, high) = open_tokenizer(find_model("demo")), args.lengths
@@ -169,7 +174,7 @@ def bench(args):
     texts, args.texts = sample_texts(args), f"{args.scratch}/texts.json"
     Path(args.texts).write_text(json.dumps(texts))
     args.folder = harness.write_folder(args)
-    lengths = [len(ids) for ids in open_tokenizer(args.folder).encode(texts, LONGEST)]
+    lengths = [len(ids) for ids in tokens_of(args.folder, texts)]
     tokens = sum(lengths)
     args.batch_texts = max(1, round(args.batch_tokens * len(texts) / tokens))
     padded = sum(len(b) * lengths[b[0]] for b in padded_batches(lengths, args.batch_tokens))

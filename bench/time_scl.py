@@ -68,7 +68,7 @@ def draw_batch(args, turn: int) -> Batch:
     if excluded.any():
         raise UserError("two documents are equal, which sentence-transformers would not exclude; "
                         "make --documents longer")
-    return Batch(queries, keys, excluded, list(range(n)), 2 * list(range(n)))
+    return Batch(queries, keys, excluded, list(range(n)), 2 * list(range(n)), cut=0)
 
 
 class SclStep(TrainingStep):

@@ -1,0 +1,438 @@
+"""bench/report.py: what it reads, how claims are judged, what the page says and when it is kept."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "bench")]
+import ablations
+import report
+
+SETTING = {"common": "--preset demo --memory-init mean --steps 20 --num-texts 9000".split(),
+           "task": ["sts17", "scifact", "banking77"], "task_dir": [], "analyse": "demo-sts",
+           "data_dir": None, "eval_dtype": "float32", "ucl_flags": "--lr 1e-5", "scl_flags": "",
+           "curve_tasks": ["scifact"], "curve_every": 50, "about": "", "out": "runs/here"}
+TASKS = {"sts": "STS17", "retrieval": "SciFact", "classification": "Banking77Classification"}
+
+
+def write_run(folder, variant, seed, sts, retrieval=30.0, classification=50.0, *, steps=20,
+              kept=(), curve=(), **measures):
+    """A finished run as the commands leave it, with these scores x 100 and losses 0, 1, 2, ..."""
+    out, scores = folder / f"{variant}-{seed}", (sts, retrieval, classification)
+    for part in ("encoder", "collapse"):
+        (out / part).mkdir(parents=True)
+    (out / "encoder" / "encoder.json").write_text("{}")
+    (out / "config.json").write_text(json.dumps({"steps": 20}))
+    losses = [json.dumps({"step": i, "loss": i}) for i in range(steps)]
+    (out / "metrics.jsonl").write_text("\n".join(losses) + "\n")
+    if curve:
+        rows = [{"step": step, "scifact": score, "sts17": 2 * mean - score, "mean": mean}
+                for step, mean, score in curve]
+        (out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = folder / "results" / report.label_of(f"runs/here/{out.name}", "memory")
+    results.mkdir(parents=True)
+    for task, score in zip(TASKS.values(), scores):
+        (results / f"{task}.json").write_text(json.dumps(
+            {"task_name": task, "scores": {"test": [{"main_score": score / 100}]},
+             "settings": {"sha256": "ab"}}))
+    (out / "collapse" / "collapse.json").write_text(json.dumps([{
+        "spectrum": [4.0, 1.0], "cosines": np.eye(2).tolist(), "texts": 50, "entropy": 10.0,
+        "participation": 5.0, "above_1_percent": 2, "mean_cosine": 0.5, "clusters": [[0], [1]],
+        "kept_tokens": list(kept), "uniformity": -1.0, "alignment": None, "sha256": "ab",
+        **measures}]))
+    return out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "common.json").write_text(json.dumps(SETTING))
+    return tmp_path
+
+
+def write(folder, variant, *columns, **more):
+    """A run of each seed; the columns are the scores of sts, retrieval, classification by seed."""
+    for seed, scores in enumerate(zip(*columns)):
+        write_run(folder, variant, seed, *scores, **more)
+
+
+def judged(folder):
+    """Claim -> its verdict and comparisons."""
+    found = report.judge_all(report.read_runs(folder))
+    return {text: result for (text, *_), result in zip(report.CLAIMS, found, strict=True)}
+
+
+def verdict(folder, beginning):
+    [(verdict, _)] = [v for text, v in judged(folder).items() if text == beginning]
+    return verdict
+
+
+# ---------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_difference_has_the_interval_and_p_of_scipys_paired_t_test():
+    x, y = np.array([61.0, 62.5, 60.2, 64.0]), np.array([58.0, 61.0, 59.9, 60.0])
+    oracle = stats.ttest_rel(x, y)
+    for level in (0.95, 0.9):
+        mean, low, high, p = report.student(x - y, level)
+        assert (mean, p) == pytest.approx(((x - y).mean(), oracle.pvalue))
+        assert (low, high) == pytest.approx(tuple(oracle.confidence_interval(level)))
+    assert report.student(np.zeros(3)) == (0, 0, 0, 1)
+    assert report.student(np.ones(3)) == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("seeds, threshold", [(3, 39.0), (5, 9.605), (8, 4.995)])
+def test_deviations_are_told_apart_at_the_tabled_value_of_f(seeds, threshold):
+    """The 97.5 % points of F(n - 1, n - 1) as tables print them: two-sided, 5 %."""
+    y = np.arange(seeds, dtype=float)
+    for factor, told in ((0.999, False), (1.001, True)):
+        ratio, low, high, p = report.deviations(y * np.sqrt(threshold * factor), y)
+        assert (p < 0.05) == told == (low > 1), (seeds, factor)
+        assert report.deviations(y, y * ratio)[3] == pytest.approx(p)
+        assert ratio**2 == pytest.approx(threshold * factor) and low < ratio < high
+
+
+def test_holms_correction():
+    assert report.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert report.holm([0.5, 0.9]) == pytest.approx([1, 1])
+    assert report.holm([]).size == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Claims
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_judged_by_its_paired_difference(folder):
+    x, y = [60.0, 61.0, 62.0, 63.0], [40.0, 40.5, 43.0, 43.0]
+    write(folder, "ctkd", x)
+    write(folder, "rc", y)
+    write_run(folder, "rc", 7, 90.0)  # no common seed
+    found = report.compare(report.read_runs(folder), "ctkd", ">", "rc", "sts")
+    oracle = stats.ttest_rel(x, y)
+    low, high = oracle.confidence_interval()
+    assert found.p == pytest.approx(oracle.pvalue) and found.seeds == 4
+    assert found.difference == f"+19.9 [{low:+.1f}, {high:+.1f}]" and found.verdict == "confirmed"
+    assert found.sides == "sts: ctkd 61.5 ± 1.3, rc 41.6 ± 1.6"
+
+
+@pytest.mark.parametrize("sign, other, expected", [
+    (">", 50, "confirmed"), ("<", 50, "opposite"), (">", 70, "opposite"), ("<", 70, "confirmed"),
+    (">", 61, "not confirmed"), ("<", 61, "not confirmed"),
+])
+def test_the_sign_and_the_p_value_make_the_verdict(sign, other, expected, folder):
+    write(folder, "ctkd", [60, 61, 62])
+    write(folder, "rc", [other + 0.5, other - 0.5, other + 0.4])
+    assert report.compare(report.read_runs(folder), "ctkd", sign, "rc", "sts").verdict == expected
+
+
+def test_two_seeds_make_no_verdict(folder):
+    write(folder, "ctkd", [60, 60.001])
+    write(folder, "nll", [50, 50])
+    verdict, [found] = judged(folder)["Distillation beats the likelihood"]
+    assert verdict == "no verdict: 2 seeds" and found.p < 0.05
+    assert found.difference == "+3.3 [+3.3, +3.3]"
+    write_run(folder, "rc", 0, 40)
+    assert judged(folder)["Continuation beats reconstruction"][0] == "no verdict: 1 seed"
+
+
+def test_a_claim_is_confirmed_if_all_of_it_is_and_says_what_holm_leaves(folder):
+    write(folder, "ctkd", [60, 61, 62])
+    write(folder, "nll", [60, 61, 62.5])
+    write(folder, "rc", [40, 41.5, 42])
+    found = judged(folder)
+    verdict, comparisons = found["Continuation beats reconstruction"]
+    assert verdict == "confirmed, also after Holm"
+    every = [f for _, several in found.values() for f in several if not np.isnan(f.p)]
+    assert [f.holm for f in every] == pytest.approx(report.holm([f.p for f in every]))
+    assert len(every) > 5 and all(f.holm > f.p for f in comparisons)
+    assert judged(folder)["Distillation beats the likelihood"][0] == "not confirmed"
+
+
+def test_a_p_value_that_holm_raises_is_said(folder):
+    write(folder, "ctkd", [60, 61, 62])
+    write(folder, "nll", [57.0, 59.1, 59.5])
+    verdict, [found] = judged(folder)["Distillation beats the likelihood"]
+    assert found.p < 0.05 < found.holm and verdict == "confirmed, not after Holm"
+
+
+def test_opposites_are_said_in_part_or_whole(folder):
+    write(folder, "ctkd", [60, 61, 62])
+    write(folder, "rc", [50, 51.5, 52])
+    write(folder, "nll", [40, 41, 42.5])
+    found = judged(folder)
+    assert found["Continuation beats reconstruction"][0] == (
+        "not confirmed: in part the opposite")
+    write(folder, "causal", [60, 60, 60], [40, 41, 42.5], [1, 1, 1])
+    found = judged(folder)
+    assert found["Bidirectional attention helps retrieval"][0] == "not confirmed: the opposite"
+
+
+def test_attention_is_judged_by_retrieval_and_by_sts_and_classification(folder):
+    """Each claim reads its own kinds of task: here they say different things."""
+    write(folder, "ctkd", [60, 61, 62], [30, 31, 32], [50, 51, 52])
+    write(folder, "causal", [70, 71.5, 72], [20, 21, 22.5], [60, 61, 62.5])
+    found = judged(folder)
+    verdict, [retrieval] = found["Bidirectional attention helps retrieval"]
+    assert verdict.startswith("confirmed") and retrieval.sides.startswith("retrieval: causal 21.2")
+    verdict, several = found["Causal attention helps STS and classification"]
+    assert verdict.startswith("confirmed")
+    assert [f.sides.split()[:3] for f in several] == [
+        ["sts:", "causal", "71.2"], ["classification:", "causal", "61.2"]]
+
+
+@pytest.mark.parametrize("scores, sixteen, one", [
+    ([20, 21, 22.5], "confirmed", "confirmed"),
+    ([40, 41, 42.5], "not confirmed: the opposite", "not confirmed: the opposite"),
+    ([30, 31, 32.5], "not confirmed", "not confirmed"),
+])
+def test_the_claims_on_k_expect_lower_scores(scores, sixteen, one, folder):
+    write(folder, "ctkd", [60, 61, 62], [30, 31, 32])
+    write(folder, "K=16", [60, 61, 62], scores)
+    write(folder, "K=1", [60, 61, 62], scores)
+    assert verdict(folder, "K = 16 hurts retrieval").split(",")[0] == sixteen
+    assert verdict(folder, "One memory token is not enough").split(",")[0] == one
+
+
+@pytest.mark.parametrize("gains, expected", [
+    ((0.1, 0.2, 0.1), "confirmed"), ((-1.5, -1.4, -1.6), "confirmed"),
+    ((0.0, 2.5, 0.5), "not confirmed"), ((3.0, 3.1, 3.2), "not confirmed: the opposite"),
+    ((-3.0, -3.1, -3.2), "not confirmed: the opposite"), ((1.1, 1.2, 2.0), "not confirmed"),
+    ((2.5, 1.9, 3.2), "not confirmed"), ((-9.0, 9.0, 8.0), "not confirmed"),
+])
+def test_little_difference_is_shown_by_the_90_percent_interval(gains, expected, folder):
+    """Outside retrieval, which here always differs by 20."""
+    write(folder, "ctkd", [60, 61, 62], [30, 31, 32], [50, 51, 52])
+    other = [[x + gain for x, gain in zip(x, gains)] for x in ([60, 61, 62], [50, 51, 52])]
+    for k in (1, 2, 4):
+        write(folder, f"K={k}", other[0], [10, 11, 12], other[1])
+    verdict, found = judged(folder)["K from 1 to 8 makes little difference outside retrieval"]
+    low, high = stats.ttest_1samp(gains, 0).confidence_interval(0.9)
+    beyond = bool(low > 2 or high < -2)
+    assert verdict == expected == ("confirmed" if -2 < low and high < 2 else
+                                   "not confirmed" + ": the opposite" * beyond)
+    assert found[0].difference.endswith(f"90 % [{low:+.1f}, {high:+.1f}]")
+    error = np.std(gains, ddof=1) / np.sqrt(3)  # two one-sided tests against 2 points
+    t = [(np.mean(gains) + shift) / error for shift in (-2, 2)]
+    p = max(stats.t.cdf(t[0], 2), stats.t.sf(t[1], 2))
+    assert [f.p for f in found] == pytest.approx([p] * 3)
+    assert (p < 0.05) == (expected == "confirmed")
+
+
+def test_variation_is_compared_over_all_seeds_of_each(folder):
+    write(folder, "ctkd", [60, 60.3, 60.6, 60.3])
+    for name, scores in (("nll", [40, 60, 80]), ("rc", [40, 60, 80])):
+        write(folder, name, scores)
+    claim = "CTKD varies less over runs"
+    verdict, [found, _] = judged(folder)[claim]
+    x, y = np.array([60, 60.3, 60.6, 60.3]) / 3, np.array([40, 60, 80]) / 3
+    assert verdict.startswith("confirmed") and found.seeds == 3
+    assert found.p == pytest.approx(2 * stats.f.cdf(x.var(ddof=1) / y.var(ddof=1), 3, 2))
+    write_run(folder, "nll", 3, 60)
+    p = judged(folder)[claim][1][0].p
+    assert p == pytest.approx(2 * stats.f.cdf(x.var(ddof=1) / np.var([40, 60, 80, 60], ddof=1) * 9,
+                                              3, 3))
+
+
+@pytest.mark.parametrize("spread, expected", [
+    (4.0, "not confirmed"), (6.0, "not confirmed"), (6.5, "confirmed"),
+    (1 / 6.5, "not confirmed: the opposite"),
+])
+def test_three_seeds_tell_deviations_apart_that_differ_6_times(spread, expected, folder):
+    """sqrt(39): one-sided, as the constant 19 had it, it would be 4.4 times."""
+    write(folder, "ctkd", [59, 60, 61])
+    for name in ("nll", "rc"):
+        write(folder, name, [60 - spread, 60, 60 + spread])
+    assert verdict(folder, "CTKD varies less over runs").split(", ")[0] == expected
+
+
+def test_collapse_is_judged_in_all_three_senses(folder):
+    for seed in range(3):
+        few = {"entropy": 10.0 + seed, "participation": 5 + seed / 2, "above_1_percent": 20 + seed}
+        many = {name: 2 * value + seed**2 / 9 for name, value in few.items()}
+        write_run(folder, "ctkd", seed, 60, **many)
+        write_run(folder, "nll", seed, 60, **few)
+    claim = "NLL's embeddings collapse to fewer dimensions"
+    verdict, found = judged(folder)[claim]
+    assert verdict.startswith("confirmed") and len(found) == 3
+    for path in folder.glob("nll-*/collapse/collapse.json"):
+        [about] = json.loads(path.read_text())
+        path.write_text(json.dumps([{**about, "above_1_percent": 90}]))
+    assert judged(folder)[claim][0] == "not confirmed: in part the opposite"
+
+
+def test_merging_is_judged_only_where_tokens_were_merged(folder):
+    claim = "Merging alike tokens helps NLL"
+    write(folder, "nll", [60, 61, 62])
+    write(folder, "merged-nll", [70, 71, 72.5], kept=[1])
+    verdict, [found] = judged(folder)[claim]
+    assert verdict.startswith("confirmed") and found.sides.endswith("kept by seed: 1, 1, 1")
+    whole = folder / "merged-nll-1" / "collapse" / "collapse.json"
+    whole.write_text(whole.read_text().replace('"kept_tokens": [1]', '"kept_tokens": []'))
+    verdict, [found] = judged(folder)[claim]
+    assert verdict == "not testable here" and found.sides.endswith("kept by seed: 1, 2, 1")
+    assert judged(folder)["Merging alike tokens helps NLL, 4 x texts"][0] == "not run"
+
+
+@pytest.mark.parametrize("late, expected", [
+    ([(250, 58, 30), (300, 57, 25)], "confirmed"),
+    ([(250, 68, 30), (300, 57, 25)], "not confirmed: in part the opposite"),  # best after 200
+    ([(250, 58, 30), (300, 57, 48)], "not confirmed: in part the opposite"),  # retrieval rises
+    ([], "not testable here"),
+])
+def test_stage_3_is_followed_over_its_steps(late, expected, folder):
+    for seed in range(3):
+        curve = [(0, 40, 35), (100, 61, 45), (200, 60, 40), *late]
+        curve = [(step, mean + (seed**2 * step / 1000), score + seed * (step > 200) / 9)
+                 for step, mean, score in curve]
+        write_run(folder, "scl-ctkd", seed, 60, curve=curve)
+    claim = "Stage 3 is best within 200 steps, retrieval declines after"
+    assert verdict(folder, claim).split(",")[0] == expected
+
+
+def test_stage_3_is_compared_with_its_best_before_and_with_step_200(folder):
+    write_run(folder, "scl-ctkd", 0, 60, curve=[
+        (0, 40, 35), (100, 61, 45), (200, 60, 40), (250, 59, 38), (300, 57, 25)])
+    values = report.read_runs(folder).values["scl-ctkd", 0]
+    assert values["gain after step 200"] == -2 and values["retrieval after step 200"] == -15
+
+
+def test_what_was_not_measured_is_not_judged(folder):
+    setting = {**SETTING, "task": ["sts17", "scifact"]}
+    (folder / "common.json").write_text(json.dumps(setting))
+    write(folder, "ctkd", [60, 61, 62])
+    write(folder, "causal", [70, 71, 72.5])  # there is no task of classification
+    assert verdict(folder, "Causal attention helps STS and classification") == "not testable here"
+
+
+def test_the_untrained_have_one_value_for_all_seeds(folder):
+    write(folder, "ctkd", [60, 61, 62])
+    write_run(folder, "weighted-mean", 0, 30)
+    (folder / "weighted-mean-0").rename(folder / "weighted-mean")
+    (folder / "weighted-mean" / "config.json").unlink()
+    results = folder / "results"
+    (results / "runs__here__weighted-mean-0").rename(
+        results / report.label_of("demo", "weighted-mean"))
+    verdict, [found] = judged(folder)["Stage 1 beats the training-free mean"]
+    assert verdict.startswith("confirmed") and found.seeds == 3
+    assert found.p == pytest.approx(stats.ttest_1samp([10, 31 / 3, 32 / 3], 0).pvalue)
+
+
+def test_every_comparison_is_of_variants_and_measures_that_exist():
+    base = ablations.pretrain_ctkd.parse_arguments(SETTING["common"])
+    names = {name for variants in ablations.studies(base).values() for name in variants} | {"0"}
+    keys = {*report.MEASURES, *TASKS, "mean", "mean without retrieval", "deviation",
+            "gain after step 200", "retrieval after step 200"}
+    for text, _, parts in report.CLAIMS:
+        for a, sign, b, key in parts:
+            assert {a, b} <= names and key in keys and sign in "<=>", (text, a, b, key)
+    assert len({text for text, *_ in report.CLAIMS}) == len(report.CLAIMS)
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------
+
+
+def page_of(folder):
+    assert report.main(["--runs", str(folder), "--out", str(folder / "RESULTS.md")]) == 0
+    return (folder / "RESULTS.md").read_text()
+
+
+def test_the_page_says_what_it_is_and_how_often_chance_would_speak(folder, capsys):
+    write(folder, "ctkd", [60, 61, 62], steps=120)
+    write(folder, "rc", [40, 41, 42.5])
+    (folder / "ctkd-0" / "environment.json").write_text(json.dumps(
+        {"device": "cpu", "dtype": "torch.bfloat16", "torch": "2.13"}))
+    text = page_of(folder)
+    assert "Training on cpu in\nbfloat16, evaluation and analysis in float32, torch 2.13" in text
+    head = " ".join(text[:700].split())
+    assert "**Exploratory**" in head and "the embedded Llama (6.9 M weights, D = 256)" in head
+    tested = [f for _, found in judged(folder).values() for f in found if not np.isnan(f.p)]
+    assert len(tested) == 2
+    assert "Comparisons: 2; if nothing differed, 0.1 would have p < 0.05" in text
+    row = next(line for line in text.splitlines() if line.startswith("| objective | ctkd | 3 |"))
+    assert row == ("| objective | ctkd | 3 | 61.0 ± 1.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 47.0 ± 0.3 | "
+                   "24.50 ± 0.00 → 94.50 ± 0.00 |")  # steps 0-49 and 70-119
+    assert "24.50" not in next(line for line in text.splitlines() if line.startswith("|  | rc"))
+    for name in ("ablations.svg", "collapse.svg"):
+        assert (folder / name).read_text().startswith("<?xml") and f"]({name})" in text
+    row = next(line for line in text.splitlines() if "Continuation beats" in line)
+    assert "| no verdict: 0 seeds | mean: ctkd 47.0 ± 0.3, rc 40.4 ± 0.4 |" in row
+    command = text.split("```")[1]
+    assert "--study objective" in command and "--curve-every 50" in command
+    assert "    --steps 20 --num-texts 9000 " in command and "--memory-init" not in command
+    assert "--ucl-flags '--lr 1e-5'" in command
+
+
+def test_what_was_not_run_takes_a_line_and_nothing_else(folder, capsys):
+    write(folder, "ctkd", [60, 61, 62])
+    write_run(folder, "K=1", 0, 60)
+    text = page_of(folder)
+    lines = text.split("\nNot run; ")[1].split("\n## ")[0].splitlines()
+    assert "* K = 16 hurts retrieval (Figure 3): `--study tokens`" in lines
+    assert any("4 x texts" in line and "`--study merging texts`" in line for line in lines)
+    assert any(line.endswith("`--study stages`") and "200 steps" in line for line in lines)
+    assert text.count("K = 16") == text.count("5.4, Figure 10") == 1 and "causal-" not in text
+    unfinished = text.split("## Unfinished")[1]
+    assert "K=1, seed 1: not begun" in unfinished and "K=2" not in unfinished
+    assert "| One memory token is not enough | section 4.2: unsatisfactory | no verdict: 1 " in text
+
+
+def test_the_page_names_what_is_not_finished(folder, capsys):
+    write(folder, "ctkd", [60, 61, 62])
+    half = write_run(folder, "K=1", 0, 50, steps=7)
+    (half / "encoder" / "encoder.json").unlink()
+    (write_run(folder, "K=2", 0, 50) / "collapse" / "collapse.json").unlink()
+    other = write_run(folder, "K=4", 7, 50) / "collapse" / "collapse.json"
+    other.write_text(other.read_text().replace('"ab"', '"cd"'))
+    write_run(folder, "causal", 0, 50)
+    (folder / "results" / "runs__here__causal-0").rename(folder / "elsewhere")
+    unfinished = page_of(folder).split("## Unfinished")[1]
+    assert "tokens: K=1, seed 0: 7 of 20 steps" in unfinished
+    assert "tokens: K=2, seed 0: not analysed" in unfinished
+    assert "tokens: K=2, seed 1: not begun" in unfinished
+    assert "tokens: K=4, seed 7: evaluated and analysed with different weights" in unfinished
+    assert "attention: causal, seed 0: not evaluated on STS17, SciFact, Banking77" in unfinished
+    assert "ctkd" not in unfinished
+
+
+def test_every_figure_is_drawn(folder, capsys):
+    for variant in ("ctkd", "nll", "ctkd-4x", "nll-normal", "ucl-ctkd", "K=1"):
+        write(folder, variant, [60, 61])
+    write(folder, "scl-ctkd", [60, 61], curve=[(0, 40, 35), (100, 61, 45)])
+    text = page_of(folder)
+    assert "## Scores" in text
+    for name in ("ablations.svg", "collapse.svg"):
+        assert len((folder / name).read_text()) > 20_000
+
+
+def test_the_committed_page_is_not_overwritten_by_unfinished_runs(folder, capsys, monkeypatch):
+    page = folder / "docs" / "results.md"
+    monkeypatch.setattr(report, "PAGE", page)
+    write(folder, "ctkd", [60, 61, 62])
+    write_run(folder, "K=1", 7, 60)  # of four
+    assert report.main(["--runs", str(folder)]) == 0  # there was none yet
+    assert report.main(["--runs", str(folder), "--out", str(folder / "other.md")]) == 0
+    page.write_text("as committed")
+    capsys.readouterr()
+    assert report.main(["--runs", str(folder)]) == 2
+    found = capsys.readouterr()
+    assert "runs are unfinished (" in found.err and "--force" in found.err
+    assert found.err.count("\n") == 1 and not found.out and page.read_text() == "as committed"
+    assert report.main(["--runs", str(folder), "--force"]) == 0
+    assert page.read_text().startswith("# Results")
+    write(folder, "K=1", [60, 61, 62])  # what was never begun needs no force
+    page.write_text("as committed")
+    assert report.main(["--runs", str(folder)]) == 0 and page.read_text() != "as committed"
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "results.md")]) == 2
+    assert "no common.json" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
