@@ -357,9 +357,9 @@ class Encoder(nn.Module):
     def add_memory(self, init: str, train_table: bool, generator: torch.Generator | None = None):
         """Draw the K memory rows, and with `train_table` copy the table to train it, in fp32.
 
-        init `mean`: from N(mean, 1e-9 covariance) of the table's rows, nearly equal, which is how
-        transformers resizes the official code's table; `normal`: with their mean and deviation in
-        each dimension.
+        init `mean`: from N(mean, 1e-9 covariance) of the table's rows, nearly equal: transformers'
+        resize, which the official code calls (docs/official.md); `normal`: with their mean and
+        deviation in each dimension.
         """
         table = at_least_fp32(self.table.detach()).cpu()  # drawn there: equal on all devices
         (v, d), mean = table.shape, table.mean(dim=0)
