@@ -258,7 +258,7 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
         return encoder.requires_grad_(False), None
     encoder = load_encoder(folder, config.base or None, *place)
     own = {"pooling": encoder.config.pooling, "attention": encoder.config.attention,
-           "memory_tokens": encoder.config.num_memory_tokens, "memory_init": "its own memory rows",
+           "memory_tokens": encoder.config.num_memory_tokens, "memory_init": "memory rows of its own",
            "template": encoder.config.template,
            "document_template": encoder.config.document_template}
     for key, trained in own.items():
@@ -325,30 +325,30 @@ def prepare(config: Config, run: Run) -> tuple[Encoder, Path | None, Sentences |
 class BestEncoder:
     """--eval-tasks: scores.jsonl, and in OUT/best the encoder with the best mean score so far."""
 
-    def __init__(self, config: Config, run: Run, encoder: Encoder, earlier: Path | None,
-                 no_instructions_yet: bool):
+    def __init__(self, config: Config, run: Run, encoder: Encoder, earlier: Path | None):
         self.config, self.run, self.encoder, self.earlier = config, run, encoder, earlier
-        self.tasks, self.no_instructions_yet = eval_tasks(config), no_instructions_yet
+        self.tasks = eval_tasks(config)
         self.log = run.open_log("scores.jsonl", run.first_step + 1) if self.tasks else None
 
-    def start(self):
-        """Score the encoder before the first step, or what a crash has left without a score."""
+    def start(self, instruction: str):
+        """Score the encoder before the first step, or what a crash has left without a score.
+
+        instruction: before the first step, as --instruction of evaluate.py.
+        """
         done, run = self.run.first_step, self.run
         scored = self.log is not None and any(row["step"] == done for row in self.log.rows)
         if not run.ranks.from_first(int(scored)):
-            self.after(done)
+            self.after(done, "auto" if done else instruction)
 
-    def after(self, done: int):
+    def after(self, done: int, instruction: str = "auto"):
         """Score the encoder after so many steps if it is time to, and keep it if it is the best."""
         due = done == self.run.last_step or done % self.config.eval_every == 0
         if not self.tasks or not due or self.run.stopped:
             return
         from evaluate import TASKS, score_on_ranks
 
-        # before the first step an encoder is not asked what it has never seen
-        wanted = "none" if self.no_instructions_yet and not done else "auto"
         scores = {name: score_on_ranks(TASKS[name], name, self.encoder, self.config.data_dir,
-                                       self.run.ranks, wanted) for name in self.tasks}
+                                       self.run.ranks, instruction) for name in self.tasks}
         scores["mean"] = sum(scores.values()) / len(scores)
         self.run.ranks.on_first(self._keep, done, scores)
 
@@ -379,11 +379,11 @@ def train(config: Config, run: Run):
               {"base": encoder.sha256 or encoder.base["sha256"], "texts": data.sha256},
               f"{config.stage}, {encoder.config.pooling} pooling, {encoder.config.attention}",
               str(data))
-    new = bool(data.instructions) and encoder.config.template == "{text}"
-    if new:  # from now on it is read with instructions
+    best, first = BestEncoder(config, run, encoder, earlier), "auto"
+    if data.instructions and encoder.config.template == "{text}":
         encoder.config = replace(encoder.config, template=INSTRUCTED)
-    best = BestEncoder(config, run, encoder, earlier, no_instructions_yet=new)
-    best.start()
+        first = "none"  # it has never seen an instruction
+    best.start(first)
 
     for step in run.steps():
         rate = learning_rate(step, schedule, warmup, config.min_lr, config.lr)

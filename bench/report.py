@@ -85,8 +85,8 @@ def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dic
             files[name] = json.loads(path.read_text())
     if "config" in files:
         steps = files["config"]["steps"]
-        files["losses"] = [row["loss"] for row in read_rows(out / "metrics.jsonl")]
-        files["curve"] = read_rows(out / "scores.jsonl")
+        files["losses"] = [row["loss"] for row in read_log(out / "metrics.jsonl")]
+        files["curve"] = read_log(out / "scores.jsonl")
         if not (out / "encoder" / "encoder.json").is_file():
             return values, files, f"{len(files['losses'])}{f' of {steps}' if steps else ''} steps"
     hashes = set()
@@ -115,7 +115,7 @@ def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dic
     return values | after_peak(files.get("curve", [])), files, ""
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_log(path: Path) -> list[dict]:
     """The rows of a log, without one that is being written; none without a log."""
     lines = path.read_text().splitlines(True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.corpora import digest_ids, read_rows
+from data.corpora import digest_ids, every_text
 from data.tokenizer import Tokenizer, Tokens
 from data.triples import Triples
 from runtime.errors import UserError
@@ -80,7 +80,7 @@ class SplitTexts:
         paper = source == "wikitext103"
         min_characters = min_characters if min_characters >= 0 else 1000 * paper
         max_text_tokens = max_text_tokens if max_text_tokens >= 0 else 512 * paper
-        rows = read_rows(source)
+        rows = every_text(source)
         order = np.arange(len(rows))
         if text_seed >= 0:  # as the library `datasets` shuffles, empty rows too (official code)
             order = np.random.default_rng(text_seed).permutation(len(rows))
@@ -183,7 +183,7 @@ class Sentences:
 
     def __init__(self, source: str, num_texts: int, tokenize: Tokenize, text_seed: int = 42):
         """Shuffle the texts (of the embedded passages, the sentences); tokenise the first ones."""
-        rows = read_rows(source)
+        rows = every_text(source)
         if source == "demo":
             rows = [s for text in rows for s in re.split(r"(?<=[.?!])\s+", text)]
         order = list(range(len(rows)))

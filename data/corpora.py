@@ -31,11 +31,11 @@ WIKI1M = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt")  # a hub
 
 
 def read_texts(source: str) -> list[str]:
-    """The texts of `source`, stripped, empty ones left out; see read_rows."""
-    return [text for text in read_rows(source) if text]
+    """The texts of `source`, stripped, empty ones left out; see every_text."""
+    return [text for text in every_text(source) if text]
 
 
-def read_rows(source: str) -> list[str]:
+def every_text(source: str) -> list[str]:
     """The texts of `source`, stripped, empty lines as empty texts.
 
     `source` is `demo`, `wikitext103`, `wiki1m`, a .txt(.gz) with one text per line, or a

@@ -17,7 +17,7 @@ import pytest
 from helpers import dead_url, hub_environment, hub_file, loopback
 
 from data import corpora
-from data.corpora import digest_ids, read_rows, read_texts
+from data.corpora import digest_ids, every_text, read_texts
 from runtime.errors import UserError
 
 ROWS = b'{"text": "one"}\n{"text": "t\\u00f6w"}\n'
@@ -54,7 +54,7 @@ def test_texts_are_read_in_order_and_stripped(name, content, tmp_path):
 def test_rows_are_all_texts_with_the_empty_ones(name, content, rows, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
-    assert read_rows(str(path)) == rows
+    assert every_text(str(path)) == rows
     assert read_texts(str(path)) == [row for row in rows if row]
 
 
@@ -65,7 +65,7 @@ def test_rows_are_those_of_the_library_datasets(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n one\n\n  \ntwo\n\n\nthree \n\n")
     theirs = datasets.load_dataset("text", data_files=str(path), cache_dir=str(tmp_path / "cache"))
-    found = read_rows(str(path))
+    found = every_text(str(path))
     assert found == [text.strip() for text in theirs["train"]["text"]]
     assert [i for i, text in enumerate(found) if text] == [1, 4, 7] and len(found) == 9
 
@@ -76,7 +76,7 @@ def test_rows_of_a_file_without_a_text_are_refused(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match="no text in it; give a file with at least one text"):
-        read_rows(str(path))
+        every_text(str(path))
 
 
 def test_only_newlines_separate_texts(tmp_path):
@@ -205,7 +205,7 @@ def cached_zips(tmp_path) -> list[str]:
 
 def test_wikitext_is_downloaded_once_and_only_its_training_part_is_read(wikitext, tmp_path):
     assert read_texts("wikitext103") == TEXTS
-    assert read_rows("wikitext103") == ["", TEXTS[0], "", TEXTS[1]]
+    assert every_text("wikitext103") == ["", TEXTS[0], "", TEXTS[1]]
     assert wikitext.requests == ["GET /w.zip"]
     assert cached_zips(tmp_path) == [NAME]
 

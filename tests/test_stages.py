@@ -254,7 +254,7 @@ def test_the_commands_named_at_the_end_are_accepted(
 
 
 @pytest.mark.parametrize("stage, steps", [("ctkd", 40 // 12), ("ucl", 40 // 12), ("scl", 24 // 12)])
-def test_without_steps_a_run_goes_once_through_the_data(stage, steps, run, tmp_path, capsys):
+def test_without_steps_a_run_reads_each_full_batch_once(stage, steps, run, tmp_path, capsys):
     assert run("run", "--batch-size", 12, "--steps", 0, stage=stage) == 0
     assert len(losses(tmp_path / "run")) == steps
     assert f"steps  {steps} of 12 -> " in capsys.readouterr().out
