@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * cpu.normalise(x, self.eps)
 
 
 def inverse_frequencies(rope: dict, head_dim: int) -> Tensor:
@@ -87,8 +87,7 @@ def inverse_frequencies(rope: dict, head_dim: int) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021): pair (i, i + head_dim / 2) of x (T, heads, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Pass(NamedTuple):
@@ -99,21 +98,21 @@ class Pass(NamedTuple):
     adapters: bool  # whether the LoRA adapters take part
     dropout: float  # of the attention weights
     cos: Tensor  # (T, 1, head_dim), for `rotate`
-    sin: Tensor
+    sin: Tensor  # negative in the first half
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout=0.0):
     """Softmax attention within each sequence of a packed row; causal or bidirectional by a boolean.
 
     q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). Neighbours of equal length
-    share a call; CUDA, and bf16 on the CPU, use faster equivalents.
+    share a call; bf16 on the CPU, and CUDA, use faster equivalents.
     """
+    if cpu.is_cpu_bf16(q):
+        return cpu.attend(q, k, v, lengths, causal, dropout)
     if k.shape[1] != q.shape[1]:  # grouped queries: not every kernel repeats the heads by itself
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     if cuda.takes_any_lengths(q):  # one call of FlashAttention for all of them
         return cuda.attend(q, k, v, lengths, causal, dropout)
-    if cpu.is_cpu_bf16(q):
-        return cpu.attend(q, k, v, lengths, causal, dropout)
     outputs, groups = [], [list(same) for _, same in groupby(lengths)]
     sizes = [sum(group) for group in groups]  # tokens of neighbours that are equally long
     for group, *part in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes)):
@@ -160,8 +159,8 @@ class MLP(nn.Module):
         self.down_proj = LoraLinear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x: Tensor, adapters: bool) -> Tensor:
-        gate = F.silu(self.gate_proj(x, adapters))
-        return self.down_proj(gate * self.up_proj(x, adapters), adapters)
+        gate, up = self.gate_proj(x, adapters), self.up_proj(x, adapters)
+        return self.down_proj(cpu.swiglu(gate, up), adapters)
 
 
 class Block(nn.Module):
@@ -240,8 +239,9 @@ class Llama(nn.Module):
         positions = to_device(torch.cat([torch.arange(n) for n in lengths]), like.device)
         pairs = inverse_frequencies(self.config.rope, self.config.head_dim)
         angles = torch.outer(positions, to_device(pairs, like.device))
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # one for all heads
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        pairs = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return tuple(t.unsqueeze(1).to(like.dtype) for t in pairs)  # one for all heads
 
 
 BASES: dict[str, type[Llama]] = {"llama": Llama}  # model_type of config.json -> network

@@ -9,11 +9,17 @@ import ctypes
 import math
 import os
 import sys
+from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+
+from runtime.devices import at_least_fp32
 
 LONGEST_BF16 = 512  # tokens of a sequence; above, fp32 attention is as fast
 
@@ -35,19 +41,121 @@ def keep_freed_memory():
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """x with each element zero with probability p, or else divided by 1 - p.
+# ---------------------------------------------------------------------------------------------
+# Operations that take fewer passes over memory, and keep less for backward
+# ---------------------------------------------------------------------------------------------
 
-    On the CPU torch draws a number per element, one after another, which takes longer than the
-    matrix product beside it. Here four elements share the 64 bits of one number: p is rounded to a
-    multiple of 2^-16.
+
+class Normalise(Function):
+    """x / rms(x) over the last dimension, in at least fp32: PyTorch takes twice as many passes over
+    memory, and keeps an fp32 copy of x for backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        wide = at_least_fp32(x)
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse)
+        return (wide * inverse if wide is x else wide.mul_(inverse)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, inverse = ctx.saved_tensors
+        normed, wide = at_least_fp32(x) * inverse, at_least_fp32(gradient)
+        along = torch.linalg.vecdot(wide, normed).unsqueeze(-1).div_(x.shape[-1])
+        return torch.addcmul(wide, normed, along, value=-1).mul_(inverse).to(x.dtype), None
+
+
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, computed in at least fp32."""
+    if x.device.type == "cpu":
+        return Normalise.apply(x, eps)
+    return F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+class SwiGLU(Function):
+    """silu(gate) * up, which keeps gate and up alone."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return of_gate, F.silu(gate).mul_(gradient)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020)."""
+    return SwiGLU.apply(gate, up) if gate.device.type == "cpu" else F.silu(gate) * up
+
+
+# ---------------------------------------------------------------------------------------------
+# Adapters and dropout
+# ---------------------------------------------------------------------------------------------
+
+
+class AdaptedLinear(Function):
+    """W x + (alpha / r) B A dropout(x), where what the adapter adds is added in place, forward and
+    backward; for backward it keeps the dropped x, not the dropout."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+                scaling: float, p: float) -> Tensor:
+        """x (T, in), weight (out, in), frozen like bias (out,); a (r, in), b (out, r)."""
+        y, a, b, hit = F.linear(x, weight, bias), a.to(x.dtype), b.to(x.dtype), None
+        if p:
+            hit, scaling = dropped(x.numel(), p), scaling / (1 - p)
+            x = zero(x.clone(memory_format=torch.contiguous_format), hit)
+        low = F.linear(x, a)
+        ctx.save_for_backward(x, weight, a, b, low, hit)
+        ctx.scaling = scaling
+        return y.addmm_(low, b.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, weight, a, b, low, hit = ctx.saved_tensors
+        grad_low = (gradient @ b).mul_(ctx.scaling)
+        grad_a, grad_b, grad_x = grad_low.t() @ x, (low.t() @ gradient).t() * ctx.scaling, None
+        if ctx.needs_input_grad[0]:
+            grad_x = gradient @ weight
+            if hit is None:
+                grad_x.addmm_(grad_low, a)
+            else:
+                grad_x.add_(zero(grad_low @ a, hit))
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def dropped(n: int, p: float) -> Tensor:
+    """Which of n elements are dropped, each with probability p, independently; some are repeated.
+
+    PyTorch draws a number per element, one after another, which takes longer than the matrix
+    product beside it. Here darts are thrown at random elements: Poisson(a n) darts hit each of the
+    n elements Poisson(a) times, independently, and miss it with probability e^-a = 1 - p.
     """
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    if x.device.type != "cpu" or not dropped:
+    darts = torch.poisson(torch.tensor(-math.log1p(-p) * n, dtype=torch.float64))
+    return torch.randint(n, (int(darts),))
+
+
+def zero(x: Tensor, places: Tensor) -> Tensor:
+    """x with zeros at some places of its flattened form, in place."""
+    x.view(-1).index_fill_(0, places, 0)
+    return x
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """x with each element zero with probability p, or else divided by 1 - p."""
+    if x.device.type != "cpu" or not 0 < p < 1:
         return F.dropout(x, p)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return x * ((bits >= dropped - 2**15).to(x.dtype) / (1 - dropped / 2**16))
+    return (x.flatten() / (1 - p)).index_fill_(0, dropped(x.numel(), p), 0).view(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# Few shapes: oneDNN compiles a bf16 product for each new one
+# ---------------------------------------------------------------------------------------------
 
 
 def is_cpu_bf16(x: Tensor) -> bool:
@@ -71,60 +179,121 @@ def pad_pass(
     return padded, lengths, last
 
 
-def length_groups(lengths: list[int]) -> list[list[int]]:
-    """Neighbours that share a product, by their lengths.
-
-    8 short ones that are padded to the same multiple of 32, where there are so many; else each
-    alone, as the shapes of the products must be few.
-    """
-    groups = []
-    for blocks, same in groupby(lengths, key=lambda length: -(-length // 32)):
-        same = list(same)
-        whole = len(same) - len(same) % 8 if blocks <= 2 else 0
-        groups += [same[i : i + 8] for i in range(0, whole, 8)] + [[n] for n in same[whole:]]
-    return groups
+# ---------------------------------------------------------------------------------------------
+# Attention in bf16
+# ---------------------------------------------------------------------------------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, p: float) -> Tensor:
-    """Softmax attention of packed bf16 sequences, q, k, v (T, H, head_dim) -> (T, H, head_dim).
+    """Softmax attention of packed bf16 sequences, q (T, H, head_dim), k and v (T, G, head_dim).
 
-    PyTorch's fused kernel gains nothing from bf16 on a CPU, two matrix products do.
+    PyTorch's fused kernel gains nothing from bf16 on a CPU, two matrix products do: the first also
+    adds the mask, and the H / G query heads of a key head are rows of one product. Scores are
+    rounded to bf16, as in transformers' eager attention. Keeps H L^2 weights per sequence for
+    backward (with dropout twice that).
     """
-    groups = length_groups(lengths)
-    sizes, outputs = [sum(group) for group in groups], []
-    for group, *part in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes)):
-        if group[0] <= LONGEST_BF16:
-            outputs.append(attend_by_products(*part, group, causal, p))
+    lengths, (_, heads, width), kv_heads = tuple(lengths), q.shape, k.shape[1]
+    repeats, outputs, parts = heads // kv_heads, [], []
+    batches, masks = padded_batches(lengths), masks_of(lengths, repeats, kv_heads, causal)
+    for t in (q, k, v):
+        rows = Spread.apply(t.flatten(0, 1), places_of(lengths, t.shape[1]))
+        parts.append(rows.split([size * len(same) * t.shape[1] for size, same in batches]))
+    for (size, _), mask, q, k, v in zip(batches, masks, *parts):
+        k, v = (t.view(-1, size, width) for t in (k, v))
+        if size <= LONGEST_BF16:
+            scores = torch.baddbmm(mask, q.view(len(k), -1, width), k.mT, alpha=width**-0.5)
+            out = dropout(scores.softmax(dim=-1), p) @ v
         else:  # one sequence, in fp32
-            part = [t.float().transpose(0, 1)[None] for t in part]
-            out = F.scaled_dot_product_attention(*part, dropout_p=p, is_causal=causal)
-            outputs.append(out[0].transpose(0, 1).to(q.dtype))
-    return torch.cat(outputs)
+            k, v = (t.repeat_interleave(repeats, dim=0) for t in (k, v))
+            part = [t.view(1, heads, size, width).float() for t in (q, k, v)]
+            out = F.scaled_dot_product_attention(*part, dropout_p=p, is_causal=causal).to(q.dtype)
+        outputs.append(out.reshape(-1, width))
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return Collect.apply(out, places_of(lengths, heads)).unflatten(0, (-1, heads))
 
 
-def attend_by_products(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, p: float
-) -> Tensor:
-    """Attention of a few sequences of similar length as two bf16 products.
+@lru_cache(maxsize=8)  # the layers of a pass share it; what is kept for long splits free memory
+def padded_batches(lengths: tuple[int, ...]) -> list[tuple[int, list[int]]]:
+    """(padded size, which sequences) of each batch: those padded to the same multiple of 32.
 
-    Lengths are padded to a multiple of 32; the first product also adds the mask that hides the
-    padding, or the future. Its scores are rounded to bf16, as in transformers' eager attention.
-    Keeps H L^2 weights per sequence for backward (with dropout three times that).
+    Sequences above LONGEST_BF16 are alone, and not padded.
     """
-    heads, size = q.shape[1], max(lengths) + -max(lengths) % 32
+    def key(i: int) -> tuple[int, int]:
+        n = lengths[i]
+        return (n + -n % 32, 0) if n <= LONGEST_BF16 else (n, i)
 
-    def padded(t: Tensor) -> Tensor:
-        """(T, H, head_dim) -> (n H, size, head_dim)."""
-        rows = [F.pad(rows, (0, 0, 0, 0, 0, size - len(rows))) for rows in t.split(lengths)]
-        return torch.stack(rows).transpose(1, 2).flatten(0, 1)
+    order = sorted(range(len(lengths)), key=key)
+    return [(size, list(same)) for (size, _), same in groupby(order, key)]
 
-    if causal:
-        mask = torch.full((size, size), -math.inf, dtype=q.dtype).triu(1)
-    else:
-        outside = torch.arange(size) >= torch.tensor(lengths)[:, None]
-        mask = torch.zeros(outside.shape, dtype=q.dtype).masked_fill(outside, -math.inf)
-        mask = mask.repeat_interleave(heads, dim=0)[:, None]
-    scores = torch.baddbmm(mask, padded(q), padded(k).mT, alpha=q.shape[-1] ** -0.5)
-    out = dropout(scores.softmax(dim=-1), p) @ padded(v)
-    sequences = out.unflatten(0, (-1, heads)).transpose(1, 2)  # (n, size, H, head_dim)
-    return torch.cat([rows[:length] for rows, length in zip(sequences, lengths)])
+
+@lru_cache(maxsize=8)
+def masks_of(lengths: tuple[int, ...], repeats: int, kv_heads: int, causal: bool) -> list:
+    """What is added to each batch's scores: -inf on the future (then no row sees padding either),
+    or on the padding; None for a long sequence.
+
+    Rows of a product are the positions of one query head after another, `repeats` for a key head.
+    """
+    masks = []
+    for size, same in padded_batches(lengths):
+        if causal:
+            hidden = torch.ones(size, size, dtype=torch.bool).triu(1).repeat(repeats, 1)
+        else:
+            inside = torch.tensor([lengths[i] for i in same]).repeat_interleave(kv_heads)
+            hidden = (torch.arange(size) >= inside[:, None])[:, None]
+        masks.append(torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill(hidden, -math.inf)
+                     if size <= LONGEST_BF16 else None)
+    return masks
+
+
+class Places(NamedTuple):
+    """Where the heads of packed tokens lie in padded batches, one head after another."""
+
+    of: Tensor  # (T * heads,): the place of each head of each token
+    source: Tensor  # (places,): which head of which token lies there; 0 where there is none
+    empty: Tensor  # the places of the padding
+
+
+@lru_cache(maxsize=8)
+def places_of(lengths: tuple[int, ...], heads: int) -> Places:
+    """Where `heads` heads of each token go, and where they come from."""
+    start, sizes, total = [0] * len(lengths), [0] * len(lengths), 0
+    for size, same in padded_batches(lengths):
+        for i in same:
+            start[i], sizes[i], total = total, size, total + heads * size
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    first, step = (np.repeat(x, lengths)[:, None] for x in (start, sizes))
+    places = (first + positions[:, None] + step * np.arange(heads)).ravel()
+    source = np.full(total, -1)
+    source[places] = np.arange(len(places))
+    return Places(*map(torch.from_numpy, (places, source.clip(0), np.flatnonzero(source < 0))))
+
+
+def spread(x: Tensor, places: Places) -> Tensor:
+    """x (T * heads, head_dim) -> (places, head_dim), zeros in the empty ones."""
+    return x.index_select(0, places.source).index_fill_(0, places.empty, 0)
+
+
+class Spread(Function):
+    """`spread`, and back in the backward pass; PyTorch would add up rows instead."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return spread(x, places)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.index_select(0, ctx.places.of), None
+
+
+class Collect(Function):
+    """The reverse of Spread."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return x.index_select(0, places.of)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return spread(gradient, ctx.places), None

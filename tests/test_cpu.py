@@ -1,4 +1,4 @@
-"""runtime/cpu.py: dropout, rows padded for oneDNN, bf16 attention, the allocator's settings."""
+"""runtime/cpu.py: dropout, gradients by hand, rows padded for oneDNN, bf16 attention, memory."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from runtime import cpu
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 1e-4])
 @pytest.mark.parametrize("shape", [(999, 501), (1000, 500)])
 def test_dropout_has_the_distribution_of_torchs_dropout(shape, p):
-    """Zeros and the scale of the rest; no dependence between the elements that share a number."""
+    """Zeros and the scale of the rest; no dependence between neighbours."""
     torch.manual_seed(0)
     x = torch.full(shape, 3.0, dtype=torch.float64).requires_grad_()
     y = cpu.dropout(x, p)
@@ -81,15 +81,80 @@ def test_a_padded_bf16_pass_returns_the_states_of_its_own_rows(tiny):
     assert (states - exact).norm() <= 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("lengths, sizes", [
-    ([1], [1]), ([600] * 9, [1] * 9), ([65] * 8, [1] * 8), ([32] * 16, [8, 8]),
-    ([5] * 20, [8, 8, 1, 1, 1, 1]), ([33, 64, 40, 50] * 2 + [40], [8, 1]),
-    ([7, 32, 1] * 3 + [33] * 8, [8, 1, 8]), ([5, 40] * 8, [1] * 16),
-], ids=lambda values: f"{len(values)} {values[:2]}")
-def test_short_neighbours_of_similar_length_share_a_product_by_eights(lengths, sizes):
-    groups = cpu.length_groups(lengths)
-    assert [len(group) for group in groups] == sizes
-    assert [n for group in groups for n in group] == lengths
+@pytest.mark.parametrize("lengths, sizes, batches", [
+    ([1], [32], [[0]]), ([32, 33, 31], [32, 64], [[0, 2], [1]]), ([512] * 3, [512], [[0, 1, 2]]),
+    ([513, 7, 513], [32, 513, 513], [[1], [0], [2]]), ([600, 550], [550, 600], [[1], [0]]),
+], ids=str)
+def test_sequences_padded_to_the_same_multiple_of_32_share_a_batch(lengths, sizes, batches):
+    assert cpu.padded_batches(tuple(lengths)) == list(zip(sizes, batches))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_are_spread_over_padded_batches_and_collected_again(heads):
+    """By hand: the second sequence (7 tokens) is in the first batch, as it is shorter."""
+    places = cpu.places_of((40, 7), heads)
+    x = torch.arange(1.0, 47 * heads + 1)[:, None].requires_grad_()
+    found = cpu.Spread.apply(x, places)
+    short, long = (t.view(heads, -1) for t in found.flatten().split([32 * heads, 64 * heads]))
+    rows = x.detach().view(47, heads).T
+    assert torch.equal(short, F.pad(rows[:, 40:], (0, 25)))
+    assert torch.equal(long, F.pad(rows[:, :40], (0, 24)))
+    assert torch.equal(cpu.Collect.apply(found, places), x)
+    random = torch.Generator().manual_seed(0)
+    weights, back = (torch.randn(len(t), 1, generator=random) for t in (found, x))
+    assert torch.equal(torch.autograd.grad((found * weights).sum(), x)[0], weights[places.of])
+    padded = found.detach().requires_grad_()
+    (cpu.Collect.apply(padded, places) * back).sum().backward()
+    assert torch.equal(padded.grad[places.of], back)
+    assert padded.grad[places.empty].count_nonzero() == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Gradients by hand
+# ---------------------------------------------------------------------------------------------
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_()
+
+
+def test_the_gradients_written_by_hand_are_those_of_finite_differences():
+    assert torch.autograd.gradcheck(lambda x: cpu.normalise(x, 0.1), doubles(3, 5))
+    assert torch.autograd.gradcheck(cpu.swiglu, (doubles(3, 5), 2 * doubles(3, 5)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [None, torch.arange(4.0, dtype=torch.float64)])
+def test_the_gradients_of_an_adapted_layer_are_those_of_finite_differences(p, bias):
+    weight = doubles(4, 6).detach()
+
+    def layer(x, a, b):
+        torch.manual_seed(1)  # finite differences need the same dropout
+        return cpu.AdaptedLinear.apply(x, weight, bias, a, b, 1.5, p)
+
+    x, a, b = doubles(5, 6), doubles(2, 6), doubles(4, 2)
+    assert torch.autograd.gradcheck(layer, (x, a, b))
+    found = layer(x.T.contiguous().T, a, b)
+    torch.manual_seed(1)
+    low = cpu.dropout(x, p) @ a.T
+    torch.testing.assert_close(found, F.linear(x, weight, bias) + 1.5 * low @ b.T)
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (lambda x, up: cpu.normalise(x, 1e-5) * up, lambda x, up: F.rms_norm(x, (48,), eps=1e-5) * up),
+    (cpu.swiglu, lambda gate, up: F.silu(gate) * up),
+], ids=["norm", "SwiGLU"])
+def test_bf16_norms_and_gates_and_their_gradients_equal_fp64_to_rounding(ours, theirs):
+    rounded = [doubles(64, 48).detach().bfloat16(), doubles(48, 64).detach().T.bfloat16()]
+    results = []
+    for f, dtype in ((ours, torch.bfloat16), (theirs, torch.float64)):
+        inputs = [t.to(dtype, copy=True).requires_grad_() for t in rounded]
+        y = f(*inputs)
+        results.append([y, *torch.autograd.grad(y, inputs, rounded[1].to(dtype))])
+    for found, expected in zip(*results):
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() <= 5e-3 * expected.norm()
 
 
 # ---------------------------------------------------------------------------------------------
