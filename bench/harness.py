@@ -27,7 +27,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -411,6 +411,8 @@ def new_parser(doc: str, **defaults) -> argparse.ArgumentParser:
     parser.add_argument("--keep-memory-for-all", action=argparse.BooleanOptionalAction,
                         default=True, help="let glibc keep freed memory in all processes, not in "
                         "ours alone")
+    parser.add_argument("--neighbour", action="store_true", help="a busy machine: beside each turn "
+                        "a process of its own multiplies matrices of 512 x 512 on one thread")
     parser.add_argument("--out", default=f"bench/results/{Path(sys.argv[0]).stem}.json",
                         help="JSON with all answers")
     return parser
@@ -430,7 +432,7 @@ def main(script: str, parse: Callable, bench: Callable, *packages: str) -> int:
     def run():
         about = environment(args, packages)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as args.scratch:
+        with tempfile.TemporaryDirectory() as args.scratch, neighbour(args.neighbour):
             for results, text in bench(args):
                 print(f"\n{text}", flush=True)
                 content = {"arguments": given, **about, "load_after": os.getloadavg(), **results}
@@ -438,6 +440,20 @@ def main(script: str, parse: Callable, bench: Callable, *packages: str) -> int:
         print(f"\nwritten to {out}")
 
     return run_command(run)
+
+
+@contextmanager
+def neighbour(wanted: bool):
+    """A process that multiplies matrices for as long as the block lasts."""
+    code = "import torch; x = torch.randn(512, 512)\nwhile True: x @ x"
+    one = {**os.environ, **dict.fromkeys(THREADS, "1")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=one) if wanted else None
+    try:
+        yield
+    finally:
+        if process:
+            process.kill()
+            process.wait()
 
 
 def environment(args, packages) -> dict:
@@ -454,7 +470,8 @@ def environment(args, packages) -> dict:
     about = {"device": device_name(args.device), "versions": versions,
              "load_before": os.getloadavg(), "freed_memory_kept_by": kept}
     print(f"{about['device']}, {' '.join(map(str, args.threads))} thread(s), load "
-          f"{about['load_before'][0]:.1f}, freed memory kept by {kept}; {versions}", flush=True)
+          f"{about['load_before'][0]:.1f}{', beside a busy process' * args.neighbour}, freed memory "
+          f"kept by {kept}; {versions}", flush=True)
     return about
 
 

@@ -27,7 +27,7 @@ SCRIPTS = {  # script and flags -> label of a row -> the packages that it needs
     "time_scoring.py --dims 16 --documents 50 --queries 5": {
         "ours": (), "mteb": ("mteb", "pytrec_eval")},
     "scaling.py --shape tiny --dtype float32 --axes processes --values 1 2 --warm-up 0 "
-    "--length 24 --batch 2": {"1": (), "2": ()},
+    "--length 24 --batch 2 --neighbour": {"1": (), "2": ()},
 }
 
 
