@@ -47,7 +47,7 @@ class LoraLinear(nn.Linear):
         if not adapters or self.lora_A is None:
             return F.linear(x, self.weight, self.bias)
         p = self.dropout if self.training else 0.0
-        if x.device.type == "cpu":  # the same with fewer passes over memory
+        if cpu.is_cpu(x):  # the same with fewer passes over memory
             return cpu.AdaptedLinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B,
                                            self.scaling, p)
         # the fp32 matrices are small: cast them to x's dtype, never x to theirs

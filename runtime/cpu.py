@@ -24,6 +24,11 @@ from runtime.devices import at_least_fp32
 LONGEST_BF16 = 512  # tokens of a sequence; above, fp32 attention is as fast
 
 
+def is_cpu(x: Tensor) -> bool:
+    """Whether x is on the CPU."""
+    return x.device.type == "cpu"
+
+
 def keep_freed_memory():
     """Let glibc keep the memory that tensors free, for the next ones.
 
@@ -68,7 +73,7 @@ class Normalise(Function):
 
 def normalise(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, computed in at least fp32."""
-    if x.device.type == "cpu":
+    if is_cpu(x):
         return Normalise.apply(x, eps)
     return F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=eps).to(x.dtype)
 
@@ -90,7 +95,7 @@ class SwiGLU(Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020)."""
-    return SwiGLU.apply(gate, up) if gate.device.type == "cpu" else F.silu(gate) * up
+    return SwiGLU.apply(gate, up) if is_cpu(gate) else F.silu(gate) * up
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ def zero(x: Tensor, places: Tensor) -> Tensor:
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """x with each element zero with probability p, or else divided by 1 - p."""
-    if x.device.type != "cpu" or not 0 < p < 1:
+    if not is_cpu(x) or not 0 < p < 1:
         return F.dropout(x, p)
     return (x.flatten() / (1 - p)).index_fill_(0, dropped(x.numel(), p), 0).view(x.shape)
 
@@ -160,7 +165,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 def is_cpu_bf16(x: Tensor) -> bool:
     """Whether x is in bf16 on the CPU, where oneDNN compiles a product for each new shape."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return is_cpu(x) and x.dtype == torch.bfloat16
 
 
 def pad_rows(x: Tensor) -> Tensor:

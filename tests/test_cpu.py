@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, random_qkv
 
-from model import attend, load_llama
+import lora
+from data.batches import SplitTexts
+from model import EncoderConfig, attend, load_llama, plain_encoder
+from pretrain_ctkd import Config, ctkd
 from runtime import cpu
 
 # ---------------------------------------------------------------------------------------------
@@ -139,6 +142,26 @@ def test_the_gradients_of_an_adapted_layer_are_those_of_finite_differences(p, bi
     torch.manual_seed(1)
     low = cpu.dropout(x, p) @ a.T
     torch.testing.assert_close(found, F.linear(x, weight, bias) + 1.5 * low @ b.T)
+
+
+def test_the_plain_forms_of_other_devices_compute_the_same(monkeypatch):
+    """Loss and gradients of a CTKD step in fp64, with adapters that are not zero."""
+    encoder = plain_encoder("demo", EncoderConfig(num_memory_tokens=3), dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)
+    lora.add_lora(encoder.llama, lora.LoraConfig(r=2), random)
+    for layer in lora.lora_layers(encoder.llama).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.02, generator=random)
+    encoder.add_memory("normal", train_table=True, generator=random)
+    encoder.adapters, results = True, []
+    batch = SplitTexts("demo", encoder.tokenizer, 2).read_batch(0, 0, 2)
+    for on_cpu in (True, False):
+        monkeypatch.setattr(cpu, "is_cpu", lambda x: on_cpu)  # what cpu.py asks before each trick
+        loss = ctkd(encoder, batch, Config())
+        trained = [p for p in encoder.parameters() if p.requires_grad]
+        results.append([loss.detach(), *torch.autograd.grad(loss, trained)])
+    assert len(results[0]) > 70 and all(found.norm() > 0 for found in results[0])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("ours, theirs", [
