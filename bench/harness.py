@@ -469,9 +469,9 @@ def environment(args, packages) -> dict:
         kept = "as MALLOC_MMAP_THRESHOLD_ says"
     about = {"device": device_name(args.device), "versions": versions,
              "load_before": os.getloadavg(), "freed_memory_kept_by": kept}
+    beside = ", beside a busy process" * args.neighbour
     print(f"{about['device']}, {' '.join(map(str, args.threads))} thread(s), load "
-          f"{about['load_before'][0]:.1f}{', beside a busy process' * args.neighbour}, freed memory "
-          f"kept by {kept}; {versions}", flush=True)
+          f"{about['load_before'][0]:.1f}{beside}, freed memory kept by {kept}; {versions}", flush=True)
     return about
 
 

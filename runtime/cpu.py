@@ -1,8 +1,9 @@
 """What makes PyTorch fast on a CPU; on other devices each function does the plain thing.
 
-Measured in docs/measured.md. The network reads the same without these functions: `dropout` is
-F.dropout, `pad_rows` adds nothing, `attend` is softmax attention, `keep_freed_memory` changes only
-where memory comes from.
+Measured in docs/measured.md. The network reads the same without these functions: `normalise` is
+F.rms_norm, `swiglu` silu(gate) * up, `AdaptedLinear` the last lines of LoraLinear.forward,
+`dropout` F.dropout, `pad_rows` adds nothing, `attend` is softmax attention, `keep_freed_memory`
+changes only where memory comes from.
 """
 
 import ctypes
@@ -122,6 +123,7 @@ class AdaptedLinear(Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        """gradient (T, out) -> those of x, a and b."""
         x, weight, a, b, low, hit = ctx.saved_tensors
         grad_low = (gradient @ b).mul_(ctx.scaling)
         grad_a, grad_b, grad_x = grad_low.t() @ x, (low.t() @ gradient).t() * ctx.scaling, None
