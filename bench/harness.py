@@ -471,7 +471,8 @@ def environment(args, packages) -> dict:
              "load_before": os.getloadavg(), "freed_memory_kept_by": kept}
     beside = ", beside a busy process" * args.neighbour
     print(f"{about['device']}, {' '.join(map(str, args.threads))} thread(s), load "
-          f"{about['load_before'][0]:.1f}{beside}, freed memory kept by {kept}; {versions}", flush=True)
+          f"{about['load_before'][0]:.1f}{beside}, freed memory kept by {kept}; {versions}",
+          flush=True)
     return about
 
 
