@@ -258,7 +258,8 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
         return encoder.requires_grad_(False), None
     encoder = load_encoder(folder, config.base or None, *place)
     own = {"pooling": encoder.config.pooling, "attention": encoder.config.attention,
-           "memory_tokens": encoder.config.num_memory_tokens, "memory_init": "memory rows of its own",
+           "memory_tokens": encoder.config.num_memory_tokens,
+           "memory_init": "memory rows of its own",
            "template": encoder.config.template,
            "document_template": encoder.config.document_template}
     for key, trained in own.items():
