@@ -290,7 +290,7 @@ def score_settings(encoder: Encoder, name: str, method: str, ranks: Ranks) -> di
         "sha256": encoder.sha256,
         "num_memory_tokens": config.num_memory_tokens, "kept_tokens": list(config.kept_tokens),
         "attention": config.attention,
-        "pooling": config.pooling, "template": config.template,
+        "pooling": config.pooling, "bos": config.bos, "template": config.template,
         "document_template": config.document_template, "max_tokens": config.max_tokens,
         "dtype": str(encoder.dtype), "device": str(encoder.device),
         "threads": torch.get_num_threads(), "ranks": ranks.size, "history": encoder.history,

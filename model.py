@@ -283,6 +283,7 @@ class EncoderConfig:
     template: str = "{text}"
     document_template: str = ""
     kept_tokens: tuple = ()  # memory tokens that make the embedding, empty for all (collapse.py)
+    bos: int = -1  # id of the token before each text; -1: the base's own
 
     def __post_init__(self):
         formats.check_encoder_config(self, self.__annotations__, ("memory", *POOLINGS))
@@ -444,8 +445,8 @@ def plain_encoder(
     """A Llama as it is, with one of the classic poolings: the training-free methods."""
     files = formats.ModelFolder(name, revision, BASES)
     llama = build_llama(files, dtype, device)
-    tokenizer = Tokenizer(files.folder, llama.config.vocab_size, llama.config.bos_token_id)
-    encoder = Encoder(llama, tokenizer, config)
+    sizes = llama.config.vocab_size, llama.config.bos_token_id
+    encoder = Encoder(llama, Tokenizer(files.folder, *sizes, config.bos), config)
     encoder.base = files.record()
     return encoder
 

@@ -206,6 +206,7 @@ class Config(RunConfig):
     memory_init: str = setting("mean", "initial memory rows: nearly equal, at the table's mean, or "
                                "spread like its rows", ("mean", "normal"))
     attention: str = setting("bidirectional", "of the encoder", ("bidirectional", "causal"))
+    bos: int = setting(-1, "id of the token before each text; -1 = the base's own", least=-1)
     train_embeddings: str = setting("all", "train the whole table, or only the K memory rows",
                                     ("all", "memory"))
     num_texts: int = setting(32000, "use the first N texts; 0 = all", least=0)
@@ -240,6 +241,13 @@ PRESETS = {
         "batch_size": 8, "lr": 1e-3, "max_tokens": 256, "save_every": 100,
         "memory_init": "normal",  # equal rows have not come apart in so few steps
     },
+    # a real Llama in minutes of one core: docs/results.md has what decided each value
+    "smollm2": {
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "out": "runs/ctkd-smollm2",
+        "num_texts": 2400, "steps": 300, "batch_size": 8, "lr": 1e-3, "max_tokens": 128,
+        "save_every": 100, "memory_init": "normal", "train_embeddings": "memory",
+        "attention": "causal",  # bidirectional may not take off at this rate in so few steps
+    },
 }
 
 
@@ -266,7 +274,7 @@ def parse_arguments(argv: list[str] | None) -> Config:
 def new_encoder(config: Config, run: Run) -> Encoder:
     """The Llama with fresh adapters, memory tokens and (--train-embeddings all) its own table."""
     shape = EncoderConfig(num_memory_tokens=config.memory_tokens, attention=config.attention,
-                          max_tokens=config.max_tokens)
+                          max_tokens=config.max_tokens, bos=config.bos)
     encoder = plain_encoder(config.model, shape, config.revision or None, run.dtype,
                             run.ranks.device)
     random = torch.Generator().manual_seed(config.seed)

@@ -58,9 +58,10 @@ class Tokens(NamedTuple):
 class Tokenizer:
     """Texts -> int32 arrays of token ids that begin with BOS."""
 
-    def __init__(self, folder: Path, vocab_size: int, bos_token_id: int | None = None):
+    def __init__(self, folder: Path, vocab_size: int, bos_token_id: int | None = None, bos=-1):
         """Read folder/tokenizer.json; `vocab_size` rows exist in the model's table.
 
+        bos: the id to be put before each text in place of the checkpoint's own, if not negative.
         Raises UserError if the file is missing or damaged, if it has ids the model lacks, or if
         neither its post-processor nor `bos_token_id` (config.json) says what BOS is.
         """
@@ -78,7 +79,7 @@ class Tokenizer:
             raise UserError(f"{self.file}: token id {largest} is beyond the model's vocabulary of "
                             f"{vocab_size}; is it another model's tokenizer?")
         try:
-            self.bos = self._find_bos(bos_token_id)
+            self.bos = [bos] if bos >= 0 else self._find_bos(bos_token_id)
         except BaseException as error:  # the library raises plain Exception, and panics
             if isinstance(error, UserError) or not (
                 isinstance(error, Exception) or type(error).__name__ == "PanicException"
@@ -87,8 +88,8 @@ class Tokenizer:
             raise UserError(f"{self.file}: cannot tokenize ({error}); fetch it again")
         if any(not 0 <= i < vocab_size for i in self.bos):
             raise UserError(f"{self.file}: the BOS ids {self.bos} are not all in the model's "
-                            f"vocabulary of {vocab_size}; fix them, or bos_token_id in "
-                            f"config.json")
+                            f"vocabulary of {vocab_size}; fix them, --bos, or bos_token_id "
+                            f"in config.json")
 
     def _find_bos(self, bos_token_id: int | None) -> list[int]:
         plain = self.backend.encode("a", add_special_tokens=False).ids

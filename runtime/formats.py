@@ -323,7 +323,8 @@ def read_encoder(folder: Path, make_config) -> tuple:
     if type(about.get("format")) is not int or about["format"] not in (1, FORMAT):
         raise UserError(f"{file}: format={about.get('format')!r}, this version reads 1 and "
                         f"{FORMAT}; update the code, or save the encoder anew")
-    about = {"document_template": "", "kept_tokens": [], **about}  # newer than the first folders
+    newer = {"document_template": "", "kept_tokens": [], "bos": -1}  # than the first folders
+    about = {**newer, **about}
     try:
         about["kept_tokens"] = tuple(about["kept_tokens"])
         if about["format"] == 1:

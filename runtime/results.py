@@ -22,7 +22,7 @@ GROUPS = {group: [task for task in PAPER if TASKS[task]["group"] == group]
 FORMAT = 2  # of the settings in a result; in format 1 max_tokens counted the memory tokens, too
 
 # what a finished result must have in common with the one asked for
-SAME = ("method", "sha256", "kept_tokens", "attention", "max_tokens", "template",
+SAME = ("method", "sha256", "kept_tokens", "attention", "max_tokens", "bos", "template",
         "document_template", "dtype", "instruction", "data")
 
 
@@ -62,7 +62,8 @@ def finished(path: Path, settings: dict) -> dict | None:
         return None
     result = read_result(path)
     before = result["settings"]
-    before = {"document_template": "", "kept_tokens": [], **before}  # newer than the first results
+    newer = {"document_template": "", "kept_tokens": [], "bos": -1}  # than the first results
+    before = {**newer, **before}
     lengths = [before.get(key) for key in ("max_tokens", "num_memory_tokens")]
     if "format" not in before and all(isinstance(length, int) for length in lengths):
         before["max_tokens"] -= before["num_memory_tokens"]

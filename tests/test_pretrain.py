@@ -270,7 +270,8 @@ def test_the_command_named_at_the_end_works(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [
     {"objective": "nll"}, {"objective": "rc", "dtype": "bfloat16"},
-    {"attention": "causal", "clip": 0.0, "warmup": 0.0}, {"train_embeddings": "memory"},
+    {"attention": "causal", "clip": 0.0, "warmup": 0.0},
+    {"train_embeddings": "memory", "bos": 5},
     {"memory_init": "normal", "dtype": "float64"}, {"nll_weight": 0.5, "micro_batch": 3},
     {"batch_size": 1, "memory_tokens": 1, "lora_r": 1, "lora_dropout": 0.0, "chunk_rows": 5},
 ], ids=lambda flags: ", ".join(map(str, flags.items())))
@@ -282,6 +283,7 @@ def test_every_setting_runs_and_is_in_the_encoders_history(flags, run, tmp_path)
     assert flags.items() <= encoder.history[0].items()
     assert np.isfinite(encoder.encode(["A model reads."])).all()
     assert encoder.config.attention == flags.get("attention", "bidirectional")
+    assert encoder.tokenizer.bos == [flags.get("bos", 1)]
     stored = load_file(tmp_path / "run/encoder/embeddings.safetensors")
     assert ("embed_tokens" in stored) == ("train_embeddings" not in flags)
     distance = (stored["memory_tokens"][0] - stored["memory_tokens"][-1]).abs().max()

@@ -100,6 +100,15 @@ def test_the_post_processor_takes_precedence_over_config_json(tmp_path):
     assert Tokenizer(tmp_path, 320, bos_token_id=2).bos == [1]
 
 
+def test_a_bos_of_the_encoders_own_replaces_the_checkpoints(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path, 320, bos_token_id=2, bos=0)
+    assert tokenizer.bos == [0] and tokenizer.encode([""])[0].tolist() == [0]
+    assert Tokenizer(tmp_path, 320, bos=319).bos == [319]
+    with pytest.raises(UserError, match=r"BOS ids \[320\] are not all .* fix them, --bos, or"):
+        Tokenizer(tmp_path, 320, bos=320)
+
+
 def test_ids_equal_those_of_transformers_and_a_cut_keeps_bos(tiny):
     ours = Tokenizer(tiny, 320)
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"))
