@@ -1,20 +1,23 @@
 """The paper's ablations: variants x seeds of stage 1 and of the stages after it, scored, analysed.
 
-    python bench/ablations.py                                the objectives, embedded demo, 3 seeds
-    python bench/ablations.py --study tokens attention --seeds 0 1 2 --text FILE --steps 1000 \\
-        --task sts17 scifact --data-dir FOLDER --out runs/ablations
-    python bench/report.py --runs runs/ablations             tables, figures, the paper's claims
+    python bench/ablations.py                              the objectives, embedded demo, 3 seeds
+    python bench/ablations.py --study rate tokens --seeds 0 --preset smollm2 --threads 1 --jobs 2 \\
+        --task sts17 scifact --data-dir FOLDER --out runs/smollm2 --records bench/records/smollm2
+    python bench/report.py                                 docs/results.md from bench/records/
 
 Flags that are not of this command go to `pretrain_ctkd.py --preset demo --memory-init mean` in
-every run: the common setting, `ctkd`. Variants are made and scored beside what they change:
+every run: the common setting, `ctkd`. With a --preset among them, to that one alone. Variants are
+made and scored beside what they change, and have what is not the common setting already:
 
     untrained    no training: methods of evaluate.py                               Table 1
     objective    ctkd, nll, rc                                                     Figures 2, 4, 5
-    start        the same from rows drawn anew: --memory-init normal               (ours)
-    tokens       K = 1, 2, 4, 16; nll with K = 1                                   Figure 3, 4.2
-    attention    causal in place of bidirectional                                  (a summary)
-    texts        ctkd, nll with 4 times as many texts and steps                    Figures 5, 6
-    embeddings   the memory rows trained in place of the whole table               (ours)
+    rate         learning rates of each objective                                  (ours)
+    start        the same from rows drawn in another way: --memory-init            (ours)
+    tokens       K = 1, 2, 4, 8, 16; nll with K = 1                                Figure 3, 4.2
+    attention    causal, or bidirectional, each at three rates                     (a summary)
+    texts        ctkd with 1/4, 1/2, 2, 4 times as many texts and steps; nll: 4    Figures 5, 6
+    embeddings   the whole table trained, or the memory rows                       (ours)
+    bos          token 1 before each text (SmolLM2-Instruct's)                     (ours)
     merging      the mean of the effective tokens of stage 1's encoders            Figure 7, 4.2
     stages       stages 2 and 3 after ctkd, nll, rc, and without stage 1           Table 1, Fig 8, 9
     curve        the one run of stages that Figure 10 needs, scl-ctkd              Figure 10
@@ -25,16 +28,23 @@ its text. The paper's spectra are of SciDocsRR's texts: --analyse scidocs, or sc
 are missing.
 
 A run is OUT/VARIANT-SEED: training, then evaluate.py (into OUT/results), then collapse.py (into
-OUT/VARIANT-SEED/collapse). What is finished is not repeated, an interrupted training resumes. Seeds
-can run side by side; studies, too, once the variants beside them are there.
+OUT/VARIANT-SEED/collapse). What is left of it is RECORDS/VARIANT-SEED.json, of a few kilobytes:
+settings, command, machine, hours, losses, scores, analysis. A run with a record is not made again,
+here or on another machine; an interrupted training resumes. --jobs N works on N runs at a time,
+seed after seed, and logs to OUT/logs.
 """
 
 import argparse
 import json
+import os
 import shlex
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
 
@@ -42,32 +52,65 @@ import collapse
 import contrastive
 import evaluate
 import pretrain_ctkd
+from data.tasks import TASKS
+from harness import device_name
 from runtime.errors import UserError, run_command
 from runtime.files import write_file
-from runtime.settings import changed_settings, flag
+from runtime.results import label_of, read_result
+from runtime.settings import changed_settings, flag, stored_settings
 
 SEEDS = [0, 1, 2]  # a verdict of bench/report.py needs three
-OBJECTIVES = {"ctkd": "", "nll": "--objective nll", "rc": "--objective rc"}
+OBJECTIVES = ("ctkd", "nll", "rc")
+RATES = ("1e-4", "3e-4", "1e-3", "2e-3")  # for nll and rc the last three
 LATER = ("ucl", "scl", "merged")  # kinds of variants that start from another: KIND-START
+NAMED = ("study", "seeds", "variant", "jobs", "base", "out", "records")  # not of the setting
+MAY_CHANGE = ("task", "task_dir", "data_dir", "about")  # of it
+
+# ---------------------------------------------------------------------------------------------
+# Variants
+# ---------------------------------------------------------------------------------------------
 
 
-def studies(base: pretrain_ctkd.Config) -> dict[str, dict[str, str]]:
+def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Study -> variant -> the flags that it adds to those of the common setting."""
-    nll, texts, longer = OBJECTIVES["nll"], base.num_texts, f"--steps {4 * base.steps}"
-    normal = {f"{name}-normal": f"{own} --memory-init normal" for name, own in OBJECTIVES.items()}
-    more = {f"{name}-4x": f"{OBJECTIVES[name]} --num-texts {4 * texts} {longer}"
-            for name in ("ctkd", "nll") if texts}  # of all texts there is no multiple
+    base, texts, steps = args.base, args.base.num_texts, args.base.steps
+    own = {"ctkd": "", "nll": f"--objective nll {args.nll_flags}".strip(),
+           "rc": f"--objective rc {args.rc_flags}".strip()}
+
+    def others(now: object, **options: str) -> dict[str, str]:
+        """Variant -> flags, without the one that the common setting is."""
+        return {name.replace("_", "-"): flags for name, flags in options.items()
+                if flags.split()[-1] != now}
+
+    inits = [init for init in ("mean", "normal") if init != base.memory_init]
+    start = {f"{name}-{init}": f"{own[name]} --memory-init {init}".strip()
+             for name in OBJECTIVES for init in inits}
+    rate = {f"{'' if name == 'ctkd' else f'{name}-'}lr={lr}": f"{own[name]} --lr {lr}".strip()
+            for name in OBJECTIVES for lr in (RATES if name == "ctkd" else RATES[1:])
+            if float(lr) != pretrain_ctkd.parse_arguments([*args.common, *own[name].split()]).lr}
+    more = {f"{name}-{times:g}x": f"{own[name]} --num-texts {texts * times:.0f} "
+                                  f"--steps {steps * times:.0f}".strip()
+            for name, times in (("ctkd", 1 / 4), ("ctkd", 1 / 2), ("ctkd", 2), ("ctkd", 4),
+                                ("nll", 4)) if texts}  # of all texts there is no multiple
+    attention = others(base.attention, bidirectional="--attention bidirectional",
+                       causal="--attention causal")
+    attention |= {f"{name}-lr={lr}": f"{flags} --lr {lr}" for name, flags in attention.items()
+                  for lr in RATES[1:] if float(lr) != base.lr}
     return {
         "untrained": dict.fromkeys(("last", "mean", "weighted-mean", "echo", "prompteol"), ""),
-        "objective": OBJECTIVES,
-        "start": normal,
-        "tokens": {f"K={k}": f"--memory-tokens {k}" for k in (1, 2, 4, 16)}
-        | {"nll-K=1": f"{nll} --memory-tokens 1"},
-        "attention": {"causal": "--attention causal"},
+        "objective": own,
+        "rate": rate,
+        "start": start,
+        "tokens": {f"K={k}": f"--memory-tokens {k}" for k in (1, 2, 4, 8, 16)
+                   if k != base.memory_tokens} | {"nll-K=1": f"{own['nll']} --memory-tokens 1"},
+        "attention": attention,
         "texts": more,
-        "embeddings": {"memory-rows": "--train-embeddings memory"},
-        "merging": {f"merged-{start}": "" for start in [*OBJECTIVES, *normal, *more]},
-        "stages": {f"{kind}-{start}": "" for start in ("none", *OBJECTIVES)
+        "embeddings": others(base.train_embeddings, whole_table="--train-embeddings all",
+                             memory_rows="--train-embeddings memory"),
+        "bos": {"bos=1": "--bos 1"},
+        "merging": {f"merged-{name}": "" for name in [
+            *OBJECTIVES, *start, *(name for name in more if name.endswith("-4x"))]},
+        "stages": {f"{kind}-{name}": "" for name in ("none", *OBJECTIVES)
                    for kind in ("ucl", "scl")},
         "curve": {"scl-ctkd": ""},
     }
@@ -77,20 +120,6 @@ def beside(variant: str) -> str:
     """The variant of stage 1 that a variant changes: ctkd, if its name does not say another."""
     kind, _, start = variant.partition("-")
     return start if kind in LATER else kind if kind in OBJECTIVES else "ctkd"
-
-
-def finished(module, flags: list[str], out: Path) -> bool:
-    """Whether the run is done; UserError if it was made with other settings than `flags`."""
-    if not (out / "encoder" / "encoder.json").is_file():
-        return False
-    if module is collapse:  # keeps no settings
-        return True
-    before = json.loads((out / "config.json").read_text())
-    config = replace(module.parse_arguments(flags), threads=before["threads"])
-    if changed := changed_settings(config, before):
-        raise UserError(f"{out}: was run with other settings ({'; '.join(changed)}); name another "
-                        f"--out")
-    return True
 
 
 def recipe(variant: str, seed: object, args: argparse.Namespace):
@@ -113,9 +142,25 @@ def recipe(variant: str, seed: object, args: argparse.Namespace):
         flags = ["--stage", kind, "--preset", "demo", "--model", model, *scored, *more]
         module, start = contrastive, "" if before == "none" else before
     else:
-        own = next(v[variant] for v in studies(args.base).values() if variant in v)
+        own = next(v[variant] for v in studies(args).values() if variant in v)
         module, flags, start = pretrain_ctkd, [*args.common, *shlex.split(own)], ""
     return module, [*flags, "--seed", str(seed), "--out", folder(variant)], start
+
+
+# ---------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------
+
+
+def same_run(module, flags: list[str], before: dict, place: Path):
+    """UserError if a run or a record was made with other settings than `flags`."""
+    if module is collapse:  # keeps no settings
+        return
+    config = module.parse_arguments(flags)
+    own = {name: before[name] for name in ("threads", "out") if name in before}
+    if changed := changed_settings(replace(config, **own), before):
+        raise UserError(f"{place}: was run with other settings ({'; '.join(changed)}); name "
+                        f"another --out and --records")
 
 
 def make(variant: str, seed: int, args: argparse.Namespace) -> Path:
@@ -124,8 +169,11 @@ def make(variant: str, seed: int, args: argparse.Namespace) -> Path:
     out = Path(args.out) / f"{variant}-{seed}"
     if start:
         make(start, seed, args)
-    if not finished(module, flags, out):
-        call(module, [*flags, *["--resume"] * (out / "config.json").is_file()])
+    saved = out / "config.json"
+    if not (out / "encoder" / "encoder.json").is_file():
+        call(module, [*flags, *["--resume"] * saved.is_file()])
+    elif saved.is_file():
+        same_run(module, flags, json.loads(saved.read_text()), out)
     return out
 
 
@@ -135,6 +183,12 @@ def call(module, flags: list[str]):
         sys.exit(code)
 
 
+def task_names(args: argparse.Namespace) -> dict[str, str]:
+    """The tasks by which runs are compared: name in the results -> kind."""
+    return {TASKS[task]["name"]: TASKS[task]["kind"] for task in args.task} | {
+        Path(folder).name: kind for folder, kind in args.task_dir}
+
+
 def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
     """Evaluate a model on all tasks and analyse how far it collapses, where that is not done."""
     flags = ["--model", model, *method, "--dtype", args.eval_dtype, "--threads",
@@ -142,13 +196,157 @@ def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
     if method:  # an encoder knows its own length
         flags += ["--max-tokens", str(args.base.max_tokens)]
     data = ["--data-dir", args.data_dir] if args.data_dir else []
-    jobs = [["--task", *args.task, *data]]
+    jobs = [["--task", *args.task, *data]] if args.task else []
     jobs += [["--task-dir", folder, "--kind", kind] for folder, kind in args.task_dir]
     for job in jobs:
         call(evaluate, [*flags, *job, "--results", str(Path(args.out) / "results")])
     path = out / "collapse" / "collapse.json"
     if not path.is_file():  # keep_setting lets no other text or dtype in
         call(collapse, [*flags, "--task", args.analyse, *data, "--out", str(path.parent)])
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log; none without one."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def thin(losses: list[float], points: int = 60) -> dict:
+    """The loss of each step as means of the first and last 50 and of equal stretches."""
+    every = max(1, len(losses) // points)
+    means = [np.mean(losses[i : i + every]) for i in range(0, len(losses), every)]
+    return {"first": np.mean(losses[:50]), "last": np.mean(losses[-50:]), "every": every,
+            "mean": [round(float(x), 4) for x in means]}
+
+
+def shorter(value, digits: int = 4):
+    """Floats in lists and lists of lists to so many significant digits."""
+    if isinstance(value, list):
+        return [shorter(v, digits) for v in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def record(variant: str, seed: int, out: Path, results: Path, args: argparse.Namespace) -> dict:
+    """What is kept of a run: RECORDS/VARIANT-SEED.json. results: the folder of its scores.
+
+    UserError if it was evaluated and analysed with different weights.
+    """
+    found, [analysis] = {}, json.loads((out / "collapse" / "collapse.json").read_text())
+    for name in task_names(args):
+        found[name] = read_result(results / f"{name}.json")
+    if any(r["settings"]["sha256"] != analysis["sha256"] for r in found.values()):
+        raise UserError(f"{out}: was evaluated and analysed with different weights; remove "
+                        f"{out / 'collapse'} to analyse it again")
+    about = {"variant": variant, "seed": seed, "command": f"evaluate.py --method {variant}"}
+    hours = {"scoring": sum(r["evaluation_time"] for r in found.values()) / 3600}
+    if (out / "encoder").is_dir():
+        module, flags, _ = recipe(variant, seed, args)
+        about["command"] = f"{module.__name__}.py {shlex.join(flags)}"
+    if (out / "config.json").is_file():  # not of a merged encoder
+        about["settings"] = json.loads((out / "config.json").read_text())
+        about["environment"] = json.loads((out / "environment.json").read_text())
+        steps = read_log(out / "metrics.jsonl")
+        hours["training"] = sum(s["real_tokens"] / s["tokens_per_second"] for s in steps) / 3600
+        about["loss"] = thin([s["loss"] for s in steps])
+        about["curve"] = read_log(out / "scores.jsonl")
+    for key in ("products", "drawn", "base"):
+        analysis.pop(key, None)
+    return about | {
+        "machine": f"{device_name('cpu')}, {os.cpu_count()} cores, {args.base.threads or 'all'} "
+                   f"threads" if args.base.device != "cuda" else device_name("cuda"),
+        "hours": {k: round(v, 4) for k, v in hours.items()},
+        "scores": {name: 100 * r["scores"]["test"][0]["main_score"] for name, r in found.items()},
+        "collapse": {key: shorter(value) for key, value in analysis.items()},
+    }
+
+
+def finish(variant: str, seed: int, args: argparse.Namespace):
+    """Make, score, analyse and record a run, unless its record has all tasks."""
+    path, untrained = Path(args.records) / f"{variant}-{seed}.json", is_untrained(variant, args)
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if not untrained and "settings" in before:
+            same_run(*recipe(variant, seed, args)[:2], before["settings"], path)
+        if not task_names(args).keys() - before["scores"].keys():
+            return
+    print(f"\n== {variant}, seed {seed}", flush=True)
+    model, method, out = args.base.model, variant, Path(args.out) / variant
+    if not untrained:
+        out = make(variant, seed, args)
+        model, method = str(out), "memory"
+    score(model, ["--method", method] if untrained else [], out, args)
+    found = record(variant, seed, out, Path(args.out) / "results" / label_of(model, method), args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(found) + "\n")
+
+
+def is_untrained(variant: str, args: argparse.Namespace) -> bool:
+    """Whether a variant is a method of evaluate.py."""
+    return variant in studies(args)["untrained"]
+
+
+# ---------------------------------------------------------------------------------------------
+# All runs
+# ---------------------------------------------------------------------------------------------
+
+
+def queue(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
+    """Seed, and variants to be made after each other as they start from the same: seed by seed."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for seed in args.seeds:
+        for study in args.study:
+            own, untrained = studies(args)[study], study == "untrained"
+            if untrained and seed != args.seeds[0]:
+                continue
+            compared = [] if untrained else [name for name in map(beside, own) if name != "none"]
+            for variant in dict.fromkeys([*compared, *own]):
+                if not args.variant or variant in args.variant:
+                    start = variant.partition("-")
+                    root = f"{start[2]}, later" if start[2] == "none" else (
+                        start[2] if start[0] in LATER else variant)
+                    group = found.setdefault((0 if untrained else seed, root), [])
+                    group.extend([variant] * (variant not in group))
+    return [(seed, variants) for (seed, _), variants in found.items()]
+
+
+def run(args: argparse.Namespace, argv: list[str]):
+    """Make, score and analyse what is missing, --jobs runs at a time."""
+    keep_setting(args)
+    if args.jobs == 1:
+        for seed, variants in queue(args):
+            for variant in variants:
+                finish(variant, seed, args)
+        return
+    (logs := Path(args.out) / "logs").mkdir(parents=True, exist_ok=True)
+
+    def work(job: tuple[int, list[str]]) -> bool:
+        """A process of its own for a group of runs; whether it failed."""
+        seed, variants = job
+        command = [sys.executable, __file__, *argv, "--jobs", "1", "--seeds", str(seed),
+                   "--variant", *variants]
+        log = logs / f"{variants[0]}-{seed}.log"
+        with open(log, "a") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        print(f"{', '.join(variants)}, seed {seed}: " + (f"exit code {code}, see {log}" if code
+                                                         else "done"), flush=True)
+        return bool(code)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        if failed := sum(pool.map(work, queue(args))):
+            raise UserError(f"{failed} of the jobs failed; fix what {logs} says and give the same "
+                            f"command again")
+
+
+def keep_setting(args: argparse.Namespace):
+    """Write RECORDS/setting.json for the report; UserError if its runs had another setting."""
+    path = Path(args.records) / "setting.json"
+    now = {key: value for key, value in vars(args).items() if key not in NAMED}
+    before = json.loads(path.read_text()) if path.is_file() else now
+    for key in sorted(now.keys() - set(MAY_CHANGE)):
+        if before.get(key) != now[key]:
+            raise UserError(f"{path}: its runs have {key}={before.get(key)!r}, now {now[key]!r}; "
+                            f"name another --out and --records")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(now, indent=2) + "\n")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -158,35 +356,43 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False
     )
     add = parser.add_argument
-    add("--study", nargs="+", default=["untrained", "objective"],
-        choices=list(studies(pretrain_ctkd.Config())))
+    add("--study", nargs="+", default=["untrained", "objective"], metavar="STUDY")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="default: 0 1 2")
     add("--variant", nargs="+", help="of those of the study; default: all")
-    add("--task", nargs="+", default=["demo-sts", "demo-retrieval"])
+    add("--jobs", type=int, default=1, help="runs at a time; give each its --threads")
+    add("--task", nargs="*", default=["demo-sts", "demo-retrieval"])
     add("--task-dir", nargs=2, action="append", default=[], metavar=("FOLDER", "KIND"))
     add("--analyse", default="demo-sts", help="the task whose texts collapse.py reads")
     add("--data-dir", help="the tasks' repositories, hub layout")
     add("--eval-dtype", default="float32", choices=["float32", "bfloat16"])
-    add("--ucl-flags", default="", help="flags of contrastive.py for stage 2, in quotes")
-    add("--scl-flags", default="", help="flags of contrastive.py for stage 3, in quotes")
+    for name, what in (("nll", "pretrain_ctkd.py for nll, its own rate for example"),
+                       ("rc", "pretrain_ctkd.py for rc"), ("ucl", "contrastive.py for stage 2"),
+                       ("scl", "contrastive.py for stage 3")):
+        add(f"--{name}-flags", default="", help=f"flags of {what}, in quotes")
     add("--curve-tasks", nargs="*", default=["demo-sts", "demo-retrieval"],
         help="tasks on which stage 3 is scored as it trains; none after the flag: it is not")
     add("--curve-every", type=int, default=10, help="steps between these scores")
     add("--about", default="", help="a sentence on the data, for the report")
-    add("--out", default="runs/ablations")
+    add("--out", default="runs/ablations", help="folder of the runs: gigabytes")
+    add("--records", help="folder of what is kept of them (default OUT/records)")
     args, rest = parser.parse_known_args(argv)
-    start = ["--preset", "demo", "--memory-init", "mean"]  # the official code's, as --preset paper
-    args.common = [*start, *rest]
-    args.base, expected = map(pretrain_ctkd.parse_arguments, (args.common, start))
-    for name in ("seed", "out", "resume", "objective", "attention", "memory_init"):
-        if getattr(args.base, name) != getattr(expected, name):
+    args.records = args.records or f"{args.out}/records"
+    own = any(f.split("=")[0] == "--preset" for f in rest)
+    args.common = rest if own else ["--preset", "demo", "--memory-init", "mean", *rest]
+    args.base = pretrain_ctkd.parse_arguments(args.common)
+    for name in ("seed", "out", "resume", "objective"):
+        if any(f.split("=")[0] == flag(name) for f in rest):
             parser.error(f"{flag(name)} is set by the variants; see --seeds, --study")
-    there = {name for study in args.study for name in studies(args.base)[study]}
+    if unknown := [study for study in args.study if study not in studies(args)]:
+        parser.error(f"--study {' '.join(unknown)}: choose from {', '.join(studies(args))}")
+    there = {name for study in args.study for name in studies(args)[study]}
     there |= set(map(beside, there))
     if unknown := set(args.variant or ()) - there:
         parser.error(f"--variant {' '.join(unknown)}: not in {', '.join(args.study)}")
-    if "texts" in args.study and not args.base.num_texts:
-        parser.error("--study texts needs --num-texts, of which it takes a multiple")
+    if "texts" in args.study and not (args.base.num_texts and args.base.steps):
+        parser.error("--study texts needs --num-texts and --steps, of which it takes a multiple")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be at least 1")
     try:
         pretrain_ctkd.check(args.base)
         for task in [*args.task, args.analyse, *args.curve_tasks]:
@@ -196,41 +402,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def keep_setting(args: argparse.Namespace):
-    """Write OUT/common.json for the report; UserError if its runs had another setting."""
-    path = Path(args.out) / "common.json"
-    now = {key: value for key, value in vars(args).items()
-           if key not in ("base", "study", "seeds", "variant")}
-    before = json.loads(path.read_text()) if path.is_file() else now
-    for key in sorted(now.keys() - {"task", "task_dir", "data_dir", "out", "about"}):
-        if before.get(key) != now[key]:
-            raise UserError(f"{path}: its runs have {key}={before.get(key)!r}, now {now[key]!r}; "
-                            f"name another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(now, indent=2) + "\n")
-
-
-def run(args: argparse.Namespace):
-    """Make, score and analyse what is missing."""
-    keep_setting(args)
-    for study in args.study:
-        own, untrained = studies(args.base)[study], study == "untrained"
-        compared = [] if untrained else [name for name in map(beside, own) if name != "none"]
-        for seed in [0] if untrained else args.seeds:
-            for variant in dict.fromkeys([*compared, *own]):
-                if args.variant and variant not in args.variant:
-                    continue
-                print(f"\n== {study}: {variant}, seed {seed}", flush=True)
-                if untrained:
-                    score(args.base.model, ["--method", variant], Path(args.out) / variant, args)
-                else:
-                    score(str(out := make(variant, seed, args)), [], out, args)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    return run_command(lambda: run(args))
+    return run_command(lambda: run(args, argv))
 
 
 if __name__ == "__main__":

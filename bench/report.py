@@ -1,9 +1,9 @@
-"""docs/results.md and its figures from the run folders that bench/ablations.py has left.
+"""docs/results.md and its figures from the records that bench/ablations.py has left.
 
-    python bench/report.py --runs runs/ablations
+    python bench/report.py                       bench/records/
+    python bench/report.py --runs runs/ablations/records --settings "" --smoke "" --out runs/page.md
 
-What is not finished is named, and enters no figure; with unfinished runs an existing
-docs/results.md is overwritten only with --force. The page itself says how claims are tested.
+What has no record yet is named, and enters no figure. The page itself says how claims are tested.
 """
 
 import argparse
@@ -24,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
 import ablations
 from data.tasks import TASKS
 from runtime.errors import UserError, run_command
-from runtime.results import label_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+RECORDS = Path(__file__).resolve().parent / "records"
 
 SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-sts": "embedded STS",
-         "demo-retrieval": "embedded retrieval", "clustering-20newsgroups": "20 Newsgroups*"}
+         "demo-retrieval": "embedded retrieval", "clustering-20newsgroups": "20 Newsgroups*",
+         "reranking-medquad": "MedQuAD*", "stsbenchmark-validation": "STSB (validation)",
+         "banking77-validation": "Banking77 (validation)",
+         "scifact-validation": "SciFact (validation)"}
 SEEDS, ALPHA = 3, 0.05  # what a verdict needs at least; of each test
 NO_DIFFERENCE = 2.0  # points; a difference is said to be small if it is shown to be below
 PEAK = 200  # steps of stage 3, after which the paper sees no gain
@@ -44,13 +47,13 @@ MEASURES = {  # key of a run -> heading, digits
 
 @dataclass
 class Runs:
-    """All runs below a folder: values[variant, seed][key], and what is missing."""
+    """All records of a folder: values[variant, seed][key], and what is missing."""
 
     args: argparse.Namespace  # of the command that made them, without its studies and seeds
     studies: dict[str, dict[str, str]]
     values: dict[tuple[str, int], dict[str, float]]
-    files: dict[tuple[str, int], dict]  # environment, config, losses, curve, collapse
-    unfinished: dict[tuple[str, int], str]
+    records: dict[tuple[str, int], dict]
+    missing: dict[tuple[str, int], str]  # of the variants and seeds that are due, why
     tasks: dict[str, str]  # heading -> kind
 
     def seeds(self, variant: str) -> list[int]:
@@ -58,9 +61,8 @@ class Runs:
         return sorted(seed for name, seed in self.values if name == variant)
 
     def begun(self, study: str) -> list[str]:
-        """The variants of a study of which there is any trace."""
-        there = {name for name, _ in self.values} | {
-            name for (name, _), why in self.unfinished.items() if why != "not begun"}
+        """The variants of a study of which there is any record."""
+        there = {name for name, _ in self.records}
         return [variant for variant in self.studies[study] if variant in there]
 
     def of(self, variant: str, key: str, seeds: list[int] | None = None) -> np.ndarray:
@@ -76,34 +78,23 @@ class Runs:
             return self.of(a, key)[: len(y)], y
         return self.of(a, key, seeds), self.of(b, key, seeds)
 
+    def same(self, variant: str) -> str:
+        """The variant that a claim names, under the name that it has here.
 
-def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dict, str]:
-    """Values and files of a run, and why it is not finished (empty if it is)."""
-    values, files = {}, {}
-    for name in ("environment", "config"):
-        if (path := out / f"{name}.json").is_file():
-            files[name] = json.loads(path.read_text())
-    if "config" in files:
-        steps = files["config"]["steps"]
-        files["losses"] = [row["loss"] for row in read_log(out / "metrics.jsonl")]
-        files["curve"] = read_log(out / "scores.jsonl")
-        if not (out / "encoder" / "encoder.json").is_file():
-            return values, files, f"{len(files['losses'])}{f' of {steps}' if steps else ''} steps"
-    hashes = set()
-    for path in results.glob("*.json"):
-        about = json.loads(path.read_text())
-        hashes.add(about["settings"]["sha256"])
-        name = SHORT.get(about["task_name"], about["task_name"])
-        values[name] = 100 * about["scores"]["test"][0]["main_score"]
-    if missing := [task for task in tasks if task not in values]:
-        begun = values or files
-        return values, files, "not evaluated on " + ", ".join(missing) if begun else "not begun"
-    if not (path := out / "collapse" / "collapse.json").is_file():
-        return values, files, "not analysed"
-    [found] = json.loads(path.read_text())
-    if hashes != {found["sha256"]}:
-        return values, files, "evaluated and analysed with different weights"
-    files["collapse"] = found
+        Where the common setting has its value, `causal` or `ctkd-mean` are `ctkd` itself.
+        """
+        common = {self.args.base.attention: "ctkd"} | {
+            f"{name}-{self.args.base.memory_init}": name for name in ablations.OBJECTIVES}
+        start, _, end = variant.partition("-")
+        if start in ablations.LATER and end in common:
+            return f"{start}-{common[end]}"
+        return common.get(variant, variant)
+
+
+def values_of(record: dict, tasks: dict[str, str]) -> dict[str, float]:
+    """The scores and measures of a record, and its means over kinds of tasks."""
+    values = {SHORT.get(name, name): score for name, score in record["scores"].items()}
+    found = record["collapse"]
     values |= {key: found[key] for key in MEASURES if found.get(key) is not None}
     if "clusters" in found:
         values["effective"] = len(found["kept_tokens"]) or len(found["clusters"])
@@ -112,13 +103,7 @@ def read_run(out: Path, results: Path, tasks: dict[str, str]) -> tuple[dict, dic
     groups["mean without retrieval"] = [task for task in tasks if tasks[task] != "retrieval"]
     for name, there in {**groups, "mean": tasks}.items():
         values[name] = np.mean([values[task] for task in there] or np.nan)
-    return values | after_peak(files.get("curve", [])), files, ""
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of a log, without one that is being written; none without a log."""
-    lines = path.read_text().splitlines(True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return values | after_peak(record.get("curve", []))
 
 
 def retrieval_of(row: dict) -> float:
@@ -138,26 +123,32 @@ def after_peak(curve: list[dict]) -> dict[str, float]:
 
 
 def read_runs(folder: Path) -> Runs:
-    """Everything that lies below the folder of bench/ablations.py."""
-    setting = json.loads((folder / "common.json").read_text())
-    base = ablations.pretrain_ctkd.parse_arguments(setting["common"])
-    args = argparse.Namespace(**setting, base=base)
-    tasks = {SHORT.get(TASKS[t]["name"], TASKS[t]["name"]): TASKS[t]["kind"] for t in args.task}
-    tasks |= {SHORT.get(Path(f).name, Path(f).name): kind for f, kind in args.task_dir}
-    studies = {name: v for name, v in ablations.studies(base).items() if name != "curve"}
+    """The records that bench/ablations.py has left in a folder."""
+    if not (folder / "setting.json").is_file():
+        raise UserError(f"{folder}: no setting.json there; is it the --records of "
+                        f"bench/ablations.py?")
+    setting = json.loads((folder / "setting.json").read_text())
+    args = argparse.Namespace(**setting)
+    args.base = ablations.pretrain_ctkd.parse_arguments(args.common)
+    tasks = {SHORT.get(name, name): kind for name, kind in ablations.task_names(args).items()}
+    studies = {name: v for name, v in ablations.studies(args).items() if name != "curve"}
     runs = Runs(args, studies, {}, {}, {}, tasks)  # the run of curve is one of the stages
-    for study, variants in runs.studies.items():
+    for path in sorted(folder.glob("*-*.json")):
+        record = json.loads(path.read_text())
+        runs.records[record["variant"], record["seed"]] = record
+    for variants in studies.values():
         for variant in variants:
-            there = [path.name.removeprefix(f"{variant}-") for path in folder.glob(f"{variant}-*")]
-            due = [0] if study == "untrained" else ablations.SEEDS
-            for seed in sorted({*due, *(int(seed) for seed in there if seed.isdigit())}):
-                name, model, method = f"{variant}-{seed}", f"{args.out}/{variant}-{seed}", "memory"
-                if study == "untrained":
-                    name, model, method = variant, base.model, variant
-                label = label_of(model, method)
-                values, files, why = read_run(folder / name, folder / "results" / label, tasks)
-                runs.files[variant, seed] = files
-                (runs.unfinished if why else runs.values)[variant, seed] = why or values
+            untrained = variant in studies["untrained"]
+            there = [seed for name, seed in runs.records if name == variant]
+            for seed in sorted({*there, *([0] if untrained else ablations.SEEDS)}):
+                record = runs.records.get((variant, seed))
+                scored = {SHORT.get(name, name) for name in record["scores"]} if record else set()
+                if record is None:
+                    runs.missing[variant, seed] = "no record"
+                elif lacking := [task for task in tasks if task not in scored]:
+                    runs.missing[variant, seed] = "not evaluated on " + ", ".join(lacking)
+                else:
+                    runs.values[variant, seed] = values_of(record, tasks)
     return runs
 
 
@@ -184,9 +175,9 @@ def by_variant(runs: Runs, head: list[str], columns: Callable[[str], list[str]])
 
 def losses_of(runs: Runs, variant: str) -> str:
     """Mean loss of the first and of the last 50 steps, over seeds."""
-    found = [runs.files[variant, seed].get("losses", []) for seed in runs.seeds(variant)]
-    parts = (slice(50), slice(-50, None)) if all(found) else ()
-    return " → ".join(cell(np.array([np.mean(x[part]) for x in found]), 2) for part in parts)
+    found = [runs.records[variant, seed].get("loss") for seed in runs.seeds(variant)]
+    parts = ("first", "last") if all(found) else ()
+    return " → ".join(cell(np.array([x[part] for x in found]), 2) for part in parts)
 
 
 def student(d: np.ndarray, level: float = 0.95) -> tuple[float, float, float, float]:
@@ -235,6 +226,7 @@ class Found:
 
 def compare(runs: Runs, a: str, sign: str, b: str, key: str) -> Found:
     """One comparison of a claim: a > b, a < b, or a = b for a small difference."""
+    a, b = runs.same(a), runs.same(b)
     (x, y), (title, digits) = runs.both(a, b, key), MEASURES.get(key, (key, 1))
     if key == "deviation":  # of the mean score, over all seeds of each: they are no pairs
         x, y = runs.of(a, "mean"), runs.of(b, "mean")
@@ -300,6 +292,8 @@ CLAIMS = [  # what the paper says, its figures, what is compared
      each("ctkd < X by deviation", "nll", "rc")),
     ("Stage 1 beats the training-free mean", "CTKD 52.49, weighted mean 40.46",
      each("ctkd > weighted-mean by mean")),
+    ("Stage 1 beats every training-free row but MetaEOL", "CTKD 52.49, EE 46.54, PromptEOL "
+     "43.55", each("ctkd > X by mean", "last", "mean", "weighted-mean", "echo", "prompteol")),
     ("NLL's embeddings collapse to fewer dimensions", "Figure 4: about 10 against 100 (of 4,096); "
      "in which sense is not said: values near zero are meant, `above 1 %` is the nearest",
      each("nll < ctkd by X", *DIMENSIONS)),
@@ -308,9 +302,9 @@ CLAIMS = [  # what the paper says, its figures, what is compared
     ("NLL's memory tokens are more alike, 4 x texts", "Figures 5 and 6, 128,000 texts",
      each("nll-4x > ctkd-4x by mean_cosine")),
     ("Initial rows that are alike keep the tokens alike", "ours",
-     each("X > X-normal by mean_cosine", *ablations.OBJECTIVES)),
+     each("X-mean > X-normal by mean_cosine", *ablations.OBJECTIVES)),
     ("The initial rows make little difference to the scores", "ours",
-     each("X = X-normal by mean", *ablations.OBJECTIVES)),
+     each("X-mean = X-normal by mean", *ablations.OBJECTIVES)),
     ("Merging alike tokens helps NLL", "Figure 7, section 4.2", each("merged-nll > nll by mean")),
     ("Merging alike tokens helps NLL, 4 x texts", "Figure 7: 48.38 -> 51.09, 128,000 texts",
      each("merged-nll-4x > nll-4x by mean")),
@@ -320,9 +314,9 @@ CLAIMS = [  # what the paper says, its figures, what is compared
     ("One memory token is not enough", "section 4.2: unsatisfactory", each("K=1 < ctkd by mean")),
     ("One memory token is not enough for NLL", "section 4.2", each("nll-K=1 < nll by mean")),
     ("Bidirectional attention helps retrieval", "a summary of the paper, not its text",
-     each("causal < ctkd by retrieval")),
+     each("causal < bidirectional by retrieval")),
     ("Causal attention helps STS and classification", "a summary of the paper, not its text",
-     each("causal > ctkd by X", "sts", "classification")),
+     each("causal > bidirectional by X", "sts", "classification")),
     ("Each contrastive stage raises the scores", "CTKD 52.49, 58.51, 66.78; NLL 46.22, 56.84, "
      "65.90; RC 35.79, 45.41, 65.49",
      each("ucl-X > X by mean; scl-X > ucl-X by mean", *ablations.OBJECTIVES)),
@@ -371,7 +365,7 @@ def draw_stages(runs: Runs, radar, curve):
         radar.plot([*turns, 0], [*x, x[0]], label=variant)
     radar.set_xticks(turns, runs.tasks, fontsize=7)
     for turn, seed in enumerate(runs.seeds("scl-ctkd")):
-        rows = runs.files["scl-ctkd", seed].get("curve", [])
+        rows = runs.records["scl-ctkd", seed].get("curve", [])
         for i, name in enumerate(("mean", "retrieval")):
             values = [row["mean"] if name == "mean" else retrieval_of(row) for row in rows]
             curve.plot([row["step"] for row in rows], values, f"C{i}", label="_" * turn + name)
@@ -391,58 +385,76 @@ def draw_collapse(runs: Runs, path: Path):
                            ("b", ["ctkd", "ucl-ctkd", "scl-ctkd"])):
         for i, variant in enumerate(variants):
             for turn, seed in enumerate(runs.seeds(variant)):
-                s = np.array(runs.files[variant, seed]["collapse"]["spectrum"])
+                s = np.array(runs.records[variant, seed]["collapse"]["spectrum"])
                 panels[name].plot(s / s[0], f"C{i}", linewidth=0.8, label="_" * turn + variant)
         panels[name].set(yscale="log", ylim=(1e-5, 1.5), ylabel="singular value / first")
         if panels[name].lines:
             panels[name].legend(frameon=False, fontsize=7)
     for name in tokens:  # of the first seed
-        cosines = runs.files[name, runs.seeds(name)[0]]["collapse"]["cosines"]
+        cosines = runs.records[name, runs.seeds(name)[0]]["collapse"]["cosines"]
         image = panels[name].imshow(cosines, vmin=0, vmax=1)
         panels[name].set_title(name, fontsize=8)
     figure.colorbar(image, ax=[panels[name] for name in tokens]) if tokens else None
     figure.savefig(path, metadata={"Date": None})
 
 
+def command(runs: Runs) -> str:
+    """The command that has made the runs, as a block of shell."""
+    args = runs.args
+    lines = [["--study", *filter(runs.begun, runs.studies)], args.common]
+    lines += [["--task-dir", *pair] for pair in args.task_dir]
+    skipped = {"common", "task_dir", "base", "about"}
+    lines += [["--" + key.replace("_", "-"), *(value if isinstance(value, list) else [str(value)])]
+              for key, value in vars(args).items() if key not in skipped and value not in ("", None)
+              and not (key.startswith("curve") and not runs.begun("stages"))]
+    text = " \\\n    ".join(map(shlex.join, filter(None, lines)))
+    return f"```sh\npython bench/ablations.py {text}\n```"
+
+
+def model_of(runs: Runs) -> str:
+    """The base in words."""
+    names = {"demo": "the embedded Llama (6.9 M weights, D = 256)", "smollm2":
+             "SmolLM2-135M-Instruct (D = 576; the weights of bench/smollm2.py, out of 4 bits)"}
+    return names.get(runs.args.base.model, runs.args.base.model)
+
+
+def hours_of(runs: Runs, variant: str) -> str:
+    """Mean hours of training and of scoring a run."""
+    found = [runs.records[variant, seed]["hours"] for seed in runs.seeds(variant)]
+    return " + ".join(f"{np.mean([h[key] for h in found]):.2f}"
+                      for key in ("training", "scoring") if all(key in h for h in found))
+
+
 def first_section(runs: Runs) -> str:
     """The first section: model, command, data."""
-    args, model = runs.args, runs.args.base.model
-    model = "the embedded Llama (6.9 M weights, D = 256)" if model == "demo" else model
-    about = next((f["environment"] for f in runs.files.values() if "environment" in f), {})
+    about = next((r["environment"] for r in runs.records.values() if "environment" in r), {})
     dtype, device, torch = (about.get(key, "?") for key in ("dtype", "device", "torch"))
-    lines = [["--study", *filter(runs.begun, runs.studies)], args.common[4:]]
-    lines += [["--task-dir", *pair] for pair in args.task_dir]
-    lines += [["--" + key.replace("_", "-"), *(value if isinstance(value, list) else [str(value)])]
-              for key, value in vars(args).items() if value not in ("", None)
-              and key not in ("common", "base", "task_dir")]
-    command = " \\\n    ".join(map(shlex.join, filter(None, lines)))
     return f"""# Results
 
-**Exploratory**: the paper's ablations and analysis with {model} in place of
+**Exploratory**: the paper's ablations and analysis with {model_of(runs)} in place of
 Llama-2-7B, and little data. Directions may carry over, scores (the paper's 66.78) cannot.
-`python bench/report.py --runs {args.out}` writes this page from what this command leaves:
+`python bench/report.py` writes this page from the records that this command has left (one per run:
+settings, command, machine, hours, losses, scores, analysis):
 
-```sh
-python bench/ablations.py {command}
-```
+{command(runs)}
 
-{args.about or "The data are those of the command."}
+{runs.args.about or "The data are those of the command."}
 
 Scores are main scores x 100, mean ± standard deviation over seeds. In stage 1 all variants of a
 seed see the same texts in the same order, but for those of `texts`. Training on {device} in
-{dtype.removeprefix("torch.")}, evaluation and analysis in {args.eval_dtype}, torch {torch}.
+{dtype.removeprefix("torch.")}, evaluation and analysis in {runs.args.eval_dtype}, torch {torch}.
 """
 
 
 def claims_section(runs: Runs) -> str:
     """The table of claims, a row a comparison; those of which nothing was run in a line each."""
     judged, rows, missing = judge_all(runs), [], []
-    every = ablations.studies(ablations.pretrain_ctkd.Config())
-    study_of = {name: study for study, variants in reversed(every.items()) for name in variants}
+    study_of = {name: study for study, variants in reversed(runs.studies.items())
+                for name in variants}
     count = sum(not np.isnan(f.p) for _, found in judged for f in found)
     for (text, paper, parts), (verdict, found) in zip(CLAIMS, judged):
         if verdict == "not run":
-            needed = {study_of[name] for a, _, b, _ in parts for name in (a, b)
+            needed = {study_of[name] for a, _, b, _ in parts for name in map(runs.same, (a, b))
                       if name in study_of and not runs.seeds(name)}
             missing.append(f"* {text} ({paper}): `--study {' '.join(sorted(needed))}`")
             continue
@@ -476,68 +488,112 @@ N`; Figure 10 needs a stage 3 of more than {PEAK} steps, `--scl-flags "--steps 1
 """ if claims else ""
 
 
-def page(runs: Runs) -> str:
-    """The text of docs/results.md."""
-    args, tasks = runs.args, list(runs.tasks)
-    analysed = next((f["collapse"]["texts"] for f in runs.files.values() if "collapse" in f), 0)
-    scores = by_variant(runs, [*tasks, "mean", "loss"], lambda v: [
-        *(cell(runs.of(v, task)) for task in [*tasks, "mean"]), losses_of(runs, v)])
-    measures = by_variant(runs, [title for title, _ in MEASURES.values()], lambda v: [
+def scores_table(runs: Runs) -> str:
+    """A row a variant: scores on every task, their mean, the loss, hours."""
+    tasks = [*runs.tasks, "mean"]
+    return by_variant(runs, [*tasks, "loss", "hours"], lambda v: [
+        *(cell(runs.of(v, task)) for task in tasks), losses_of(runs, v), hours_of(runs, v)])
+
+
+def measures_table(runs: Runs) -> str:
+    """A row a variant: the measures of collapse."""
+    return by_variant(runs, [title for title, _ in MEASURES.values()], lambda v: [
         cell(runs.of(v, key), digits) for key, (_, digits) in MEASURES.items()])
-    unfinished = [f"* {study}: {name}, seed {seed}: {why}" for study in runs.studies
-                  for (name, seed), why in runs.unfinished.items() if name in runs.begun(study)]
+
+
+def settings_section(runs: Runs) -> str:
+    """How the common setting was chosen: one factor at a time, on validation tasks."""
+    return f"""
+## How the settings were chosen
+
+One factor at a time around the common setting, `ctkd`, on validation tasks that share no text with
+those above (`bench/validation.py`); no score of a test set was seen before. The rows of `rate` for
+nll and rc give each objective its own rate.
+
+{command(runs)}
+
+{runs.args.about}
+
+{scores_table(runs)}
+
+{measures_table(runs)}
+"""
+
+
+def smoke_section(runs: Runs) -> str:
+    """The embedded Llama, in short."""
+    return f"""
+## {model_of(runs)[0].upper()}{model_of(runs)[1:]}
+
+{command(runs)}
+
+{runs.args.about}
+
+{scores_table(runs)}
+
+{measures_table(runs)}
+"""
+
+
+def page(runs: Runs, settings: Runs | None = None, smoke: Runs | None = None) -> str:
+    """The text of docs/results.md."""
+    found = next((r["collapse"]["texts"] for r in runs.records.values()), 0)
+    missing = [f"* {v}, seed {seed}: {why}" for study in runs.studies for v in runs.begun(study)
+               for (name, seed), why in runs.missing.items() if name == v]
+    machines = sorted({r["machine"] for part in (runs, settings, smoke) if part
+                       for r in part.records.values()})
+    total = sum(sum(r["hours"].values()) for part in (runs, settings, smoke) if part
+                for r in part.records.values())
     return f"""{first_section(runs)}
 {claims_section(runs)}
 ## Scores
 
-The loss is the mean of the first and of the last 50 steps; `python bench/ablations.py --help` says
-what a variant is.
+The loss is the mean of the first and of the last 50 steps, hours those of training and of scoring
+one run; `python bench/ablations.py --help` says what a variant is.
 
 ![Scores over objectives, K and stages](ablations.svg)
 
-{scores}
+{scores_table(runs)}
 
 ## Collapse
 
-{analysed:,} texts of {args.analyse}; `python collapse.py --help` says what the columns are.
+{found:,} texts of {runs.args.analyse}; `python collapse.py --help` says what the columns are.
 
 ![Spectra and token correlations](collapse.svg)
 
-{measures}
+{measures_table(runs)}
+{settings_section(settings) if settings else ""}{smoke_section(smoke) if smoke else ""}
+## Machines, and what is missing
 
-## Unfinished
+{total:.1f} hours in all on {"; ".join(machines)}. The command of each run is in its record.
 
-{chr(10).join(unfinished) or "Nothing that was begun."}
+{chr(10).join(dict.fromkeys(missing)) or "Every variant that was begun has its seeds."}
 """
 
 
 def write(args: argparse.Namespace):
     """Write the page and its figures."""
-    folder, out = Path(args.runs), Path(args.out)
-    if not (folder / "common.json").is_file():
-        raise UserError(f"{folder}: no common.json there; is it the --out of bench/ablations.py?")
-    runs = read_runs(folder)
-    begun = {name for study in runs.studies for name in runs.begun(study)}
-    unfinished = [(run, why) for run, why in runs.unfinished.items() if run[0] in begun]
-    if unfinished and out.resolve() == PAGE and out.exists() and not args.force:
-        (variant, seed), why = unfinished[0]
-        raise UserError(f"{out}: kept, {len(unfinished)} runs are unfinished ({variant}, seed "
-                        f"{seed}: {why}); finish them, name another --out, or give --force")
+    out, runs = Path(args.out), read_runs(Path(args.runs))
+    settings, smoke = (read_runs(Path(folder)) if folder and Path(folder).is_dir() else None
+                       for folder in (args.settings, args.smoke))
     rcParams["svg.hashsalt"] = "ablations"  # the same runs draw the same file
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_scores(runs, out.parent / "ablations.svg")
     draw_collapse(runs, out.parent / "collapse.svg")
-    out.write_text(page(runs), encoding="utf-8")
-    print(f"{out}: {len(runs.values)} runs, {len(unfinished)} unfinished")
+    out.write_text(page(runs, settings, smoke), encoding="utf-8")
+    print(f"{out}: {sum(len(r.values) for r in (runs, settings, smoke) if r)} runs")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--runs", default="runs/ablations", help="folder of bench/ablations.py")
-    parser.add_argument("--out", default=str(PAGE), help="the page; its figures go beside it")
-    parser.add_argument("--force", action="store_true", help="write it though runs are unfinished")
+    add = parser.add_argument
+    add("--runs", default=str(RECORDS / "smollm2"), help="the --records of bench/ablations.py")
+    add("--settings", default=str(RECORDS / "smollm2-validation"),
+        help="records of the runs by which the settings were chosen")
+    add("--smoke", default=str(RECORDS / "demo"), help="records of the embedded Llama's runs")
+    add("--out", default=str(PAGE), help="the page; its figures go beside it")
     return run_command(lambda: write(parser.parse_args(argv)))
 
 

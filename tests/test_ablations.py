@@ -1,6 +1,7 @@
 """bench/ablations.py: which runs a study has, how each is made, and that none is made twice."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def flags_of(variant, args):
     ("nll-K=1", "--objective nll --memory-tokens 1"), ("causal", "--attention causal"),
     ("ctkd-normal", "--memory-init normal"), ("rc-normal", "--objective rc --memory-init normal"),
     ("ctkd-4x", "--num-texts 400 --steps 80"), ("memory-rows", "--train-embeddings memory"),
-    ("nll-4x", "--objective nll --num-texts 400 --steps 80"),
+    ("nll-4x", "--objective nll --num-texts 400 --steps 80"), ("lr=2e-3", "--lr 2e-3"),
+    ("nll-lr=3e-4", "--objective nll --lr 3e-4"), ("bos=1", "--bos 1"),
+    ("ctkd-0.25x", "--num-texts 25 --steps 5"),
 ])
 def test_a_variant_of_stage_1_adds_its_flags_to_the_common_ones(variant, parts):
     flags, start = flags_of(variant, parse())
@@ -39,7 +42,7 @@ def test_stages_2_and_3_have_the_same_flags_after_every_start():
     args = parse("--ucl-flags", "--lr 1e-5", "--scl-flags", "--lr 1e-3", "--data-dir", "d",
                  "--curve-tasks", "sts17", "scifact", "--curve-every", "50")
     found = {}
-    for variant in ablations.studies(args.base)["stages"]:
+    for variant in ablations.studies(args)["stages"]:
         kind, _, start = variant.partition("-")
         flags, before = flags_of(variant, args)
         model = "demo" if variant == "ucl-none" else f"o/{before}-3"
@@ -54,7 +57,7 @@ def test_stages_2_and_3_have_the_same_flags_after_every_start():
 
 def test_every_variant_is_made_from_one_that_is_there():
     args = parse()
-    studies = ablations.studies(args.base)
+    studies = ablations.studies(args)
     everything = {name for variants in studies.values() for name in variants}
     assert {"merged-nll-4x", "merged-rc-normal", "scl-nll", "prompteol"} <= everything
     for study, variants in studies.items():
@@ -62,61 +65,158 @@ def test_every_variant_is_made_from_one_that_is_there():
             assert ablations.recipe(variant, 0, args)[2] in everything | {""}
             assert ablations.beside(variant) in everything | {"none"}
     assert {name: ablations.beside(name) for name in (
-        "K=4", "memory-rows", "nll-K=1", "rc-normal", "ctkd-4x", "merged-nll-4x", "scl-rc")} == {
+        "K=4", "memory-rows", "nll-K=1", "rc-normal", "ctkd-4x", "merged-nll-4x", "scl-rc",
+        "lr=1e-4", "nll-lr=2e-3")} == {
         "K=4": "ctkd", "memory-rows": "ctkd", "nll-K=1": "nll", "rc-normal": "rc",
-        "ctkd-4x": "ctkd", "merged-nll-4x": "nll-4x", "scl-rc": "rc"}
-    whole = ablations.studies(ablations.parse_arguments([]).base)  # all texts: no multiple of them
+        "ctkd-4x": "ctkd", "merged-nll-4x": "nll-4x", "scl-rc": "rc", "lr=1e-4": "ctkd",
+        "nll-lr=2e-3": "nll"}
+    whole = ablations.studies(ablations.parse_arguments([]))  # all texts: no multiple of them
     assert whole["texts"] == {} and not any("4x" in name for name in whole["merging"])
 
 
-def test_a_study_is_made_beside_what_it_changes_for_three_seeds(monkeypatch, tmp_path):
+def test_the_common_setting_is_no_variant_of_itself():
+    """Of two-valued settings the other one is; an objective's own rate is not tried again."""
+    def variants(*flags):
+        there = ablations.studies(ablations.parse_arguments([*flags, "--out", "o"]))
+        return [set(there[study]) for study in ("attention", "start", "embeddings", "tokens")]
+
+    k = {"K=1", "K=2", "K=4", "K=8", "K=16", "nll-K=1"}
+    assert variants() == [{"causal", "causal-lr=3e-4", "causal-lr=2e-3"}, {"ctkd-normal", "nll-normal", "rc-normal"}, {"memory-rows"},
+                          k - {"K=8"}]
+    assert variants("--preset", "smollm2", "--attention", "causal", "--memory-tokens", "4") == [
+        {f"bidirectional{end}" for end in ("", "-lr=3e-4", "-lr=2e-3")}, {"ctkd-mean", "nll-mean", "rc-mean"}, {"whole-table"}, k - {"K=4"}]
+    rates = ablations.studies(parse("--lr", "3e-4", "--nll-flags", "--lr 2e-3"))["rate"]
+    assert set(rates) == {"lr=1e-4", "lr=1e-3", "lr=2e-3", "nll-lr=3e-4", "nll-lr=1e-3",
+                          "rc-lr=1e-3", "rc-lr=2e-3"}
+
+
+def made_by(monkeypatch, *flags):
+    """The variants and seeds in the order in which they are made."""
     made = []
-    monkeypatch.setattr(ablations, "score", lambda *_: None)
-    monkeypatch.setattr(ablations, "make", lambda name, seed, _: made.append((name, seed)))
-    for study, names in (("texts", "ctkd nll ctkd-4x nll-4x"), ("curve", "ctkd scl-ctkd"),
-                         ("tokens", "ctkd nll K=1 K=2 K=4 K=16 nll-K=1")):
-        ablations.run(parse("--study", study, "--out", str(tmp_path / study)))
-        assert made == [(name, seed) for seed in range(3) for name in names.split()], study
-        made.clear()
+    monkeypatch.setattr(ablations, "finish", lambda name, seed, _: made.append((name, seed)))
+    assert ablations.main(list(flags)) == 0
+    return made
 
 
-def test_ablations_run_once_and_resume(tmp_path, capsys):
-    """Two steps of two variants: a second call trains, evaluates and analyses nothing."""
-    command = ["--study", "attention", "merging", "--seeds", "0", "--steps", "2", "--num-texts",
-               "16", "--threads", "1", "--task", "demo-sts", "--out", str(tmp_path / "out"),
-               "--variant", "ctkd", "causal", "nll", "merged-ctkd", "merged-nll"]
+def test_a_study_is_made_beside_what_it_changes_seed_by_seed(monkeypatch, tmp_path):
+    for study, names in (("tokens", "ctkd K=1 K=2 K=4 K=16 nll nll-K=1"), ("curve",
+                         "ctkd scl-ctkd"), ("bos", "ctkd bos=1")):
+        made = made_by(monkeypatch, "--study", study, "--out", str(tmp_path / study))
+        assert len(made) == len(set(made)) == 3 * len(names.split()), study
+        for seed in range(3):  # the first seed of all comes first
+            part = made[seed * len(names.split()) :][: len(names.split())]
+            assert set(part) == {(name, seed) for name in names.split()}, study
+    made = made_by(monkeypatch, "--study", "objective", "untrained", "--seeds", "1", "2", "--out",
+                   str(tmp_path / "more"))
+    assert ("echo", 0) in made and ("echo", 1) not in made and ("rc", 2) in made
+
+
+def test_what_starts_from_another_run_is_made_after_it_in_the_same_job():
+    args = parse("--study", "objective", "stages", "merging", "--seeds", "0", "1")
+    jobs = ablations.queue(args)
+    flat = [(seed, name) for seed, names in jobs for name in names]
+    assert len(flat) == len(set(flat))
+    for seed, names in jobs:
+        for name in names:
+            start = ablations.recipe(name, seed, args)[2]
+            assert not start or start in names[: names.index(name)], (name, names)
+    assert [0, 1] == sorted({seed for seed, _ in jobs}) and jobs[0][0] == 0 and jobs[-1][0] == 1
+
+
+COMMAND = ["--study", "attention", "merging", "untrained", "--seeds", "0", "--steps", "2",
+           "--num-texts", "16", "--threads", "1", "--task", "demo-sts", "--variant", "ctkd",
+           "causal", "nll", "merged-ctkd", "merged-nll", "mean"]
+
+
+def test_ablations_run_once_and_are_recorded(tmp_path, capsys, monkeypatch):
+    """Two steps of two variants: a second call makes nothing, also where only records are left."""
+    command = [*COMMAND, "--out", str(tmp_path / "out"), "--records", str(tmp_path / "kept")]
     assert ablations.main(command) == 0
     names = {"causal-0", "ctkd-0", "nll-0", "merged-ctkd-0", "merged-nll-0"}
-    out = tmp_path / "out"
-    assert names == {path.name for path in out.iterdir()} - {"results", "common.json"}
-    kept = json.loads((out / "merged-nll-0" / "encoder" / "encoder.json").read_text())
-    assert set(kept["kept_tokens"]) <= set(range(8)) and kept["kept_tokens"]
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    assert names | {"mean"} == {path.name for path in out.iterdir()} - {"results"}
+    merged = json.loads((out / "merged-nll-0" / "encoder" / "encoder.json").read_text())
+    assert set(merged["kept_tokens"]) <= set(range(8)) and merged["kept_tokens"]
+    assert {path.stem for path in kept.iterdir()} == names | {"setting", "mean-0"}
+    found = json.loads((kept / "causal-0.json").read_text())
+    assert found["command"].startswith("pretrain_ctkd.py --preset demo --memory-init mean ")
+    assert found["settings"]["attention"] == "causal" and found["hours"]["training"] > 0
+    losses = [json.loads(line)["loss"] for line in
+              (out / "causal-0" / "metrics.jsonl").read_text().splitlines()]
+    assert found["loss"]["last"] == pytest.approx(sum(losses) / 2)
+    assert found["scores"].keys() == {"demo-sts"} and 0 < found["scores"]["demo-sts"] < 100
+    assert "cores" in found["machine"] and found["environment"]["threads"] == 1
+    shutil.rmtree(out)
+    before = {path: path.read_bytes() for path in kept.iterdir()}
+    monkeypatch.setattr(ablations, "make", None)  # as is scoring: nothing is left to be done
+    monkeypatch.setattr(ablations, "score", None)
     assert ablations.main(command) == 0
-    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert changed == {"common.json"}
+    assert before == {path: path.read_bytes() for path in kept.iterdir()} and not out.exists()
     capsys.readouterr()
     assert ablations.main([*command, "--dtype", "float32"]) == 2
     error = capsys.readouterr().err
     assert "its runs have common=" in error and "name another --out" in error
-    (out / "common.json").unlink()
+    (kept / "setting.json").unlink()
     assert ablations.main([*command, "--steps", "3"]) == 2
     error = capsys.readouterr().err
     assert "was run with other settings (steps: 2 -> 3); name another --out" in error
-    runs = report.read_runs(tmp_path / "out")
+    runs = report.read_runs(kept)
     assert runs.values["causal", 0].keys() >= {"embedded STS", "sts", "mean", "entropy"}
     assert ("merged-nll", 0) in runs.values and ("nll", 0) in runs.values
 
 
+def test_an_interrupted_run_is_resumed_and_a_task_more_is_scored(tmp_path, capsys, monkeypatch):
+    command = [*COMMAND, "--variant", "ctkd", "--out", str(tmp_path)]
+    calls = []
+    ours = ablations.call
+
+    def call(module, flags):
+        calls.append((module.__name__, "--resume" in flags))
+        if module is ablations.evaluate and len(calls) == 2:
+            sys.exit(130)  # as a signal would end it
+        ours(module, flags)
+
+    monkeypatch.setattr(ablations, "call", call)
+    with pytest.raises(SystemExit):
+        ablations.main(command)
+    assert not (tmp_path / "records" / "ctkd-0.json").exists()
+    (tmp_path / "ctkd-0" / "encoder" / "encoder.json").unlink()  # and the training, too
+    assert ablations.main(command) == 0
+    assert calls == [("pretrain_ctkd", False), ("evaluate", False), ("pretrain_ctkd", True),
+                     ("evaluate", False), ("collapse", False)]
+    more = [*command, "--task", "demo-sts", "demo-retrieval"]
+    assert ablations.main(more) == 0 and calls[5:] == [("evaluate", False)]
+    found = json.loads((tmp_path / "records" / "ctkd-0.json").read_text())
+    assert found["scores"].keys() == {"demo-sts", "demo-retrieval"}
+    analysis = tmp_path / "ctkd-0" / "collapse" / "collapse.json"
+    [about] = json.loads(analysis.read_text())
+    analysis.write_text(json.dumps([{**about, "sha256": "other"}]))
+    (tmp_path / "records" / "ctkd-0.json").unlink()
+    assert ablations.main(command) == 2
+    assert "was evaluated and analysed with different weights" in capsys.readouterr().err
+
+
+def test_jobs_run_beside_each_other_and_a_failed_one_is_named(tmp_path, capsys):
+    command = [*COMMAND, "--variant", "mean", "ctkd", "--jobs", "2", "--out", str(tmp_path)]
+    assert ablations.main(command) == 0
+    assert capsys.readouterr().out.count(": done") == 2
+    assert {p.name for p in (tmp_path / "records").iterdir()} == {
+        "setting.json", "mean-0.json", "ctkd-0.json"}
+    (tmp_path / "records" / "mean-0.json").write_text("{")
+    assert ablations.main(command) == 2
+    found = capsys.readouterr()
+    assert "mean, seed 0: exit code 1, see " in found.out and "1 of the jobs failed" in found.err
+
+
 @pytest.mark.parametrize("arguments, line", [
-    (["--study", "texts"], "needs --num-texts"), (["--seed", "3"], "--seed is set by"),
+    (["--study", "texts"], "needs --num-texts"), (["--seed", "3"], "--seed is set by"), (["--study", "rates"], "--study rates: choose from"),
     (["--task", "st17"], "did you mean sts17"), (["--steps", "many"], "many"),
-    (["--curve-tasks", "st17"], "did you mean sts17"), (["--memory-init=normal"], "is set by"),
-    (["--attention", "causal"], "--attention is set by"), (["--variant", "K=3"], "--variant K=3"),
+    (["--curve-tasks", "st17"], "did you mean sts17"), (["--objective=nll"], "is set by"),
+    (["--jobs", "0"], "--jobs 0: must"), (["--variant", "K=3"], "--variant K=3"),
     (["--warmup", "-3"], "--warmup -3.0: must be"), (["--max-tokens", "5"], "--max-tokens 5: must"),
 ])
 def test_what_ablations_refuses(arguments, line, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ablations, "run", lambda _: None)  # what is not refused ends at once
+    monkeypatch.setattr(ablations, "run", lambda *_: None)  # what is not refused ends at once
     with pytest.raises(SystemExit) as stop:
         ablations.main([*arguments, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and line in capsys.readouterr().err

@@ -14,42 +14,41 @@ import report
 
 SETTING = {"common": "--preset demo --memory-init mean --steps 20 --num-texts 9000".split(),
            "task": ["sts17", "scifact", "banking77"], "task_dir": [], "analyse": "demo-sts",
-           "data_dir": None, "eval_dtype": "float32", "ucl_flags": "--lr 1e-5", "scl_flags": "",
-           "curve_tasks": ["scifact"], "curve_every": 50, "about": "", "out": "runs/here"}
+           "data_dir": None, "eval_dtype": "float32", "nll_flags": "", "rc_flags": "",
+           "ucl_flags": "--lr 1e-5", "scl_flags": "", "curve_tasks": ["scifact"],
+           "curve_every": 50, "about": ""}
 TASKS = {"sts": "STS17", "retrieval": "SciFact", "classification": "Banking77Classification"}
 
 
 def write_run(folder, variant, seed, sts, retrieval=30.0, classification=50.0, *, steps=20,
               kept=(), curve=(), **measures):
-    """A finished run as the commands leave it, with these scores x 100 and losses 0, 1, 2, ..."""
-    out, scores = folder / f"{variant}-{seed}", (sts, retrieval, classification)
-    for part in ("encoder", "collapse"):
-        (out / part).mkdir(parents=True)
-    (out / "encoder" / "encoder.json").write_text("{}")
-    (out / "config.json").write_text(json.dumps({"steps": 20}))
-    losses = [json.dumps({"step": i, "loss": i}) for i in range(steps)]
-    (out / "metrics.jsonl").write_text("\n".join(losses) + "\n")
-    if curve:
-        rows = [{"step": step, "scifact": score, "sts17": 2 * mean - score, "mean": mean}
-                for step, mean, score in curve]
-        (out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = folder / "results" / report.label_of(f"runs/here/{out.name}", "memory")
-    results.mkdir(parents=True)
-    for task, score in zip(TASKS.values(), scores):
-        (results / f"{task}.json").write_text(json.dumps(
-            {"task_name": task, "scores": {"test": [{"main_score": score / 100}]},
-             "settings": {"sha256": "ab"}}))
-    (out / "collapse" / "collapse.json").write_text(json.dumps([{
-        "spectrum": [4.0, 1.0], "cosines": np.eye(2).tolist(), "texts": 50, "entropy": 10.0,
-        "participation": 5.0, "above_1_percent": 2, "mean_cosine": 0.5, "clusters": [[0], [1]],
-        "kept_tokens": list(kept), "uniformity": -1.0, "alignment": None, "sha256": "ab",
-        **measures}]))
-    return out
+    """A record as bench/ablations.py leaves it, with these scores x 100 and losses 0, 1, 2, ..."""
+    curve = [{"step": step, "scifact": score, "sts17": 2 * mean - score, "mean": mean}
+             for step, mean, score in curve]
+    found = {"variant": variant, "seed": seed, "machine": "A, 2 cores, 1 threads",
+             "hours": {"training": 0.25, "scoring": 0.05}, "command": "pretrain_ctkd.py",
+             "environment": {"device": "cpu", "dtype": "torch.bfloat16", "torch": "2.13"},
+             "scores": dict(zip(TASKS.values(), (sts, retrieval, classification))),
+             "loss": ablations.thin([float(i) for i in range(steps)]), "curve": curve,
+             "collapse": {
+                 "spectrum": [4.0, 1.0], "cosines": np.eye(2).tolist(), "texts": 50,
+                 "entropy": 10.0, "participation": 5.0, "above_1_percent": 2, "mean_cosine": 0.5,
+                 "clusters": [[0], [1]], "kept_tokens": list(kept), "uniformity": -1.0,
+                 "alignment": None, **measures}}
+    path = folder / f"{variant}-{seed}.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def change(path, **parts):
+    """Replace parts of a record's analysis."""
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, "collapse": {**found["collapse"], **parts}}))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "common.json").write_text(json.dumps(SETTING))
+    (tmp_path / "setting.json").write_text(json.dumps(SETTING))
     return tmp_path
 
 
@@ -260,9 +259,8 @@ def test_collapse_is_judged_in_all_three_senses(folder):
     claim = "NLL's embeddings collapse to fewer dimensions"
     verdict, found = judged(folder)[claim]
     assert verdict.startswith("confirmed") and len(found) == 3
-    for path in folder.glob("nll-*/collapse/collapse.json"):
-        [about] = json.loads(path.read_text())
-        path.write_text(json.dumps([{**about, "above_1_percent": 90}]))
+    for path in folder.glob("nll-*.json"):
+        change(path, above_1_percent=90)
     assert judged(folder)[claim][0] == "not confirmed: in part the opposite"
 
 
@@ -272,8 +270,7 @@ def test_merging_is_judged_only_where_tokens_were_merged(folder):
     write(folder, "merged-nll", [70, 71, 72.5], kept=[1])
     verdict, [found] = judged(folder)[claim]
     assert verdict.startswith("confirmed") and found.sides.endswith("kept by seed: 1, 1, 1")
-    whole = folder / "merged-nll-1" / "collapse" / "collapse.json"
-    whole.write_text(whole.read_text().replace('"kept_tokens": [1]', '"kept_tokens": []'))
+    change(folder / "merged-nll-1.json", kept_tokens=[])
     verdict, [found] = judged(folder)[claim]
     assert verdict == "not testable here" and found.sides.endswith("kept by seed: 1, 2, 1")
     assert judged(folder)["Merging alike tokens helps NLL, 4 x texts"][0] == "not run"
@@ -304,7 +301,7 @@ def test_stage_3_is_compared_with_its_best_before_and_with_step_200(folder):
 
 def test_what_was_not_measured_is_not_judged(folder):
     setting = {**SETTING, "task": ["sts17", "scifact"]}
-    (folder / "common.json").write_text(json.dumps(setting))
+    (folder / "setting.json").write_text(json.dumps(setting))
     write(folder, "ctkd", [60, 61, 62])
     write(folder, "causal", [70, 71, 72.5])  # there is no task of classification
     assert verdict(folder, "Causal attention helps STS and classification") == "not testable here"
@@ -313,25 +310,41 @@ def test_what_was_not_measured_is_not_judged(folder):
 def test_the_untrained_have_one_value_for_all_seeds(folder):
     write(folder, "ctkd", [60, 61, 62])
     write_run(folder, "weighted-mean", 0, 30)
-    (folder / "weighted-mean-0").rename(folder / "weighted-mean")
-    (folder / "weighted-mean" / "config.json").unlink()
-    results = folder / "results"
-    (results / "runs__here__weighted-mean-0").rename(
-        results / report.label_of("demo", "weighted-mean"))
     verdict, [found] = judged(folder)["Stage 1 beats the training-free mean"]
     assert verdict.startswith("confirmed") and found.seeds == 3
     assert found.p == pytest.approx(stats.ttest_1samp([10, 31 / 3, 32 / 3], 0).pvalue)
 
 
-def test_every_comparison_is_of_variants_and_measures_that_exist():
-    base = ablations.pretrain_ctkd.parse_arguments(SETTING["common"])
-    names = {name for variants in ablations.studies(base).values() for name in variants} | {"0"}
+@pytest.mark.parametrize("flags", ["", "--attention causal", "--memory-init normal"])
+def test_every_comparison_is_of_variants_and_measures_that_exist(flags, folder):
+    """Whatever the common setting is: a claim's `causal` is then `ctkd`."""
+    setting = {**SETTING, "common": [*SETTING["common"], *flags.split()]}
+    (folder / "setting.json").write_text(json.dumps(setting))
+    runs = report.read_runs(folder)
+    names = {name for variants in runs.studies.values() for name in variants} | {"0"}
     keys = {*report.MEASURES, *TASKS, "mean", "mean without retrieval", "deviation",
             "gain after step 200", "retrieval after step 200"}
     for text, _, parts in report.CLAIMS:
         for a, sign, b, key in parts:
-            assert {a, b} <= names and key in keys and sign in "<=>", (text, a, b, key)
+            assert {runs.same(a), runs.same(b)} <= names, (text, a, b)
+            assert key in keys and sign in "<=>", (text, key)
     assert len({text for text, *_ in report.CLAIMS}) == len(report.CLAIMS)
+    assert runs.same("causal") == ("ctkd" if "causal" in flags else "causal")
+    assert runs.same("merged-nll-mean") == (
+        "merged-nll-mean" if "normal" in flags else "merged-nll")
+
+
+def test_a_claim_on_attention_or_start_holds_whichever_of_both_is_common(folder):
+    setting = {**SETTING, "common": [*SETTING["common"], "--attention", "causal",
+                                     "--memory-init", "normal"]}
+    (folder / "setting.json").write_text(json.dumps(setting))
+    write(folder, "ctkd", [60, 61, 62], [20, 21, 22], mean_cosine=0.5)
+    write(folder, "bidirectional", [60, 61, 62], [30, 31, 32.5])
+    write(folder, "ctkd-mean", [60, 61, 62], mean_cosine=0.9)
+    assert verdict(folder, "Bidirectional attention helps retrieval").startswith("confirmed")
+    _, [found, *_] = judged(folder)["Initial rows that are alike keep the tokens alike"]
+    assert found.sides == ("tokens' mean cosine: ctkd-mean 0.900 ± 0.000, ctkd 0.500 ± 0.000")
+    assert found.verdict == "confirmed"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,15 +353,14 @@ def test_every_comparison_is_of_variants_and_measures_that_exist():
 
 
 def page_of(folder):
-    assert report.main(["--runs", str(folder), "--out", str(folder / "RESULTS.md")]) == 0
+    flags = ["--runs", str(folder), "--settings", "", "--smoke", ""]
+    assert report.main([*flags, "--out", str(folder / "RESULTS.md")]) == 0
     return (folder / "RESULTS.md").read_text()
 
 
 def test_the_page_says_what_it_is_and_how_often_chance_would_speak(folder, capsys):
     write(folder, "ctkd", [60, 61, 62], steps=120)
     write(folder, "rc", [40, 41, 42.5])
-    (folder / "ctkd-0" / "environment.json").write_text(json.dumps(
-        {"device": "cpu", "dtype": "torch.bfloat16", "torch": "2.13"}))
     text = page_of(folder)
     assert "Training on cpu in\nbfloat16, evaluation and analysis in float32, torch 2.13" in text
     head = " ".join(text[:700].split())
@@ -358,16 +370,17 @@ def test_the_page_says_what_it_is_and_how_often_chance_would_speak(folder, capsy
     assert "Comparisons: 2; if nothing differed, 0.1 would have p < 0.05" in text
     row = next(line for line in text.splitlines() if line.startswith("| objective | ctkd | 3 |"))
     assert row == ("| objective | ctkd | 3 | 61.0 ± 1.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 47.0 ± 0.3 | "
-                   "24.50 ± 0.00 → 94.50 ± 0.00 |")  # steps 0-49 and 70-119
+                   "24.50 ± 0.00 → 94.50 ± 0.00 | 0.25 + 0.05 |")  # steps 0-49 and 70-119
     assert "24.50" not in next(line for line in text.splitlines() if line.startswith("|  | rc"))
     for name in ("ablations.svg", "collapse.svg"):
         assert (folder / name).read_text().startswith("<?xml") and f"]({name})" in text
     row = next(line for line in text.splitlines() if "Continuation beats" in line)
     assert "| no verdict: 0 seeds | mean: ctkd 47.0 ± 0.3, rc 40.4 ± 0.4 |" in row
     command = text.split("```")[1]
-    assert "--study objective" in command and "--curve-every 50" in command
-    assert "    --steps 20 --num-texts 9000 " in command and "--memory-init" not in command
-    assert "--ucl-flags '--lr 1e-5'" in command
+    assert "--study objective" in command and "--curve" not in command  # no stage 3 was run
+    assert "    --preset demo --memory-init mean --steps 20 --num-texts 9000 " in command
+    assert "--ucl-flags '--lr 1e-5'" in command and "--about" not in command
+    assert "1.8 hours in all on A, 2 cores, 1 threads." in text
 
 
 def test_what_was_not_run_takes_a_line_and_nothing_else(folder, capsys):
@@ -379,27 +392,37 @@ def test_what_was_not_run_takes_a_line_and_nothing_else(folder, capsys):
     assert any("4 x texts" in line and "`--study merging texts`" in line for line in lines)
     assert any(line.endswith("`--study stages`") and "200 steps" in line for line in lines)
     assert text.count("K = 16") == text.count("5.4, Figure 10") == 1 and "causal-" not in text
-    unfinished = text.split("## Unfinished")[1]
-    assert "K=1, seed 1: not begun" in unfinished and "K=2" not in unfinished
+    missing = text.split("and what is missing")[1]
+    assert "* K=1, seed 1: no record" in missing and "K=2" not in missing
     assert "| One memory token is not enough | section 4.2: unsatisfactory | no verdict: 1 " in text
 
 
-def test_the_page_names_what_is_not_finished(folder, capsys):
+def test_the_page_names_what_is_missing(folder, capsys):
     write(folder, "ctkd", [60, 61, 62])
-    half = write_run(folder, "K=1", 0, 50, steps=7)
-    (half / "encoder" / "encoder.json").unlink()
-    (write_run(folder, "K=2", 0, 50) / "collapse" / "collapse.json").unlink()
-    other = write_run(folder, "K=4", 7, 50) / "collapse" / "collapse.json"
-    other.write_text(other.read_text().replace('"ab"', '"cd"'))
-    write_run(folder, "causal", 0, 50)
-    (folder / "results" / "runs__here__causal-0").rename(folder / "elsewhere")
-    unfinished = page_of(folder).split("## Unfinished")[1]
-    assert "tokens: K=1, seed 0: 7 of 20 steps" in unfinished
-    assert "tokens: K=2, seed 0: not analysed" in unfinished
-    assert "tokens: K=2, seed 1: not begun" in unfinished
-    assert "tokens: K=4, seed 7: evaluated and analysed with different weights" in unfinished
-    assert "attention: causal, seed 0: not evaluated on STS17, SciFact, Banking77" in unfinished
-    assert "ctkd" not in unfinished
+    half = write_run(folder, "K=1", 0, 50)
+    found = json.loads(half.read_text())
+    half.write_text(json.dumps({**found, "scores": {"STS17": 50.0}}))
+    missing = page_of(folder).split("and what is missing")[1]
+    assert "* K=1, seed 0: not evaluated on SciFact, Banking77\n" in missing
+    assert "* K=1, seed 2: no record" in missing and "ctkd" not in missing
+
+
+def test_settings_and_smoke_have_their_sections(folder, capsys, tmp_path):
+    write(folder, "ctkd", [60, 61, 62])
+    other = tmp_path / "other"
+    other.mkdir()
+    setting = {**SETTING, "about": "Chosen so.", "common": ["--preset", "smollm2"]}
+    (other / "setting.json").write_text(json.dumps(setting))
+    write_run(other, "lr=3e-4", 0, 55.5)
+    assert report.main(["--runs", str(folder), "--settings", str(other), "--smoke", str(other),
+                        "--out", str(tmp_path / "page.md")]) == 0
+    text = (tmp_path / "page.md").read_text()
+    chosen = text.split("## How the settings were chosen")[1].split("\n## ")[0]
+    assert "| rate | lr=3e-4 | 1 | 55.5 |" in chosen and "Chosen so." in chosen
+    assert "python bench/ablations.py --study rate \\\n    --preset smollm2" in chosen
+    assert text.count("| lr=3e-4 |") == 4 and text.count("| objective | ctkd |") == 2
+    assert report.main(["--runs", str(tmp_path / "nothing")]) == 2
+    assert "no setting.json there" in capsys.readouterr().err
 
 
 def test_every_figure_is_drawn(folder, capsys):
@@ -410,29 +433,3 @@ def test_every_figure_is_drawn(folder, capsys):
     assert "## Scores" in text
     for name in ("ablations.svg", "collapse.svg"):
         assert len((folder / name).read_text()) > 20_000
-
-
-def test_the_committed_page_is_not_overwritten_by_unfinished_runs(folder, capsys, monkeypatch):
-    page = folder / "docs" / "results.md"
-    monkeypatch.setattr(report, "PAGE", page)
-    write(folder, "ctkd", [60, 61, 62])
-    write_run(folder, "K=1", 7, 60)  # of four
-    assert report.main(["--runs", str(folder)]) == 0  # there was none yet
-    assert report.main(["--runs", str(folder), "--out", str(folder / "other.md")]) == 0
-    page.write_text("as committed")
-    capsys.readouterr()
-    assert report.main(["--runs", str(folder)]) == 2
-    found = capsys.readouterr()
-    assert "runs are unfinished (" in found.err and "--force" in found.err
-    assert found.err.count("\n") == 1 and not found.out and page.read_text() == "as committed"
-    assert report.main(["--runs", str(folder), "--force"]) == 0
-    assert page.read_text().startswith("# Results")
-    write(folder, "K=1", [60, 61, 62])  # what was never begun needs no force
-    page.write_text("as committed")
-    assert report.main(["--runs", str(folder)]) == 0 and page.read_text() != "as committed"
-
-
-def test_a_folder_without_runs_is_refused(tmp_path, capsys):
-    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "results.md")]) == 2
-    assert "no common.json" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
