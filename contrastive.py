@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from data.batches import Sentences, TripleRows, require_rows, token_batches
 from data.tokenizer import INSTRUCTED, check_special_tokens
 from data.triples import Triples
-from lora import LoraConfig, add_lora, merge_lora
+from lora import TARGETS, LoraConfig, add_lora, merge_lora
 from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.devices import flat_ids, scoring_dtype, to_device
 from runtime.errors import UserError
@@ -167,6 +167,7 @@ class Config(RunConfig):
     lora_r: int = setting(16, "rank of the new adapters", least=1)
     lora_alpha: float = setting(32, "the adapters are scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout on the adapters' input", least=0, below=1)
+    lora_k_proj: bool = setting(False, "adapt the keys, too, which the official code does not")
     eval_tasks: str = setting("", "tasks of evaluate.py whose mean score chooses the best encoder")
     eval_every: int = setting(100, "steps between evaluations on --eval-tasks", least=1)
     data_dir: str = setting("", "folder with the tasks' repositories, hub layout", resumable=True)
@@ -180,14 +181,21 @@ SCL = {  # the paper's row is at step 200 (section 5.4, Figure 10) of a schedule
 }
 DEMO = {"max_tokens": 256, "batch_size": 64, "micro_tokens": 4096, "num_texts": 0,
         "eval_tasks": "demo-sts demo-retrieval", "eval_every": 10, "save_every": 30}
+# LLM2Vec's (its train_configs), whose linear decay begins after the warm-up and is stopped early
+LLM2VEC = {"steps": 1000, "weight_decay": 0.0, "clip": 1.0, "lora_k_proj": True}
 PRESETS = {
     "ucl": {
         "paper": {},
+        "llm2vec": {**LLM2VEC, "model": "runs/llm2vec", "out": "runs/llm2vec-ucl", "lr": 3e-5,
+                    "min_lr": 3e-5, "warmup": 0.0, "max_tokens": 128, "attention_dropout": 0.3},
         "demo": {**DEMO, "model": "runs/ctkd-demo", "text": "demo", "out": "runs/ucl-demo",
                  "steps": 60, "lr": 1e-4},
     },
     "scl": {
         "paper": SCL,
+        "llm2vec": {**SCL, **LLM2VEC, "model": "runs/llm2vec-ucl", "out": "runs/llm2vec-scl",
+                    "lr": 2e-4, "min_lr": 0.0, "warmup": 300.0, "schedule_steps": 8800,
+                    "batch_size": 512, "max_tokens": 512, "document_tokens": 512},
         "demo": {**SCL, **DEMO, "model": "runs/ucl-demo", "triples": "demo", "steps": 30,
                  "out": "runs/scl-demo", "schedule_steps": 0, "lr": 3e-4, "document_tokens": 256},
         # once through MS MARCO's passages (arXiv 2310.08319; tevatron, examples/repllama)
@@ -285,7 +293,8 @@ def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
     if encoder.config.num_memory_tokens and not before:
         init = "mean" if config.memory_init == "auto" else config.memory_init
         encoder.add_memory(init, train_table=False, generator=random)
-    encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout)
+    encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout,
+                                     TARGETS if config.lora_k_proj else LoraConfig.targets)
     add_lora(encoder.llama, encoder.lora_config, random)
     encoder.adapters = True
     again = sum(name.partition("_")[0] == config.stage for name in before)

@@ -66,9 +66,10 @@ def tokenizer_with_memory(encoder: Encoder) -> tuple[tokenizers.Tokenizer, dict]
     new += [f"<memory_{i}>" for i in range(1, k + 1)]
     taken = [token for token in new if tokenizer.token_to_id(token) is not None]
     tokenizer.add_special_tokens(new)
-    if taken or tokenizer.get_vocab_size() != v + k or tokenizer.id_to_token(v + k - 1) != new[-1]:
+    last = [tokenizer.id_to_token(v + k - 1)] if new else []
+    if taken or tokenizer.get_vocab_size() != v + k or last != new[-1:]:
         raise UserError(f"{encoder.tokenizer.file}: its ids have gaps, or it has a token named "
-                        f"{', '.join(taken) or new[-1]} already; rename that token")
+                        f"{', '.join(taken or new[-1:])} already; rename that token")
     bos = encoder.tokenizer.bos
     names = [tokenizer.id_to_token(i) for i in bos]
     tokenizer.post_processor = TemplateProcessing(

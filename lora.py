@@ -23,6 +23,9 @@ from runtime.formats import check_adapter_fits, read_adapter, write_adapter
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's name
 
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """Rank, alpha, dropout and the projections adapted (the official code leaves out k_proj)."""
@@ -30,7 +33,7 @@ class LoraConfig:
     r: int = 16
     alpha: float = 32
     dropout: float = 0.05
-    targets: tuple = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple = tuple(name for name in TARGETS if name != "k_proj")
 
 
 class LoraLinear(nn.Linear):

@@ -124,7 +124,7 @@ if __name__ == "__main__":  # in float64, so that nothing but the algebra can di
     from data.batches import SplitTexts
     from lora import LoraConfig, add_lora, lora_layers
     from model import EncoderConfig, plain_encoder
-    from pretrain_ctkd import OBJECTIVES, Config
+    from pretrain_ctkd import Config, ctkd, nll, rc
 
     encoder, random = plain_encoder("demo", EncoderConfig(), dtype=torch.float64), torch.Generator()
     add_lora(encoder.llama, LoraConfig(), random)
@@ -134,14 +134,14 @@ if __name__ == "__main__":  # in float64, so that nothing but the algebra can di
     encoder.adapters, batch = True, SplitTexts("demo", encoder.tokenizer, 2).read_batch(0, 0, 2)
     texts = [torch.from_numpy(ids).long() for ids in batch.texts]
     with torch.no_grad():
-        rows = [(f"{name} loss", batch_loss(encoder, encoder.llama, texts, batch.splits, name),
-                 OBJECTIVES[name](encoder, batch, Config())) for name in OBJECTIVES]
+        rows = [(f"{f.__name__} loss", batch_loss(encoder, encoder.llama, texts, batch.splits,
+                 f.__name__), f(encoder, batch, Config())) for f in (ctkd, nll, rc)]
         memories = torch.stack([eq1_memory(encoder, n) for n in texts])
-        fast = encoder.memory(torch.cat(texts), [len(n) for n in texts])
+        memory = encoder.memory(torch.cat(texts), [len(n) for n in texts])
     z = torch.stack([eq6_embedding(memory) for memory in memories])
     keys, none_excluded = torch.cat((z.roll(1, 1), z.flip(0))), torch.zeros(2, 4, dtype=torch.bool)
-    rows += [("memory", memories, fast), ("z", z, encoder.pool(fast)),
-             ("Eq. 7", eq7_correlation(memories), torch.tensor(correlation(fast.numpy())[0] / 2)),
+    rows += [("memory", memories, memory), ("z", z, encoder.pool(memory)),
+             ("Eq. 7", eq7_correlation(memories), torch.tensor(correlation(memory.numpy())[0] / 2)),
              ("InfoNCE", eq8_info_nce(z, keys, 0.05), info_nce(z, keys, 0.05, none_excluded))]
     print(f"{'first entry':<10}{'paper.py':>15}{'fast path':>16}")
     for name, by_paper, by_fast in rows:

@@ -13,6 +13,7 @@ it would after the whole context. Objectives (section 3 of the paper):
     nll    cross entropy of the continuation's tokens              Eq. 4, LLM2Comp_NLL
     rc     cross entropy of the context itself                     Eq. 2, LLM2Comp_RC
 
+and those of pretexts.py, with which the paper compares: mntp, ebae-ebar.
 Letters as in model.py; a continuation has S tokens. Order and splits depend on (seed, position of
 the sample in the run) alone, dropout also on which texts share a forward pass: an interruption
 changes nothing; the number of ranks and the micro-batch size change only the dropout.
@@ -28,11 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record  # tracebacks for torchrun
 
+import pretexts
 from data.batches import MIN_SIDE, SplitBatch, SplitTexts, require_rows
 from data.tokenizer import Tokenizer
-from lora import LoraConfig, add_lora
+from head import ThroughHead, log_probabilities, logits_of, nll_loss
+from lora import TARGETS, LoraConfig, add_lora
 from model import Encoder, EncoderConfig, Llama, load_encoder, plain_encoder, save_encoder
-from runtime import cpu
 from runtime.devices import flat_ids, pack, scoring_dtype, to_device
 from runtime.errors import UserError
 from runtime.run import Run, run_stage
@@ -107,11 +109,11 @@ def rc(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
 
 # --objective -> (encoder, micro-batch, config) -> its share of the global batch's loss
 OBJECTIVES: dict[str, Callable[[Encoder, SplitBatch, "Config"], Tensor]] = {
-    "ctkd": ctkd, "nll": nll, "rc": rc,
+    "ctkd": ctkd, "nll": nll, "rc": rc, **pretexts.OBJECTIVES,
 }
 
 # ---------------------------------------------------------------------------------------------
-# Losses of hidden states, through the frozen head
+# Losses of hidden states
 # ---------------------------------------------------------------------------------------------
 
 
@@ -133,15 +135,6 @@ def ctkd_loss(
     return ThroughHead.apply(student, head, kl, chunk_rows)
 
 
-def nll_loss(student: Tensor, targets: Tensor, head: Tensor, chunk_rows: int = 256) -> Tensor:
-    """Eq. 2, 4: sum over rows of -log p(target); student (R, D) hidden states, targets (R,) ids."""
-
-    def cross_entropy(logits: Tensor, rows: slice) -> Tensor:
-        return F.nll_loss(log_probabilities(logits), targets[rows], reduction="sum")
-
-    return ThroughHead.apply(student, head, cross_entropy, chunk_rows)
-
-
 def token_nll(encoder: Encoder, student: Tensor, targets: list, total: int, chunk: int) -> Tensor:
     """-log p of the target tokens, summed and divided by `total`; shared by all objectives.
 
@@ -151,41 +144,6 @@ def token_nll(encoder: Encoder, student: Tensor, targets: list, total: int, chun
     ids = flat_ids(targets, encoder.device)
     return nll_loss(predicting, ids, encoder.llama.head, chunk) / total
 
-
-class ThroughHead(torch.autograd.Function):
-    """Sum of row_loss(hidden @ head^T) over chunks of rows; the (rows, V) logits are never kept.
-
-    The head is frozen, so a chunk's gradient with respect to its hidden states can be formed while
-    its logits are at hand: nothing of size V outlives the chunk.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, row_loss, chunk_rows: int) -> Tensor:
-        """hidden (R, D), head (V, D), row_loss(logits, rows) -> scalar, for each chunk of rows."""
-        total, gradients = 0.0, []
-        for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            with torch.enable_grad():
-                chunk = hidden[rows].detach().requires_grad_()
-                loss = row_loss(logits_of(chunk, head), rows)
-            gradients.append(torch.autograd.grad(loss, chunk)[0])
-            total += loss.detach()
-        ctx.save_for_backward(torch.cat(gradients))
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return ctx.saved_tensors[0] * gradient, None, None, None
-
-
-def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
-    """hidden (R, D), head (V, D) -> (R, V)."""
-    return F.linear(cpu.pad_rows(hidden), head)[: len(hidden)]
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """log softmax over V in at least fp32: finite where a probability underflows."""
-    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -200,9 +158,12 @@ class Config(RunConfig):
     revision: str = setting("", "branch, tag or commit of a hub model")
     text: str = setting("wikitext103", "a .txt, a .jsonl (also .gz), wikitext103, or demo")
     out: str = setting("runs/ctkd", "folder of the run; must be new or empty")
-    objective: str = setting("ctkd", "Eq. 5, Eq. 4, or reconstruction (Eq. 2)", OBJECTIVES)
+    objective: str = setting("ctkd", "Eq. 5, Eq. 4, reconstruction (Eq. 2), or a task of "
+                             "pretexts.py", OBJECTIVES)
     nll_weight: float = setting(0.0, "weight of the cross entropy beside ctkd", least=0)
-    memory_tokens: int = setting(8, "K", least=1)
+    mask_token: str = setting("_", "mntp: what a masked token is replaced by")
+    mask_share: float = setting(0.2, "mntp: of the tokens, to be predicted", least=0, below=1)
+    memory_tokens: int = setting(8, "K; 0 for mntp", least=0)
     memory_init: str = setting("mean", "initial memory rows: nearly equal, at the table's mean, or "
                                "spread like its rows", ("mean", "normal"))
     attention: str = setting("bidirectional", "of the encoder", ("bidirectional", "causal"))
@@ -229,6 +190,7 @@ class Config(RunConfig):
     lora_r: int = setting(16, "rank of the adapters", least=1)
     lora_alpha: float = setting(32, "the adapters are scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout on the adapters' input", least=0, below=1)
+    lora_k_proj: bool = setting(False, "adapt the keys, too, which the official code does not")
     chunk_rows: int = setting(256, "rows of logits computed at a time", least=1)
     recompute: bool = setting(False, "less memory, more time: keep only the blocks' inputs",
                               resumable=True)
@@ -248,12 +210,14 @@ PRESETS = {
         "save_every": 100, "memory_init": "normal", "train_embeddings": "memory",
         "attention": "causal",  # bidirectional may not take off at this rate in so few steps
     },
+    **pretexts.PRESETS,
 }
 
 
 def check(config: Config):
     """Raise UserError for values that no run can have."""
     check_bounds(config)
+    pretexts.check(config)
     if config.nll_weight and config.objective != "ctkd":
         raise UserError(f"--nll-weight {config.nll_weight}: is for --objective ctkd; leave it out")
     if config.max_tokens < 2 * MIN_SIDE:
@@ -273,16 +237,23 @@ def parse_arguments(argv: list[str] | None) -> Config:
 
 def new_encoder(config: Config, run: Run) -> Encoder:
     """The Llama with fresh adapters, memory tokens and (--train-embeddings all) its own table."""
-    shape = EncoderConfig(num_memory_tokens=config.memory_tokens, attention=config.attention,
-                          max_tokens=config.max_tokens, bos=config.bos)
+    pretext = config.objective in pretexts.OBJECTIVES
+    shape = EncoderConfig(config.memory_tokens, attention=config.attention,
+                          max_tokens=config.max_tokens, bos=config.bos,
+                          **pretexts.SHAPES.get(config.objective, {}))
     encoder = plain_encoder(config.model, shape, config.revision or None, run.dtype,
                             run.ranks.device)
+    pretexts.check_tokenizer(encoder, config)
+    encoder.requires_grad_(False)
     random = torch.Generator().manual_seed(config.seed)
-    encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout)
+    encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout,
+                                     TARGETS if config.lora_k_proj else LoraConfig.targets)
     add_lora(encoder.llama, encoder.lora_config, random)
-    encoder.add_memory(config.memory_init, config.train_embeddings == "all", random)
+    if config.memory_tokens:
+        encoder.add_memory(config.memory_init, config.train_embeddings == "all", random)
     encoder.llama.recompute, encoder.adapters = config.recompute, True
-    encoder.history = [{"stage": "ctkd", **stored_settings(config)}]
+    stage = config.objective.replace("-", "_") if pretext else "ctkd"
+    encoder.history = [{"stage": stage, **stored_settings(config)}]
     return encoder.train()
 
 
@@ -382,9 +353,11 @@ def report(config: Config, device: torch.device):
         print(f"  untrained, {method:<14}{demo_sts(plain):6.2f}")
     del plain  # before the second copy of the weights is loaded
     encoder = load_encoder(folder, **options)
-    label = f"{config.objective}, {encoder.config.num_memory_tokens} memory tokens"
+    k = encoder.config.num_memory_tokens
+    label = f"{config.objective}, {f'{k} memory tokens' if k else encoder.config.pooling}"
     print(f"  {label:<25}{demo_sts(encoder):6.2f}")
-    show_continuations(encoder, open_texts(config, encoder.tokenizer, num_texts=2).texts)
+    if config.objective not in pretexts.OBJECTIVES:  # g_phi does not read their memory
+        show_continuations(encoder, open_texts(config, encoder.tokenizer, num_texts=2).texts)
     flags = f" --model {config.out} --out FOLDER"
     if config.text == "demo":  # stage 2's demo starts from this stage's, wherever that lies
         default = config.out == PRESETS["demo"]["out"]

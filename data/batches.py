@@ -33,7 +33,8 @@ Tokenize = Callable[..., Tokens]
 class SplitBatch(NamedTuple):
     """Texts of a step as token ids with BOS: all of them, or the part of a micro-batch.
 
-    splits: where each text is cut, the tokens of its context with BOS; rows: places in the data.
+    splits: where each text is cut, the tokens of its context with BOS; rows: places in the data;
+    positions: places in the run, by which what is drawn for a text is drawn.
     The totals are those of the global batch: sums of losses are divided by them, so that
     micro-batches add up.
     """
@@ -41,14 +42,22 @@ class SplitBatch(NamedTuple):
     texts: list[np.ndarray]
     splits: list[int]
     rows: list[int]
+    positions: list[int]
     total_texts: int
     total_tokens: int  # of the texts, with BOS
     total_targets: int  # of the continuations
+    of: "SplitBatch | None" = None  # what this is a part of
 
     def part(self, places: range) -> "SplitBatch":
         """The texts at these places."""
-        part = {key: [getattr(self, key)[j] for j in places] for key in ("texts", "splits", "rows")}
-        return self._replace(**part)
+        lists = ("texts", "splits", "rows", "positions")
+        part = {key: [getattr(self, key)[j] for j in places] for key in lists}
+        return self._replace(**part, of=self.whole)
+
+    @property
+    def whole(self) -> "SplitBatch":
+        """The global batch."""
+        return self.of or self
 
     @property
     def contexts(self) -> list[np.ndarray]:
@@ -124,10 +133,11 @@ class SplitTexts:
     def read_batch(self, seed: int, step: int, batch_size: int) -> SplitBatch:
         """The global batch of a step, each text with its split point."""
         rows = global_batch(seed, step, batch_size, len(self.texts))
-        texts, first = [self.texts[i] for i in rows], step * batch_size
-        splits = [split_point(seed, first + j, len(ids)) for j, ids in enumerate(texts)]
+        texts = [self.texts[i] for i in rows]
+        positions = [step * batch_size + j for j in range(batch_size)]
+        splits = [split_point(seed, i, len(ids)) for i, ids in zip(positions, texts)]
         tokens = sum(map(len, texts))
-        return SplitBatch(texts, splits, rows, len(texts), tokens, tokens - sum(splits))
+        return SplitBatch(texts, splits, rows, positions, len(texts), tokens, tokens - sum(splits))
 
     def name(self, row: int) -> str:
         """A row's place for messages: its number in the source, from 1, empty lines counted."""

@@ -12,7 +12,7 @@ import torch
 from runtime.errors import UserError
 
 # what a generator is for: the second number of its key
-ORDER, SPLIT, DROPOUT, NEGATIVES, SOURCE, ADAPTER = range(6)
+ORDER, SPLIT, DROPOUT, NEGATIVES, SOURCE, ADAPTER, MASKS = range(7)
 
 
 def learning_rate(step: int, steps: int, warmup: int, low: float, high: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import CTKD, FAST, FAST2, STAGES, TEXT
+from helpers import CTKD, FAST, FAST2, STAGES, TEXT, stage1_encoder
 from helpers import run_of, split_texts, words, write_llama, write_task, write_tokenizer
 from helpers import write_triples
 from helpers import randomize_adapters, trained_encoder
@@ -67,11 +67,7 @@ def reference():
 @pytest.fixture(scope="module")
 def ctkd_encoder() -> Encoder:
     """Stage 1's encoder of the embedded Llama in float64, with adapters whose B is not zero."""
-    encoder = pretrain_ctkd.new_encoder(CTKD, run_of(CTKD))
-    draw = torch.Generator().manual_seed(1)
-    for layer in lora_layers(encoder.llama).values():
-        layer.lora_B.data.normal_(std=0.02, generator=draw)
-    return encoder
+    return stage1_encoder(CTKD)
 
 
 @pytest.fixture(scope="module")

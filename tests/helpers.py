@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -36,6 +37,7 @@ import evaluate
 import lora
 import pretrain_ctkd
 from data.batches import SplitTexts
+from lora import lora_layers
 from measures import unit
 from model import Encoder, EncoderConfig, plain_encoder, save_encoder
 from runtime.errors import UserError
@@ -136,6 +138,22 @@ def gradients(encoder) -> dict[str, torch.Tensor]:
 # a step of stage 1 in which nothing but the algebra can differ
 CTKD = pretrain_ctkd.Config(**{**pretrain_ctkd.PRESETS["demo"], "batch_size": 8,
                                "memory_tokens": 3, "dtype": "float64", "lora_dropout": 0.0})
+
+
+# the same for every objective: those of pretexts.py have settings of their own
+CONFIGS = {name: replace(CTKD, objective=name) for name in pretrain_ctkd.OBJECTIVES}
+CONFIGS["mntp"] = replace(CONFIGS["mntp"], memory_tokens=0, train_embeddings="memory",
+                          lora_k_proj=True)
+CONFIGS["ebae-ebar"] = replace(CONFIGS["ebae-ebar"], attention="causal", train_embeddings="memory")
+
+
+def stage1_encoder(config) -> Encoder:
+    """The encoder that stage 1 would train, with adapters whose B is not zero."""
+    encoder = pretrain_ctkd.new_encoder(config, run_of(config))
+    draw = torch.Generator().manual_seed(1)
+    for layer in lora_layers(encoder.llama).values():
+        layer.lora_B.data.normal_(std=0.02, generator=draw)
+    return encoder
 
 
 def worst(left: dict, right: dict) -> float:

@@ -81,10 +81,12 @@ def test_the_common_setting_is_no_variant_of_itself():
         return [set(there[study]) for study in ("attention", "start", "embeddings", "tokens")]
 
     k = {"K=1", "K=2", "K=4", "K=8", "K=16", "nll-K=1"}
-    assert variants() == [{"causal", "causal-lr=3e-4", "causal-lr=2e-3"}, {"ctkd-normal", "nll-normal", "rc-normal"}, {"memory-rows"},
-                          k - {"K=8"}]
+    rates = ("", "-lr=3e-4", "-lr=2e-3")
+    assert variants() == [{f"causal{end}" for end in rates}, {
+        "ctkd-normal", "nll-normal", "rc-normal"}, {"memory-rows"}, k - {"K=8"}]
     assert variants("--preset", "smollm2", "--attention", "causal", "--memory-tokens", "4") == [
-        {f"bidirectional{end}" for end in ("", "-lr=3e-4", "-lr=2e-3")}, {"ctkd-mean", "nll-mean", "rc-mean"}, {"whole-table"}, k - {"K=4"}]
+        {f"bidirectional{end}" for end in rates}, {"ctkd-mean", "nll-mean", "rc-mean"},
+        {"whole-table"}, k - {"K=4"}]
     rates = ablations.studies(parse("--lr", "3e-4", "--nll-flags", "--lr 2e-3"))["rate"]
     assert set(rates) == {"lr=1e-4", "lr=1e-3", "lr=2e-3", "nll-lr=3e-4", "nll-lr=1e-3",
                           "rc-lr=1e-3", "rc-lr=2e-3"}
@@ -209,7 +211,8 @@ def test_jobs_run_beside_each_other_and_a_failed_one_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, line", [
-    (["--study", "texts"], "needs --num-texts"), (["--seed", "3"], "--seed is set by"), (["--study", "rates"], "--study rates: choose from"),
+    (["--study", "texts"], "needs --num-texts"), (["--seed", "3"], "--seed is set by"),
+    (["--study", "rates"], "--study rates: choose from"),
     (["--task", "st17"], "did you mean sts17"), (["--steps", "many"], "many"),
     (["--curve-tasks", "st17"], "did you mean sts17"), (["--objective=nll"], "is set by"),
     (["--jobs", "0"], "--jobs 0: must"), (["--variant", "K=3"], "--variant K=3"),

@@ -676,7 +676,7 @@ def test_each_stage_has_its_presets(flags, stage, expected):
 
 @pytest.mark.parametrize("flags, said", [
     (["--preset", "repllama", "--stage", "ucl"], "--preset repllama: is not for ucl, which has "
-                                                 "paper, demo"),
+                                                 "paper, llm2vec, demo"),
     (["--preset", "scl-demo"], "invalid choice: 'scl-demo'"),
 ])
 def test_a_preset_that_the_stage_has_not_is_a_usage_error(flags, said, capsys):

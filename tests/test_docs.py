@@ -327,7 +327,9 @@ def test_the_page_of_the_official_code_has_every_value_of_the_papers_preset(stag
         value = getattr(config, name, None)
         if cells[place] == "-":
             continue  # not of this stage
-        if isinstance(value, (int, float)):
+        if isinstance(value, bool):
+            assert cells[place] == ("yes" if value else "no"), name
+        elif isinstance(value, (int, float)):
             assert float(cells[place]) == value, name
         else:
             assert cells[place] == value, name

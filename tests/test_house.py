@@ -11,7 +11,7 @@ from helpers import ROOT
 TOP = sorted(ROOT.glob("*.py"))
 PACKAGES = [*sorted((ROOT / "runtime").glob("*.py")), *sorted((ROOT / "data").glob("*.py"))]
 STAGES = ("pretrain_ctkd", "contrastive")
-STAGE_PATH = ("model", "lora", *STAGES)  # what a reader of a stage has to read
+STAGE_PATH = ("model", "lora", "head", "pretexts", *STAGES)  # what a reader of a stage has to read
 EVERYTHING = [*TOP, *(path for folder in ("runtime", "data", "bench", "tests")
                       for path in sorted((ROOT / folder).rglob("*.py")))]
 
@@ -92,7 +92,9 @@ MAY_IMPORT = {  # module or package -> the modules and packages of the project t
     "model": {"lora", "data", "runtime"},
     "measures": set(),
     "paper": set(),
-    "pretrain_ctkd": {"model", "lora", "data", "runtime", "evaluate"},
+    "head": {"runtime"},
+    "pretexts": {"head", "model", "data", "runtime"},
+    "pretrain_ctkd": {"pretexts", "head", "model", "lora", "data", "runtime", "evaluate"},
     "contrastive": {"model", "lora", "data", "runtime", "evaluate"},
     "evaluate": {"measures", "model", "data", "runtime"},
     "export": {"model", "lora", "runtime"},

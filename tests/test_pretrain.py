@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CTKD, FAST, ROOT, ctkd_step, dead_url, error_line, files, gradients
+from helpers import CONFIGS, CTKD, FAST, ROOT, ctkd_step, dead_url, error_line, files, gradients
 from helpers import hub_environment, losses, metrics, names, run_of, settings_of, signal_after
-from helpers import words, worst
+from helpers import stage1_encoder, words, worst
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -92,29 +92,29 @@ def test_only_adapters_table_and_memory_tokens_get_gradients(ctkd_encoder, id_te
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_micro_batches_do_not_change_the_gradient(ctkd_encoder, id_texts, objective, micro_batch):
-    config = replace(CTKD, objective=objective)
-    value, whole = step_gradient(ctkd_encoder, id_texts, config)
-    sum_of_parts, parts = step_gradient(ctkd_encoder, id_texts,
-                                        replace(config, micro_batch=micro_batch))
+def test_micro_batches_do_not_change_the_gradient(id_texts, objective, micro_batch):
+    config = CONFIGS[objective]
+    encoder = stage1_encoder(config)
+    value, whole = step_gradient(encoder, id_texts, config)
+    sum_of_parts, parts = step_gradient(encoder, id_texts, replace(config, micro_batch=micro_batch))
     assert sum_of_parts == pytest.approx(value, rel=1e-12)
     assert worst(parts, whole) < 1e-10
 
 
 RANK_PROGRAM = """
-import json, sys, torch
+import sys
+from dataclasses import replace
 sys.path.insert(0, sys.argv[1])
-from helpers import ctkd_step, run_of, split_texts
-from pretrain_ctkd import Config, new_encoder
+from helpers import CONFIGS, ctkd_step, run_of, split_texts
+from pretrain_ctkd import new_encoder
 from safetensors.torch import load_file, save_file
 from runtime.ranks import join_ranks
 folder, micro_batch = sys.argv[2], int(sys.argv[3])
 with join_ranks("cpu", 1, 2.0) as ranks:
-    for objective in ("ctkd", "nll", "rc"):
-        config = Config(**{**json.load(open(folder + "/config.json")), "objective": objective,
-                           "micro_batch": micro_batch})
+    for objective, config in CONFIGS.items():
+        config = replace(config, micro_batch=micro_batch)
         encoder = new_encoder(config, run_of(config, ranks))
-        start = load_file(folder + "/start.safetensors")
+        start = load_file(f"{folder}/{objective}.safetensors")
         parameters = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
         for name, p in parameters.items():
             p.data.copy_(start[name])
@@ -130,11 +130,12 @@ with join_ranks("cpu", 1, 2.0) as ranks:
 
 
 @pytest.mark.parametrize("processes, micro_batch", [(2, 0), (3, 2)])
-def test_ranks_do_not_change_the_gradient(ctkd_encoder, id_texts, tmp_path, processes, micro_batch):
+def test_ranks_do_not_change_the_gradient(id_texts, tmp_path, processes, micro_batch):
     """One rank x 8 = two ranks x 4 = three ranks with uneven shares, in micro-batches of 2."""
-    (tmp_path / "config.json").write_text(json.dumps(vars(CTKD)))
-    save_file({n: p.data for n, p in ctkd_encoder.named_parameters() if p.requires_grad},
-              tmp_path / "start.safetensors")
+    encoders = {name: stage1_encoder(config) for name, config in CONFIGS.items()}
+    for name, encoder in encoders.items():
+        save_file({n: p.data for n, p in encoder.named_parameters() if p.requires_grad},
+                  tmp_path / f"{name}.safetensors")
     save_file({"ids": torch.from_numpy(np.concatenate(id_texts.texts)),
                "lengths": torch.tensor([len(ids) for ids in id_texts.texts])},
               tmp_path / "texts.safetensors")
@@ -145,8 +146,8 @@ def test_ranks_do_not_change_the_gradient(ctkd_encoder, id_texts, tmp_path, proc
          str(micro_batch)],
         check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    for objective in OBJECTIVES:
-        _, whole = step_gradient(ctkd_encoder, id_texts, replace(CTKD, objective=objective))
+    for objective, config in CONFIGS.items():
+        _, whole = step_gradient(encoders[objective], id_texts, config)
         ranks = load_file(tmp_path / f"{objective}-{processes}-{micro_batch}.safetensors")
         assert worst(ranks, whole) < 1e-10
 
@@ -184,7 +185,7 @@ def test_recompute_runs_the_blocks_again_in_the_backward_pass(recompute, forward
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_gradient_on_cuda_never_waits_for_the_device(id_texts, objective):
     ranks = Ranks(0, 1, torch.device("cuda"))
-    config = replace(CTKD, objective=objective, dtype="bfloat16", lora_dropout=0.05)
+    config = replace(CONFIGS[objective], dtype="bfloat16", lora_dropout=0.05)
     encoder = pretrain_ctkd.new_encoder(config, run_of(config, ranks))
     ctkd_step(encoder, id_texts, config, 0, ranks)  # compiles, allocates
     torch.cuda.set_sync_debug_mode("error")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import contrastive
+import pretexts
 import pretrain_ctkd
-from lora import LoraConfig
+from lora import TARGETS, LoraConfig
 from model import EncoderConfig
 from runtime.devices import pick_dtype
 from runtime.results import PUBLISHED
@@ -25,9 +26,12 @@ def ours(stage: str, preset: str) -> dict:
     config = module.Config(**PRESETS[stage][preset])
     found = {**vars(config)}
     if found["model"].startswith("runs/"):  # the stage before: its model, its shape
-        before = ours("ctkd", "paper")
+        before = ours("ctkd", preset)
         found |= {key: before[key] for key in ("model", "memory_tokens", "attention")}
-        found["pooling"] = EncoderConfig().pooling
+        found["pooling"] = before["pooling"]
+    elif stage == "ctkd":
+        own = pretexts.SHAPES.get(config.objective, {})
+        found["pooling"] = own.get("pooling", EncoderConfig().pooling)
     steps = config.steps or config.num_texts // config.batch_size  # 0: known from the rows only
     schedule = found.get("schedule_steps") or steps
     warmup = warmup_steps(config.warmup, schedule or 10_000)
@@ -35,7 +39,8 @@ def ours(stage: str, preset: str) -> dict:
     return found | {
         "trained_steps": steps, "schedule": schedule, "warmup_steps": warmup,
         "rise": "linear" if abs(half - 0.5) < 0.01 else "logarithmic",
-        "lora_targets": sorted(LoraConfig().targets), "rows_of_a_softmax": config.batch_size,
+        "lora_targets": sorted(TARGETS if config.lora_k_proj else LoraConfig().targets),
+        "rows_of_a_softmax": config.batch_size,
         "longest_text": config.max_tokens, "longest_document": found.get("document_tokens"),
         "cuda_dtype": str(pick_dtype(config.dtype, torch.device("cuda"))),
     }
@@ -63,8 +68,8 @@ def llm2vec(v: dict) -> dict:
     """The same of LLM2Vec's configurations."""
     return {
         "model": v["model_name_or_path"], "lr": v["learning_rate"], "lora_r": v["lora_r"],
-        "attention": "bidirectional" if v["bidirectional"] else "causal",
-        "pooling": v["pooling_mode"], "max_tokens": v["max_seq_length"],
+        "attention": "bidirectional" if v.get("bidirectional", True) else "causal",
+        "pooling": v.get("pooling_mode", "mean"), "max_tokens": v["max_seq_length"],
         "trained_steps": v["stop_after_n_steps"], "cuda_dtype": "torch." + v["torch_dtype"],
         "batch_size": (v.get("nproc_per_node", 1) * v["per_device_train_batch_size"]
                        * v["gradient_accumulation_steps"]),
@@ -111,6 +116,13 @@ MAPPINGS = {
         "lora_r": v["peft_config.r"], "lora_alpha": v["peft_config.lora_alpha"],
         "lora_dropout": v["peft_config.lora_dropout"],
         "lora_targets": sorted(v["peft_config.target_modules"]),
+    },
+    "LLM2Vec, MNTP": lambda v: {
+        **llm2vec(v), "objective": "mntp", "text": {"wikitext-103-raw-v1": "wikitext103"}[
+            v["dataset_config_name"]], "mask_share": v["mlm_probability"],
+        "mask_token": {("blank", "default"): "_"}[v["mask_token_type"], v["data_collator_type"]],
+        "lora_alpha": {"2 * lora_r": 2 * v["lora_r"]}[v["lora_alpha"]],
+        "lora_dropout": v["lora_dropout"], "lora_targets": sorted(v["target_modules"]),
     },
     "LLM2Vec, SimCSE": lambda v: {
         **llm2vec(v), "attention_dropout": v["simcse_dropout"], "temperature": 1 / v["loss_scale"],
@@ -165,7 +177,7 @@ def test_every_source_is_compared_and_every_paper_preset_has_one():
     assert MAPPINGS.keys() == SETTINGS.keys()
     compared = {tuple(about["preset"]) for about in SETTINGS.values()}
     assert compared == {(stage, name) for stage, own in PRESETS.items() for name in own
-                        if name != "demo"}
+                        if name not in ("demo", "smollm2", "llama2vec")}  # ours
 
 
 # ---------------------------------------------------------------------------------------------
@@ -212,7 +224,8 @@ def test_the_recipes_beside_the_papers_rows_are_those_of_the_paper_presets(stage
 
 
 def test_each_objective_has_the_papers_rows():
-    assert PUBLISHED["objectives"].keys() == pretrain_ctkd.OBJECTIVES.keys()
+    own = pretrain_ctkd.OBJECTIVES.keys() - pretexts.OBJECTIVES.keys()
+    assert PUBLISHED["objectives"].keys() == own
     for name in PUBLISHED["objectives"].values():
         for ending in ("", " + UCL", " + SCL"):
             assert len(PUBLISHED["rows"][f"LLM2Comp {name}{ending}"]) == 14
