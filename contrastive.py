@@ -468,6 +468,8 @@ def report(config: Config, device: torch.device):
     for name, model in rows.items():
         encoder, method = open_model(str(model), base=config.base or None,
                                      revision=config.revision or None, **options)
+        if not encoder.history:  # a plain Llama, cut like what was trained from it
+            encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
         stages = " + ".join(entry["stage"] for entry in encoder.history) or f"untrained, {method}"
         print(f"  {name:<12}{stages:<26}{demo_sts(encoder):6.2f}")
         del encoder  # before the next copy of the weights is loaded

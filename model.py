@@ -9,8 +9,6 @@ serve as language model g_phi (`causal=True, adapters=False`) and, with adapters
 (`causal=False, adapters=True`): causality and adapters are arguments of the forward call.
 """
 
-import math
-import runpy
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -49,6 +47,9 @@ class LlamaConfig:
     bos_token_id: int | None = None
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     model_type: str = "llama"  # one of BASES
+    qkv_bias: bool = False  # of q_proj, k_proj and v_proj, as in Qwen2
+    qk_norm: bool = False  # an RMSNorm for the queries and one for the keys, as in Qwen3
+    sliding_window: int | None = None  # tokens that a sequence may have, as in Mistral 0.1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def inverse_frequencies(rope: dict, head_dim: int) -> Tensor:
     if rope["rope_type"] == "linear":
         return inv_freq / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * torch.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * inv_freq + (1 - keep) * inv_freq / rope["factor"]
@@ -136,15 +137,17 @@ class Attention(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = LoraLinear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = LoraLinear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = LoraLinear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.q_proj = LoraLinear(c.hidden_size, c.num_attention_heads * c.head_dim, c.qkv_bias)
+        self.k_proj = LoraLinear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = LoraLinear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
         self.o_proj = LoraLinear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, p: Pass, last: list[int] | None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)  # -> (T, H or G, head_dim)
         q, k, v = (proj(x, p.adapters).unflatten(-1, (-1, self.head_dim)) for proj in projections)
-        q, k = rotate(q, p.cos, p.sin), rotate(k, p.cos, p.sin)
+        q, k = rotate(self.q_norm(q), p.cos, p.sin), rotate(self.k_norm(k), p.cos, p.sin)
         out = attend(q, k, v, p.lengths, p.causal, p.dropout).flatten(1)
         return self.o_proj(last_of_each(out, p.lengths, last), p.adapters)
 
@@ -244,7 +247,8 @@ class Llama(nn.Module):
         return tuple(t.unsqueeze(1).to(like.dtype) for t in pairs)  # one for all heads
 
 
-BASES: dict[str, type[Llama]] = {"llama": Llama}  # model_type of config.json -> network
+# model_type of config.json -> network; these differ in optional parts, see LlamaConfig
+BASES: dict[str, type[Llama]] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,9 +317,8 @@ class Encoder(nn.Module):
     dtype = property(lambda self: self.llama.head.dtype)  # of activations; what is trained is fp32
     device = property(lambda self: self.llama.head.device)
 
-    def forward(
-        self, ids: Tensor, lengths: list[int], dropout: float = 0.0, last: list[int] | None = None
-    ) -> tuple[Tensor, list[int]]:
+    def forward(self, ids: Tensor, lengths: list[int], dropout=0.0,
+                last: list[int] | None = None) -> tuple[Tensor, list[int]]:
         """Eq. 1 and 3: f_theta reads n_1..n_a m_1..m_K.
 
         ids (T,) of N texts with BOS -> hidden states of texts and memory tokens (T + N K, D) and
@@ -339,9 +342,8 @@ class Encoder(nn.Module):
         kept = list(self.config.kept_tokens)
         return at_least_fp32(memory[:, kept] if kept else memory).mean(dim=1)
 
-    def embed(
-        self, ids: Tensor, lengths: list[int], dropout: float = 0.0, tails: list[int] | None = None
-    ) -> Tensor:
+    def embed(self, ids: Tensor, lengths: list[int], dropout=0.0,
+              tails: list[int] | None = None) -> Tensor:
         """ids (T,) of N texts -> embeddings z (N, D) in at least fp32.
 
         `tails` are the numbers of last tokens that `echo` averages.
@@ -379,14 +381,14 @@ class Encoder(nn.Module):
         self, texts: list[str], instruction="", document=False, max_tokens: int | None = None
     ) -> Tokens:
         """Each text in its template, cut to max_tokens (default: the encoder's)."""
-        c = self.config
+        c, limit = self.config, max_tokens or self.config.max_tokens
+        base, window = self.tokenizer.file.parent, self.llama.config.sliding_window
+        formats.check_window(base, window, limit, c.num_memory_tokens)
         template = choose_template(c.template, c.document_template, instruction, document)
-        return self.tokenizer.read(texts, template, max_tokens or c.max_tokens)
+        return self.tokenizer.read(texts, template, limit)
 
-    def batches(
-        self, texts: list[str], instruction="", document=False, batch_tokens=4096,
-        progress: bool | str = False,
-    ):
+    def batches(self, texts: list[str], instruction="", document=False, batch_tokens=4096,
+                progress: bool | str = False):
         """Yield (places among the texts, ids (T,), lengths, tails) as `encode` reads them."""
         ids, tails, cut = self.tokenize(texts, instruction, document)
         self.cut += sum(cut)
@@ -399,10 +401,8 @@ class Encoder(nn.Module):
                 bar.update(len(batch))
 
     @torch.no_grad()
-    def encode(
-        self, texts: list[str], instruction="", document=False, batch_tokens=4096,
-        progress: bool | str = False,
-    ) -> np.ndarray:
+    def encode(self, texts: list[str], instruction="", document=False, batch_tokens=4096,
+               progress: bool | str = False) -> np.ndarray:
         """Texts -> (n, D) float32, in their order; long texts are cut, memory tokens never.
 
         `instruction` goes before each text; `document` says that they are documents to be found.
@@ -422,9 +422,7 @@ class Encoder(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
-def load_llama(
-    name: str | Path, revision: str | None = None, dtype=torch.float32, device="cpu"
-) -> Llama:
+def load_llama(name: str | Path, revision=None, dtype=torch.float32, device="cpu") -> Llama:
     """A frozen Llama from `demo`, a folder in Hugging Face's layout, or a hub repository."""
     return build_llama(formats.ModelFolder(name, revision, BASES), dtype, device)
 
@@ -497,4 +495,6 @@ def save_encoder(encoder: Encoder, folder: str | Path, earlier: Path | None = No
 
 
 if __name__ == "__main__":  # `python model.py merge ENCODER OUT`, the older name of export.py
+    import runpy
+
     runpy.run_path(str(Path(__file__).with_name("export.py")), run_name="__main__")

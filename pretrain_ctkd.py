@@ -269,6 +269,7 @@ def prepare(config: Config, run: Run) -> tuple[Encoder, SplitTexts]:
         raise UserError(f"--batch-size {config.batch_size}: {run.ranks.size} processes need at "
                         f"least one text each; start fewer with --nproc-per-node")
     encoder = new_encoder(config, run)
+    encoder.tokenize([])  # raises if the base has a window that is too short for such texts
     data = open_texts(config, encoder.tokenizer, config.num_texts)
     require_rows(data.sizes, config.batch_size)
     return encoder, data
@@ -349,7 +350,7 @@ def report(config: Config, device: torch.device):
     print("\nembedded STS set (325 pairs), Spearman x 100")
     plain = plain_encoder(config.model, revision=config.revision or None, **options)
     for method in UNTRAINED:
-        plain.config = replace(plain.config, pooling=method)
+        plain.config = replace(plain.config, pooling=method, max_tokens=config.max_tokens)
         print(f"  untrained, {method:<14}{demo_sts(plain):6.2f}")
     del plain  # before the second copy of the weights is loaded
     encoder = load_encoder(folder, **options)

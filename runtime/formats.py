@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,11 +63,12 @@ def read_llama_config(path: Path, model_types) -> dict:
     model_types: the values of model_type for which there is a network.
     """
     raw = read_json(path)
+    kind, number = raw.get("model_type"), partial(read_number, raw, path)
 
     def refuse(key, known):
         raise UserError(f"{path}: {key}={raw.get(key)!r} is not supported, only {known}")
 
-    if raw.get("model_type") not in list(model_types):
+    if kind not in list(model_types):
         refuse("model_type", ", ".join(map(repr, model_types)))
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "'silu'")
@@ -74,35 +76,33 @@ def read_llama_config(path: Path, model_types) -> dict:
                 "use_sliding_window"):
         if raw.get(key):
             refuse(key, "a model without it")
-
-    def number(key, default=None, most=2**24):
-        """The whole number above zero under `key`, or its default."""
-        value = raw.get(key) if raw.get(key) is not None else default
-        if value is None:
-            raise UserError(f"{path}: the key {key} is missing; copy it from the model's page")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{path}: {key}={value!r} must be a whole number above zero")
-        if value > most:  # a damaged file: building such a network would never end
-            raise UserError(f"{path}: {key}={value!r} must be at most {most}")
-        return value
+    layers = raw.get("layer_types") or []
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if layer != "full_attention":
+            raise UserError(f"{path}: layer_types has {layer!r}, only 'full_attention' is read")
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
     bos, eps = raw.get("bos_token_id"), raw.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, float | int) or not 0 <= eps < 1:
         raise UserError(f"{path}: rms_norm_eps={eps!r} must be a number, zero or above, below 1")
+    # null since Mistral's version 0.2; transformers gives a file without the key the first one's
+    windowed = kind == "mistral" and raw.get("sliding_window", 4096) is not None
     config = {
-        "model_type": raw["model_type"],
+        "model_type": kind,
         "vocab_size": number("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": number("intermediate_size"),
         "num_hidden_layers": number("num_hidden_layers", most=1000),
         "num_attention_heads": heads,
         "num_key_value_heads": number("num_key_value_heads", heads),
-        "head_dim": number("head_dim", hidden // heads),
+        "head_dim": number("head_dim", 128 if kind == "qwen3" else hidden // heads),
         "rms_norm_eps": float(eps),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "bos_token_id": bos if isinstance(bos, int) else None,
         "rope": read_rope(raw, path),
+        "qkv_bias": kind == "qwen2",  # always, by no key
+        "qk_norm": kind == "qwen3",
+        "sliding_window": number("sliding_window", 4096) if windowed else None,
     }
     if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
         raise UserError(f"{path}: num_attention_heads={heads} must be a multiple of "
@@ -112,6 +112,30 @@ def read_llama_config(path: Path, model_types) -> dict:
         raise UserError(f"{path}: num_attention_heads={heads} times head_dim={config['head_dim']} "
                         f"must be at most {2**24}")
     return config
+
+
+def read_number(raw: dict, path: Path, key: str, default: int | None = None, most=2**24) -> int:
+    """The whole number above zero under `key`, or its default; UserError if there is none."""
+    value = raw.get(key) if raw.get(key) is not None else default
+    if value is None:
+        raise UserError(f"{path}: the key {key} is missing; copy it from the model's page")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {key}={value!r} must be a whole number above zero")
+    if value > most:  # a damaged file: building such a network would never end
+        raise UserError(f"{path}: {key}={value!r} must be at most {most}")
+    return value
+
+
+def check_window(folder: Path, window: int | None, max_tokens: int, memory: int):
+    """UserError if a text of max_tokens and its memory tokens are more than a sliding window.
+
+    Up to the window all tokens see what they see without one, causal or not; beyond it they would
+    not, which is not computed here.
+    """
+    if window is not None and max_tokens + memory > window:
+        raise UserError(f"{folder / 'config.json'}: sliding_window={window} is shorter than a text "
+                        f"of up to {max_tokens} tokens and its {memory} memory tokens; cut texts "
+                        f"to {window - memory} with --max-tokens")
 
 
 def read_rope(raw: dict, path: Path) -> dict:

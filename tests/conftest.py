@@ -47,6 +47,21 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_of(tiny, tmp_path_factory):
+    """tiny_of(kind): a checkpoint like `tiny` of that model_type; read only. The tokenizers of
+    the Qwens have fewer ids than the table has rows, and add no BOS."""
+    found = {"llama": tiny}
+
+    def write(kind: str) -> Path:
+        if kind not in found:
+            found[kind] = write_llama(tmp_path_factory.mktemp("bases") / kind, kind=kind)
+            write_tokenizer(found[kind], *((300, None) if "qwen" in kind else ()))
+        return found[kind]
+
+    return write
+
+
 @pytest.fixture
 def tiny_copy(tiny, tmp_path) -> Path:
     """A copy of `tiny` that a test may damage."""
@@ -58,7 +73,7 @@ def reference():
     """reference(folder): the same checkpoint in transformers, float32."""
 
     def load(folder: Path):
-        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return model.eval()
 
     return load

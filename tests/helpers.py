@@ -56,6 +56,7 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5,
 }
+OTHERS = ("mistral", "qwen2", "qwen3")  # the bases beside llama
 
 
 def write_tokenizer(folder: Path, size: int = 320, template: str | None = "<s> $A"):
@@ -78,15 +79,17 @@ def write_tokenizer(folder: Path, size: int = 320, template: str | None = "<s> $
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_llama(folder: Path, seed=0, shard="1GB", dtype=torch.float32, **settings) -> Path:
-    """A random LlamaForCausalLM of the given config settings, all weights of useful size."""
-    config = transformers.LlamaConfig(**{**TINY, **settings})
-    model = transformers.LlamaForCausalLM(config)
+def write_llama(folder: Path, seed=0, shard="1GB", dtype=torch.float32, kind="llama",
+                **settings) -> Path:
+    """A random causal language model of the model_type `kind` and the given config settings, all
+    weights of useful size."""
+    config = transformers.AutoConfig.for_model(kind, **{**TINY, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
+    for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         spread = 0.3 if weight.dim() == 1 else weight.shape[-1] ** -0.5
-        weight.data = noise * spread + (1.0 if weight.dim() == 1 else 0.0)
+        weight.data = noise * spread + (1.0 if "norm" in name else 0.0)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 

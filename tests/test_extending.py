@@ -10,8 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import transformers
-from helpers import ROOT, TINY, evaluate_main, files, losses, refused, run_of, write_tokenizer
+from helpers import ROOT, embed_with_transformers, evaluate_main, files, losses, refused, run_of
 
 import evaluate
 import export
@@ -58,7 +57,7 @@ def in_a_shell(folder, *arguments) -> subprocess.CompletedProcess:
 
 
 def test_the_page_has_four_short_files():
-    assert set(EXAMPLES) == {"reverse_kl.py", "max_pooling.py", "train_max.py", "qwen2.py"}
+    assert set(EXAMPLES) == {"reverse_kl.py", "max_pooling.py", "train_max.py", "smollm3.py"}
     for block in EXAMPLES.values():
         code = [line for line in block.splitlines()[1:] if line.strip()]
         assert len(code) <= 25
@@ -152,51 +151,29 @@ def test_a_pooling_of_ones_own_is_stored_in_the_encoder(examples, home, tiny, he
 # ---------------------------------------------------------------------------------------------
 
 
-def write_qwen2(folder, **settings):
-    """A random Qwen2ForCausalLM, its biases too, with a tokenizer that adds no BOS (as Qwen2's)."""
-    config = transformers.Qwen2Config(**{**TINY, **settings})
-    qwen2 = transformers.Qwen2ForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(5)
-    for name, weight in qwen2.named_parameters():
-        noise = 0.2 * torch.randn(weight.shape, generator=generator)
-        weight.data = noise + (1.0 if "norm" in name else 0.0)
-    qwen2.save_pretrained(folder)
-    write_tokenizer(folder, template=None)
-    return qwen2
-
-
 @pytest.mark.parametrize("settings", [
-    {}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1, "rope_theta": 1e6},
+    {"num_hidden_layers": 5}, {"num_hidden_layers": 4, "tie_word_embeddings": False},
+    {"num_hidden_layers": 8, "num_key_value_heads": 1, "rope_theta": 5e6},
 ], ids=str)
-def test_a_base_of_ones_own_has_transformers_logits(settings, examples, tmp_path):
-    qwen2 = write_qwen2(tmp_path / "qwen2", **settings)
-    refused(lambda: load_llama(tmp_path / "qwen2"), "model_type='qwen2' is not supported")
-    runpy.run_path(str(examples / "qwen2.py"))
-    llama = load_llama(tmp_path / "qwen2")
-    assert any(name.endswith("k_proj.bias") for name, _ in llama.named_parameters())
-    lengths = [1, 9, 40]
+def test_a_base_of_ones_own_has_transformers_logits(settings, examples, checkpoint, reference):
+    folder = checkpoint(kind="smollm3", pad_token_id=0, **settings)
+    refused(lambda: load_llama(folder), "model_type='smollm3' is not supported, only 'llama', "
+            "'mistral', 'qwen2', 'qwen3'")
+    runpy.run_path(str(examples / "smollm3.py"))
+    llama, smollm3, lengths = load_llama(folder), reference(folder), [1, 9, 40]
     ids = torch.randint(320, (sum(lengths),), generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         ours = llama(llama.embed(ids), lengths, causal=True) @ llama.head.T
-        theirs = torch.cat([qwen2(part[None]).logits[0] for part in ids.split(lengths)])
+        theirs = torch.cat([smollm3(part[None]).logits[0] for part in ids.split(lengths)])
     assert (ours - theirs).abs().max() <= 1e-4 and theirs.abs().max() > 1
 
 
-def test_a_base_of_ones_own_is_trained_stored_and_exported(command, argv, tmp_path):
-    write_qwen2(tmp_path / "qwen2", tie_word_embeddings=True)
-    flags = argv("ctkd", tmp_path / "out", "--model", tmp_path / "qwen2", "--steps", 2,
-                 "--batch-size", 4)
-    assert command("qwen2.py", *flags) == 0
-    encoder = load_encoder(tmp_path / "out/encoder")
-    texts = ["A model reads a text", ""]
+def test_a_base_of_ones_own_is_trained_stored_and_exported(command, argv, checkpoint, tmp_path):
+    folder = checkpoint(kind="smollm3", pad_token_id=0, num_hidden_layers=4)
+    flags = argv("ctkd", tmp_path / "out", "--model", folder, "--steps", 2, "--batch-size", 4)
+    assert command("smollm3.py", *flags) == 0
+    encoder, texts = load_encoder(tmp_path / "out/encoder"), ["A model reads a text", ""]
     z = encoder.encode(texts)
-    assert np.isfinite(z).all() and encoder.llama.config.model_type == "qwen2"
+    assert np.isfinite(z).all() and encoder.llama.config.model_type == "smollm3"
     export.export_llama(encoder, tmp_path / "plain")
-    reader = transformers.AutoModel.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-    assert type(reader).__name__ == "Qwen2Model"
-    for text, expected in zip(texts, z):
-        ids = [*encoder.tokenizer.encode([text])[0], 320, 321]
-        mask = torch.zeros(1, 1, len(ids), len(ids))
-        with torch.no_grad():
-            states = reader(torch.tensor([ids]), attention_mask=mask).last_hidden_state[0]
-        assert np.abs(states[-2:].mean(0).numpy() - expected).max() <= 1e-4
+    assert np.abs(embed_with_transformers(tmp_path / "plain", texts, k=2) - z).max() <= 1e-4

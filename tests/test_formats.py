@@ -140,7 +140,7 @@ def test_the_hash_of_a_model_depends_on_its_weights_and_not_on_its_config(tiny, 
 # ---------------------------------------------------------------------------------------------
 
 BAD_CONFIGS = {
-    "model_type": "mistral", "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True,
+    "model_type": "gemma", "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True,
     "quantization_config": {"quant_method": "gptq"}, "vocab_size": "320", "hidden_size": None,
     "num_hidden_layers": 0, "num_attention_heads": -4, "intermediate_size": 48.5,
     "num_key_value_heads": 3, "head_dim": 7, "rms_norm_eps": "small",

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize_adapters
+from helpers import OTHERS, randomize_adapters
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -22,6 +22,9 @@ CONFIGS = {
     "all seven": LoraConfig(r=4, alpha=8, targets=SEVEN),
     "one": LoraConfig(r=1, alpha=1, targets=("k_proj",)),
 }
+# every kind of adapter on a Llama, and one of all projections on the other bases
+PAIRS = {**{name: (config, "llama") for name, config in CONFIGS.items()},
+         **{kind: (CONFIGS["all seven"], kind) for kind in OTHERS}}
 
 
 @pytest.fixture
@@ -67,29 +70,32 @@ def with_peft(reference, folder, config):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config, kind", PAIRS.values(), ids=PAIRS)
 def test_peft_reads_our_adapter_and_gives_our_logits_applied_and_merged(
-    config, tiny, reference, ids, tmp_path
+    config, kind, tiny_of, reference, ids, tmp_path, monkeypatch
 ):
-    llama = adapted(tiny, config)
-    lora.save_adapter(llama, config, tmp_path, str(tiny))
-    theirs = peft.PeftModel.from_pretrained(reference(tiny), tmp_path).eval()
+    llama = adapted(tiny_of(kind), config)
+    lora.save_adapter(llama, config, tmp_path, "base")
+    theirs = peft.PeftModel.from_pretrained(reference(tiny_of(kind)), tmp_path).eval()
     with torch.no_grad():
         ours, base = logits(llama, ids), logits(llama, ids, adapters=False)
         assert (ours - base).abs().max() > 0.01
         assert (ours - their_logits(theirs, ids)).abs().max() <= 1e-5
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "is_cpu", lambda x: False)  # the lines for other devices
+            assert (logits(llama, ids) - ours).abs().max() <= 1e-5
         lora.merge_lora(llama)
         merged = theirs.merge_and_unload()
         assert (logits(llama, ids) - their_logits(merged, ids)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config, kind", PAIRS.values(), ids=PAIRS)
 def test_an_adapter_saved_by_peft_gives_the_same_logits_here(
-    config, tiny, reference, ids, tmp_path
+    config, kind, tiny_of, reference, ids, tmp_path
 ):
-    theirs = with_peft(reference, tiny, config)
+    theirs = with_peft(reference, tiny_of(kind), config)
     theirs.save_pretrained(tmp_path)
-    llama = load_llama(tiny)
+    llama = load_llama(tiny_of(kind))
     loaded = lora.load_adapter(llama, tmp_path)
     assert (loaded.r, loaded.alpha, loaded.dropout) == (config.r, config.alpha, config.dropout)
     assert set(loaded.targets) == set(config.targets)

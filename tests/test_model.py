@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import ECHO, EOL, MEMORY, TEXT, TEXTS, K
+from helpers import ECHO, EOL, MEMORY, OTHERS, TEXT, TEXTS, K
 from helpers import edit_json, random_qkv, slow_attention, trained_encoder, write_llama
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig as HFLlamaConfig
@@ -55,6 +55,7 @@ def assert_equals_transformers(folder, reference, lengths=LENGTHS):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
 @pytest.mark.parametrize("settings", [
     pytest.param({"num_key_value_heads": 4}, id="multi-head"),
     pytest.param({"num_key_value_heads": 2}, id="grouped-query"),
@@ -66,10 +67,27 @@ def assert_equals_transformers(folder, reference, lengths=LENGTHS):
     pytest.param({"rms_norm_eps": 0.5}, id="epsilon of config.json"),
     pytest.param({"num_hidden_layers": 5, "hidden_size": 24, "vocab_size": 77}, id="other sizes"),
 ])
-def test_packed_logits_equal_those_of_transformers(settings, tmp_path, reference):
-    folder = write_llama(tmp_path, **settings)
+def test_packed_logits_equal_those_of_transformers(settings, kind, tmp_path, reference):
+    folder = write_llama(tmp_path, kind=kind, **settings)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == ("shard" in settings)
     assert_equals_transformers(folder, reference)
+
+
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+def test_bidirectional_states_and_gradients_equal_those_of_transformers(kind, tmp_path, reference):
+    folder, n = write_llama(tmp_path, kind=kind), 40
+    edit_json(folder / "config.json", is_causal=False)
+    llama, theirs, results = load_llama(folder), reference(folder), []
+    rows = llama.embed(random_ids([n]))
+    for forward in (lambda x: llama(x, [n], causal=False), lambda x: llama(x, [n], causal=True),
+                    lambda x: theirs.model(inputs_embeds=x[None]).last_hidden_state[0]):
+        x = rows.clone().requires_grad_()
+        states = forward(x)
+        states.square().sum().backward()
+        results.append((states.detach(), x.grad / x.grad.abs().max()))
+    for ours, causal, expected in zip(*results):
+        assert (ours - expected).abs().max() <= 1e-4
+        assert (ours - causal).abs().max() > 0.01
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -300,8 +318,9 @@ def test_encode_returns_one_float32_row_per_text_and_none_for_no_texts(dtype, ti
         assert np.isfinite(rows).all()
 
 
-def test_a_bf16_encoder_is_close_to_the_fp32_one(tiny):
-    wide, narrow = (trained_encoder(tiny, dtype=dtype).encode(TEXTS)
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+def test_a_bf16_encoder_is_close_to_the_fp32_one(kind, tiny_of):
+    wide, narrow = (trained_encoder(tiny_of(kind), dtype=dtype).encode(TEXTS)
                     for dtype in (torch.float32, torch.bfloat16))
     cosines = (wide * narrow).sum(1) / np.linalg.norm(wide, axis=1) / np.linalg.norm(narrow, axis=1)
     assert cosines.min() > 0.999
