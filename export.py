@@ -1,6 +1,7 @@
 """Write a trained encoder as a plain Hugging Face folder, for tools that do not know this code.
 
-    python export.py ENCODER OUT                 a LlamaModel with its adapters merged, in float32
+    python export.py ENCODER OUT                 a LlamaModel (or Qwen2Model, ..., as its base is)
+                                                 with its adapters merged, in float32
     python export.py runs/llama2-scl OUT --dtype bfloat16
     python model.py merge ENCODER OUT            the same, under its older name
 
@@ -38,7 +39,7 @@ def export_llama(encoder: Encoder, folder: str | Path):
     base = find_model(encoder.base["name"], encoder.base["revision"])
     rows = encoder.llama.config.vocab_size + encoder.config.num_memory_tokens
     config = read_json(base / "config.json")
-    names = config.get("architectures") or ["LlamaForCausalLM"]
+    names = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     config["architectures"] = [name.replace("ForCausalLM", "Model") for name in names]  # no head
     config.pop("dtype", None)  # the newer name of torch_dtype, which would win over it
     config |= {"vocab_size": rows, "torch_dtype": str(encoder.dtype).removeprefix("torch.")}

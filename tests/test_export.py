@@ -1,6 +1,7 @@
 """export.py: a plain folder that transformers reads, with the encoder's embeddings."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from helpers import ROOT, TEXTS, K, embed_with_transformers, refused, trained_encoder
+from helpers import OTHERS, ROOT, TEXTS, K, edit_json, embed_with_transformers, refused
+from helpers import trained_encoder
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 import export
@@ -18,20 +21,36 @@ from model import load_encoder
 SHORT = TEXTS[:-1]
 
 
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
 @pytest.mark.parametrize("tokens", [300, 320], ids=["fewer ids than rows", "equal ids"])
 @pytest.mark.parametrize("settings", [
     {}, {"tie_word_embeddings": True}, {"head_dim": 12, "shard": "30KB"},
 ], ids=["untied", "tied", "sharded, head_dim"])
 def test_an_exported_folder_gives_the_same_embeddings_in_transformers(
-    tokens, settings, checkpoint, tmp_path
+    tokens, settings, kind, checkpoint, tmp_path
 ):
-    encoder = trained_encoder(checkpoint(tokens=tokens, **settings))
+    encoder = trained_encoder(checkpoint(tokens=tokens, kind=kind, **settings))
     expected = encoder.encode(SHORT)
     export_llama(encoder, tmp_path / "exported")
     theirs = embed_with_transformers(tmp_path / "exported", SHORT)
     assert np.abs(theirs - expected).max() <= 1e-4
     assert np.abs(encoder.encode(SHORT) - expected).max() <= 1e-5
-    assert json.loads((tmp_path / "exported/config.json").read_text())["vocab_size"] == 320 + K
+    about = json.loads((tmp_path / "exported/config.json").read_text())
+    assert (about["model_type"], about["vocab_size"]) == (kind, 320 + K)
+    reader = AutoModel.from_pretrained(tmp_path / "exported")
+    assert about["architectures"] == [type(reader).__name__] == [f"{kind.capitalize()}Model"]
+    names = load_file(tmp_path / "exported/model.safetensors").keys()
+    assert len([name for name in names if name.endswith("bias")]) == 6 * (kind == "qwen2")
+    assert len([name for name in names if re.search("[qk]_norm", name)]) == 4 * (kind == "qwen3")
+
+
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+def test_a_base_without_the_name_of_its_class_is_exported_under_it(kind, checkpoint, tmp_path):
+    folder = checkpoint(kind=kind)
+    edit_json(folder / "config.json", drop=["architectures"])
+    export_llama(trained_encoder(folder), tmp_path / "exported")
+    about = json.loads((tmp_path / "exported/config.json").read_text())
+    assert about["architectures"] == [type(AutoModel.from_pretrained(folder)).__name__]
 
 
 def test_the_adapters_of_two_stages_are_both_merged(two_stages, tmp_path):
