@@ -79,13 +79,31 @@ def sts(left: np.ndarray, right: np.ndarray, gold: np.ndarray) -> dict:
             "cosines": cosines, "gold": np.asarray(gold)}
 
 
+def pack_scores(scores: torch.Tensor, start: int) -> torch.Tensor:
+    """Scores (Q, n) float32 and places start..start + n - 1 as one integer each (Q, n).
+
+    The integers sort as the scores do, and among equal scores the earlier place is above: top-k
+    over blocks of places is exact whatever the blocks.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # no -0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # sorts as the floats
+    return (ordered << 32) - torch.arange(start, start + scores.shape[1], device=scores.device)
+
+
+def unpack_scores(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places (int64) and the scores (float32) in what pack_scores made."""
+    places = -packed & 0xFFFFFFFF
+    ordered = ((packed + places) >> 32).int()
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return places, bits.view(torch.float32)
+
+
 def rank_documents(queries: np.ndarray, documents: np.ndarray, ids: list[str], k: int = 1000,
                    block: int = 4096) -> np.ndarray:
     """The k nearest documents of each query by cosine, best first: indices (Q, min(k, n)).
 
     Equal scores rank by document id, descending (trec_eval's rule). Scores are float32, of sums in
-    float64: equal documents get equal scores. Score and rank of the id are packed into one integer,
-    so that top-k over blocks of documents is exact whatever the block.
+    float64: equal documents get equal scores.
     """
     order = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
     q, d = torch.from_numpy(unit(queries)), torch.from_numpy(unit(documents)[order])
@@ -93,13 +111,10 @@ def rank_documents(queries: np.ndarray, documents: np.ndarray, ids: list[str], k
     for some in q.double().split(1024):
         top = torch.empty(len(some), 0, dtype=torch.int64)
         for start in range(0, len(d), block):
-            scores = (some @ d[start : start + block].double().T).float() + 0.0  # no -0.0
-            bits = scores.view(torch.int32)
-            ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # sorts as the floats
-            key = (ordered << 32) - torch.arange(start, start + ordered.shape[1])
-            top = torch.cat((top, key), dim=1)
+            scores = (some @ d[start : start + block].double().T).float()
+            top = torch.cat((top, pack_scores(scores, start)), dim=1)
             top = top.topk(min(k, top.shape[1])).values
-        best.append(-top & 0xFFFFFFFF)
+        best.append(unpack_scores(top)[0])
     return np.array(order)[torch.cat(best).numpy()]
 
 
