@@ -52,6 +52,27 @@ def test_every_script_runs_and_prints_its_table(command, rows, tmp_path):
     assert content["freed_memory_kept_by"] == "all" and content["arguments"]["turns"] == 1
 
 
+def test_mining_is_measured(tmp_path, capsys):
+    """On a million fewer texts, and on data of which all that is relevant is known."""
+    import mining
+
+    assert mining.main(["search", "--documents", "50", "--queries", "3", "--dim", "4"]) == 0
+    assert "| 50 | 4 | 0.00 | 3 | " in capsys.readouterr().out
+    texts = [f"{word} card {n}" for word in ("a lost", "my new") for n in range(4)]
+    files = {"banking77/train.jsonl": [{"text": t, "label": t[0]} for t in texts],
+             "scifact/corpus.jsonl": [{"_id": t, "title": "", "text": t} for t in texts],
+             "scifact/queries.jsonl": [{"_id": str(i), "text": f"card {i}"} for i in range(4)],
+             "scifact/qrels/train.jsonl": [{"query-id": str(i), "corpus-id": t, "score": 1}
+                                           for i in range(4) for t in texts[i : i + 3]]}
+    for name, rows in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for task, negatives, false, of in (("banking77", 6, 8 * 2, 8 * 6), ("scifact", 7, 8, 28)):
+        assert mining.main(["judged", "--task", task, "--data-dir", str(tmp_path), "--margins",
+                            "0", "--negatives", str(negatives)]) == 0
+        assert f"| {of} | {false} | {false / of:.2%} |" in capsys.readouterr().out
+
+
 def step(loss, norm=1.0):
     return {"loss": loss, "norm": norm}
 

@@ -20,6 +20,7 @@ import collapse
 import contrastive
 import evaluate
 import export
+import mine
 import paper
 import pretrain_ctkd as stage1
 from evaluate import evaluate_task
@@ -131,6 +132,7 @@ PARSERS = {
     "pretrain_ctkd.py": functools.partial(parse_stage, "pretrain_ctkd"),
     "contrastive.py": functools.partial(parse_stage, "contrastive"),
     "evaluate.py": parse_evaluate, "collapse.py": collapse.parse_arguments,
+    "mine.py": lambda arguments: mine.check(mine.parse_arguments(arguments)),
     "export.py": parse_export, "model.py": parse_export,
 }
 

@@ -99,6 +99,7 @@ MAY_IMPORT = {  # module or package -> the modules and packages of the project t
     "evaluate": {"measures", "model", "data", "runtime"},
     "export": {"model", "lora", "runtime"},
     "collapse": {"evaluate", "measures", "model", "data", "runtime"},
+    "mine": {"evaluate", "measures", "model", "data", "runtime"},
 }
 
 
@@ -143,7 +144,7 @@ def test_the_paper_imports_the_project_only_as_a_command():
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PRINTING = {  # modules that talk to the user; all others compute
-    "pretrain_ctkd", "contrastive", "evaluate", "export", "collapse", "data.corpora",
+    "pretrain_ctkd", "contrastive", "evaluate", "export", "collapse", "mine", "data.corpora",
     "runtime.checkpoints", "runtime.errors", "runtime.results", "runtime.run",
 }
 
