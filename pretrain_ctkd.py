@@ -269,7 +269,6 @@ def prepare(config: Config, run: Run) -> tuple[Encoder, SplitTexts]:
         raise UserError(f"--batch-size {config.batch_size}: {run.ranks.size} processes need at "
                         f"least one text each; start fewer with --nproc-per-node")
     encoder = new_encoder(config, run)
-    encoder.tokenize([])  # raises if the base has a window that is too short for such texts
     data = open_texts(config, encoder.tokenizer, config.num_texts)
     require_rows(data.sizes, config.batch_size)
     return encoder, data
