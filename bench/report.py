@@ -426,10 +426,10 @@ def hours_of(runs: Runs, variant: str) -> str:
 
 
 def first_section(runs: Runs) -> str:
-    """The first section: model, command, data."""
+    """What the claims are judged on: model, command, data."""
     about = next((r["environment"] for r in runs.records.values() if "environment" in r), {})
     dtype, device, torch = (about.get(key, "?") for key in ("dtype", "device", "torch"))
-    return f"""# Results
+    return f"""## {model_of(runs)[0].upper()}{model_of(runs)[1:]}
 
 **Exploratory**: the paper's ablations and analysis with {model_of(runs)} in place of
 Llama-2-7B, and little data. Directions may carry over, scores (the paper's 66.78) cannot.
@@ -463,7 +463,7 @@ def claims_section(runs: Runs) -> str:
             rows.append([*(["", "", ""] if i else [text, paper, verdict]), f.sides, f.difference,
                          *(p or "--"), str(f.seeds)])
     head = ["claim", "paper (7 B)", "here", "compared", "difference [95 %]", "p", "Holm", "seeds"]
-    return f"""## The paper's claims
+    return f"""### The paper's claims
 
 Comparisons: {count}; if nothing differed, {count * ALPHA:.1f} would have p < {ALPHA} by
 chance, half of them with the expected sign. A difference is paired over common seeds, of which a
@@ -501,14 +501,11 @@ def measures_table(runs: Runs) -> str:
         cell(runs.of(v, key), digits) for key, (_, digits) in MEASURES.items()])
 
 
-def settings_section(runs: Runs) -> str:
-    """How the common setting was chosen: one factor at a time, on validation tasks."""
-    return f"""
-## How the settings were chosen
+def short_section(runs: Runs, title: str, text: str) -> str:
+    """Runs by which no claim is judged: command, scores, measures."""
+    return f"""## {title}
 
-One factor at a time around the common setting, `ctkd`, on validation tasks that share no text with
-those above (`bench/validation.py`); no score of a test set was seen before. The rows of `rate` for
-nll and rc give each objective its own rate.
+{text}
 
 {command(runs)}
 
@@ -520,33 +517,19 @@ nll and rc give each objective its own rate.
 """
 
 
-def smoke_section(runs: Runs) -> str:
-    """The embedded Llama, in short."""
-    return f"""
-## {model_of(runs)[0].upper()}{model_of(runs)[1:]}
+SETTINGS = """One factor at a time around the common setting, `ctkd`, on validation tasks that share no
+text with the test sets (`bench/validation.py`). The rows of `rate` give each objective its own rate; those
+of `attention` give the other attention three, too."""
 
-{command(runs)}
-
-{runs.args.about}
-
-{scores_table(runs)}
-
-{measures_table(runs)}
-"""
+SMOKE = """What the demo's three minutes make: it shows that every part works, and judges nothing."""
 
 
-def page(runs: Runs, settings: Runs | None = None, smoke: Runs | None = None) -> str:
-    """The text of docs/results.md."""
+def judged_section(runs: Runs) -> str:
+    """The runs by which the claims are judged."""
     found = next((r["collapse"]["texts"] for r in runs.records.values()), 0)
-    missing = [f"* {v}, seed {seed}: {why}" for study in runs.studies for v in runs.begun(study)
-               for (name, seed), why in runs.missing.items() if name == v]
-    machines = sorted({r["machine"] for part in (runs, settings, smoke) if part
-                       for r in part.records.values()})
-    total = sum(sum(r["hours"].values()) for part in (runs, settings, smoke) if part
-                for r in part.records.values())
     return f"""{first_section(runs)}
 {claims_section(runs)}
-## Scores
+### Scores
 
 The loss is the mean of the first and of the last 50 steps, hours those of training and of scoring
 one run; `python bench/ablations.py --help` says what a variant is.
@@ -555,33 +538,54 @@ one run; `python bench/ablations.py --help` says what a variant is.
 
 {scores_table(runs)}
 
-## Collapse
+### Collapse
 
 {found:,} texts of {runs.args.analyse}; `python collapse.py --help` says what the columns are.
 
 ![Spectra and token correlations](collapse.svg)
 
 {measures_table(runs)}
-{settings_section(settings) if settings else ""}{smoke_section(smoke) if smoke else ""}
-## Machines, and what is missing
+"""
 
-{total:.1f} hours in all on {"; ".join(machines)}. The command of each run is in its record.
+
+def page(runs: Runs | None, settings: Runs | None = None, smoke: Runs | None = None) -> str:
+    """The text of docs/results.md."""
+    parts = [part for part in (runs, settings, smoke) if part]
+    missing = [f"* {v}, seed {seed}: {why} ({part.args.base.model})" for part in parts
+               for study in part.studies for v in part.begun(study)
+               for (name, seed), why in part.missing.items() if name == v and part is not settings]
+    machines = sorted({r["machine"] for part in parts for r in part.records.values()})
+    total = sum(sum(r["hours"].values()) for part in parts for r in part.records.values())
+    sections = ["# Results\n"]
+    if runs:
+        sections.append(judged_section(runs))
+    if settings:
+        title = f"How the settings were chosen: {model_of(settings)}"
+        sections.append(short_section(settings, title, SETTINGS))
+    if smoke:
+        sections.append(short_section(smoke, f"In short: {model_of(smoke)}", SMOKE))
+    sections.append(f"""## Machines, and what is missing
+
+{total:.1f} hours in all on {"; ".join(machines)}, often beside other work. The command of each run is
+in its record.
 
 {chr(10).join(dict.fromkeys(missing)) or "Every variant that was begun has its seeds."}
-"""
+""")
+    return "\n".join(sections)
 
 
 def write(args: argparse.Namespace):
     """Write the page and its figures."""
-    out, runs = Path(args.out), read_runs(Path(args.runs))
-    settings, smoke = (read_runs(Path(folder)) if folder and Path(folder).is_dir() else None
-                       for folder in (args.settings, args.smoke))
+    out = Path(args.out)
+    parts = [read_runs(Path(folder)) if folder else None
+             for folder in (args.runs, args.settings, args.smoke)]
     rcParams["svg.hashsalt"] = "ablations"  # the same runs draw the same file
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_scores(runs, out.parent / "ablations.svg")
-    draw_collapse(runs, out.parent / "collapse.svg")
-    out.write_text(page(runs, settings, smoke), encoding="utf-8")
-    print(f"{out}: {sum(len(r.values) for r in (runs, settings, smoke) if r)} runs")
+    if runs := parts[0]:
+        draw_scores(runs, out.parent / "ablations.svg")
+        draw_collapse(runs, out.parent / "collapse.svg")
+    out.write_text(page(*parts), encoding="utf-8")
+    print(f"{out}: {sum(len(part.values) for part in parts if part)} runs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -589,10 +593,13 @@ def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--runs", default=str(RECORDS / "smollm2"), help="the --records of bench/ablations.py")
-    add("--settings", default=str(RECORDS / "smollm2-validation"),
-        help="records of the runs by which the settings were chosen")
-    add("--smoke", default=str(RECORDS / "demo"), help="records of the embedded Llama's runs")
+    for name, folder, what in (
+        ("runs", "smollm2", "the runs that judge the claims (--records of bench/ablations.py)"),
+        ("settings", "smollm2-validation", "the runs by which the settings were chosen"),
+        ("smoke", "demo", "the embedded Llama's runs"),
+    ):
+        there = RECORDS / folder if (RECORDS / folder).is_dir() else ""
+        add(f"--{name}", default=str(there), help=f"records of {what}; empty for none")
     add("--out", default=str(PAGE), help="the page; its figures go beside it")
     return run_command(lambda: write(parser.parse_args(argv)))
 
