@@ -16,11 +16,6 @@ from model import BASES, EncoderConfig, load_encoder, load_llama, plain_encoder
 from runtime.formats import read_llama_config
 
 
-@pytest.fixture(params=OTHERS)
-def kind(request) -> str:
-    return request.param
-
-
 @pytest.fixture
 def copy_of(tiny_of, tmp_path):
     """copy_of(kind, drop=[keys], **keys): a copy of the tiny checkpoint with an edited config."""
@@ -183,7 +178,8 @@ def test_a_checkpoint_of_another_base_is_one_clear_line(
     error_line(run("run", "--model", folder, stage="ctkd"), capsys, folder, name, "no place for")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind, dtype", [*((kind, "float32") for kind in OTHERS),
+                                         ("qwen2", "bfloat16"), ("qwen3", "bfloat16")])
 def test_all_stages_train_an_encoder_that_is_exported(
     kind, dtype, tiny_of, texts, run, tmp_path
 ):

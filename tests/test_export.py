@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from helpers import OTHERS, ROOT, TEXTS, K, edit_json, embed_with_transformers, refused
+from helpers import ROOT, TEXTS, K, edit_json, embed_with_transformers, refused
 from helpers import trained_encoder
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -21,8 +21,9 @@ from model import load_encoder
 SHORT = TEXTS[:-1]
 
 
-@pytest.mark.parametrize("kind", ["llama", *OTHERS])
-@pytest.mark.parametrize("tokens", [300, 320], ids=["fewer ids than rows", "equal ids"])
+@pytest.mark.parametrize("kind, tokens", [  # with 300 the tokenizer has fewer ids than the table
+    ("llama", 300), ("llama", 320), ("mistral", 320), ("qwen2", 300), ("qwen3", 300),
+])
 @pytest.mark.parametrize("settings", [
     {}, {"tie_word_embeddings": True}, {"head_dim": 12, "shard": "30KB"},
 ], ids=["untied", "tied", "sharded, head_dim"])
@@ -44,7 +45,7 @@ def test_an_exported_folder_gives_the_same_embeddings_in_transformers(
     assert len([name for name in names if re.search("[qk]_norm", name)]) == 4 * (kind == "qwen3")
 
 
-@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_a_base_without_the_name_of_its_class_is_exported_under_it(kind, checkpoint, tmp_path):
     folder = checkpoint(kind=kind)
     edit_json(folder / "config.json", drop=["architectures"])
