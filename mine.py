@@ -37,7 +37,8 @@ from runtime.devices import find_device, scoring_dtype, to_device
 from runtime.errors import UserError, run_command
 from runtime.files import read_json, sha256_of_json, write_file
 
-BLOCK = 4096  # texts encoded between two notes, queries searched at a time, documents compared
+BLOCK = 1024  # texts encoded between two notes, and documents of a part of the search
+QUERIES = 4096  # that are searched together: the corpus is read once for so many
 
 # ---------------------------------------------------------------------------------------------
 # Texts, and their embeddings on the disk
@@ -109,9 +110,9 @@ class Pool:
 class Embeddings:
     """A .npy of unit rows (documents and queries, D), and beside it a note of how many are there.
 
-    float32: rounded to float16 cosines change by up to 1e-3, which is what tells the neighbours of
-    a collapsed encoder apart. The file is mapped anew for each access, so that none of it stays in
-    memory.
+    float32, as the evaluation ranks: float16 would take half the disk, and changes cosines by up to
+    1e-4, which a collapsed encoder's neighbours are apart. The file is mapped anew for each access,
+    so that none of it stays in memory.
     """
 
     def __init__(self, path: Path, about: dict):
@@ -239,8 +240,8 @@ def mine_rows(pool: Pool, rows: Triples, embeddings: Embeddings, path: Path, *op
         whole = [len(line) for line in file if line.endswith(b"\n")]  # a kill may have cut one
         file.truncate(sum(whole))
         bar.update(len(whole))
-        for start in range(len(whole), len(rows), BLOCK):
-            places = range(start, min(start + BLOCK, len(rows)))
+        for start in range(len(whole), len(rows), QUERIES):
+            places = range(start, min(start + QUERIES, len(rows)))
             pairs = pool.pairs[places.start : places.stop]
             for row in mine_block(pool, [rows[i] for i in places], pairs, embeddings, *options):
                 file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())

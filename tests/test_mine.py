@@ -102,6 +102,12 @@ def instructed(tiny, tmp_path_factory) -> Path:
                          template=INSTRUCTED, document_template="passage: {text}")
 
 
+def set_blocks(monkeypatch, size: int):
+    """Blocks of so many texts, documents and queries."""
+    for name in ("BLOCK", "QUERIES"):
+        monkeypatch.setattr(mine, name, size)
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     """A .jsonl of the rows."""
     path.parent.mkdir(exist_ok=True)
@@ -181,7 +187,7 @@ def assert_rows(found: list[dict], expected: list[dict]):
 ], ids=str)
 def test_the_rows_are_those_of_a_plain_loop(flags, k, margin, encoder, rows, tmp_path,
                                             monkeypatch, capsys):
-    monkeypatch.setattr(mine, "BLOCK", 7)
+    set_blocks(monkeypatch, 7)
     assert mined(encoder, rows, tmp_path / "out.jsonl", *flags) == 0
     found = read_lines(tmp_path / "out.jsonl")
     expected = by_loop(encoder, rows, texts_of(rows), k, margin)
@@ -242,7 +248,7 @@ def test_blocks_of_any_size_mine_the_same(encoder, rows, tmp_path, monkeypatch, 
     monkeypatch.setattr(mine.Pool, "sha256", lambda self: "the same file whatever the block")
     flags, found = ["--negatives", 3, "--margin", 0.7, "--embeddings", tmp_path / "all.npy"], set()
     for block in (4096, 1, 9, 40):
-        monkeypatch.setattr(mine, "BLOCK", block)
+        set_blocks(monkeypatch, block)
         assert mined(encoder, rows, tmp_path / f"{block}.jsonl", *flags) == 0
         found.add((tmp_path / f"{block}.jsonl").read_bytes())
     assert len(found) == 1 and len(encoded) == 2
@@ -292,7 +298,7 @@ MOMENTS = {  # owner, function, call, whether it has done its work; blocks of te
 def test_the_same_command_goes_on_and_ends_with_the_same_bytes(
     moment, encoder, rows, tmp_path, monkeypatch, encoded, capsys
 ):
-    monkeypatch.setattr(mine, "BLOCK", 8)
+    set_blocks(monkeypatch, 8)
     flags = ["--negatives", 2]
     assert mined(encoder, rows, tmp_path / "whole/out.jsonl", *flags) == 0
     blocks = [texts for texts, _ in encoded]
@@ -311,7 +317,7 @@ def test_the_same_command_goes_on_and_ends_with_the_same_bytes(
 
 def test_a_killed_process_has_lost_a_block_at_most(encoder, rows, tmp_path, monkeypatch):
     """SIGKILL to a child, once while it encodes and once while it searches, which tears a line."""
-    monkeypatch.setattr(mine, "BLOCK", 8)
+    set_blocks(monkeypatch, 8)
     assert mined(encoder, rows, tmp_path / "whole/out.jsonl") == 0
     out = tmp_path / "killed/out.jsonl"
     for owner, name, call in ((mine.Embeddings, "append", 3), (mine, "search", 2)):
@@ -474,7 +480,7 @@ def other_text(folder: Path, tiny: Path, rows: Path):
 ])
 def test_embeddings_of_something_else_are_refused(change, what, tiny, encoder, rows, tmp_path,
                                                   monkeypatch, capsys):
-    monkeypatch.setattr(mine, "BLOCK", 8)
+    set_blocks(monkeypatch, 8)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, mine.Embeddings, "append", 3, False, end)
         mined(encoder, rows, tmp_path / "out.jsonl")
