@@ -177,4 +177,5 @@ def check(config):
                             f"--preset {'llm2vec' if config.objective == 'mntp' else 'llama2vec'} "
                             f"has all that belongs to it")
     if not config.memory_tokens and config.objective != "mntp":
-        raise UserError(f"--memory-tokens 0: --objective {config.objective} needs at least 1")
+        raise UserError(f"--memory-tokens 0: must be at least 1 for --objective "
+                        f"{config.objective}")

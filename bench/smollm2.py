@@ -21,7 +21,6 @@ from zipfile import ZipFile
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
@@ -61,8 +60,10 @@ def halves(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.concatenate((pairs[:, :, 0], pairs[:, :, 1]), axis=1).reshape(weight.shape)
 
 
-def read_tensors(reader: GGUFReader, heads: dict[str, int]) -> dict[str, torch.Tensor]:
+def read_tensors(reader, heads: dict[str, int]) -> dict[str, torch.Tensor]:
     """All weights under Hugging Face's names; heads: number of heads of attn_q and attn_k."""
+    from gguf import dequantize
+
     found = {}
     for tensor in reader.tensors:
         weight = dequantize(tensor.data, tensor.tensor_type)
@@ -93,6 +94,10 @@ def write(out: Path):
     """The folder `out`, which must be new."""
     if out.exists():
         raise UserError(f"{out}: exists; name a new folder")
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UserError("gguf: not installed; pip install gguf")
     with TemporaryDirectory() as folder:
         reader = GGUFReader(fetch(folder))
         about = {name: field.contents() for name, field in reader.fields.items()}

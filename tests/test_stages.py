@@ -554,7 +554,7 @@ def test_a_setting_that_no_run_can_have_is_refused(
 
 @pytest.mark.parametrize("stage, flags, fragments", [
     ("ctkd", ["--memory-tokens", 0], ["--memory-tokens 0: must be at least 1"]),
-    ("ctkd", ["--memory-tokens=-2"], ["--memory-tokens -2: must be at least 1"]),
+    ("ctkd", ["--memory-tokens=-2"], ["--memory-tokens -2: must be at least 0"]),
     ("ctkd", ["--batch-size", 0], ["--batch-size 0: must be at least 1"]),
     ("ctkd", ["--chunk-rows", 0], ["--chunk-rows 0: must be at least 1"]),
     ("ctkd", ["--nll-weight=-inf"], ["--nll-weight -inf: must be finite"]),
