@@ -1,6 +1,7 @@
 """Stage 1 of LLM2Comp: compress a text into K memory tokens; the frozen Llama continues from them.
 
     torchrun pretrain_ctkd.py                                 the embedded demo, minutes on 2 cores
+    torchrun pretrain_ctkd.py --preset smollm2                a real Llama, 20 minutes of one core
     torchrun --nproc-per-node 4 pretrain_ctkd.py --preset paper --out runs/llama2
     torchrun pretrain_ctkd.py --model FOLDER_OR_REPOSITORY --text texts.jsonl --out runs/mine
     python pretrain_ctkd.py --help                            every setting
