@@ -33,7 +33,7 @@ import torch
 
 from data.corpora import read_texts
 from data.tasks import read_task
-from evaluate import METHODS, encoding, find_task, instruction_for, open_model
+from evaluate import METHODS, add_reading_flags, encoding, find_task, instruction_for, open_model
 from measures import unit
 from model import Encoder, save_encoder
 from runtime.cpu import keep_freed_memory
@@ -292,13 +292,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the texts and of the token kept of a cluster")
     add("--method", choices=list(METHODS), help="how plain Llamas are read (default weighted-mean)")
     add("--max-tokens", type=int, help="of a text for a plain Llama (default 512)")
-    add("--base", help="path of the encoders' base model, if it has moved")
     add("--data-dir", help="folder with the tasks' repositories, hub layout")
-    add("--device", default="auto", help="auto, cpu, cuda")
-    add("--dtype", choices=["float32", "bfloat16"],
-        help="default: bfloat16 on cuda, float32 elsewhere")
-    add("--batch-tokens", type=int, default=4096, help="tokens per forward pass")
-    add("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
+    add_reading_flags(add)
     add("--out", default="runs/collapse", help="folder of collapse.json and the figures")
     args = parser.parse_args(argv)
     if args.texts < 2 or args.batch_tokens < 1 or min(args.threads, args.seed) < 0:

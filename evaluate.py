@@ -332,6 +332,16 @@ def chosen_tasks(args: argparse.Namespace) -> dict[str, dict]:
     return {name: find_task(name) for name in names}
 
 
+def add_reading_flags(add: Callable):
+    """What evaluate.py, collapse.py and mine.py ask of whoever has a model read texts."""
+    add("--base", help="path of an encoder's base model, if it has moved")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="default: bfloat16 on cuda, float32 elsewhere")
+    add("--batch-tokens", type=int, default=4096, help="tokens per forward pass")
+    add("--threads", type=int, default=0, help="CPU threads per process; 0 = the cores, shared")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -356,12 +366,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "instructions), none, or a text for all tasks")
     add("--data-dir", help="folder with the tasks' repositories, hub layout")
     add("--revision", help="branch, tag or commit of a hub model")
-    add("--base", help="path of an encoder's base model, if it has moved")
-    add("--device", default="auto", help="auto, cpu, cuda")
-    add("--dtype", choices=["float32", "bfloat16"],
-        help="default: bfloat16 on cuda, float32 elsewhere")
-    add("--batch-tokens", type=int, default=4096, help="tokens per forward pass")
-    add("--threads", type=int, default=0, help="CPU threads per process; 0 = the cores, shared")
+    add_reading_flags(add)
     add("--timeout", type=float, default=60, help="minutes that a rank waits for the others")
     add("--results", default="results", help="folder for the JSON files")
     add("--force", action="store_true", help="evaluate finished tasks again")

@@ -9,7 +9,7 @@ Rows {query, positive} become {query, positive, negative: [...]}, best first. Le
 positives of the query, its own text, and what may be a false negative: texts whose cosine is not
 below --margin times the positive's (TopK-PercPos of NV-Retriever, arXiv 2407.15831).
 
-The same command goes on after an interruption. Embeddings are written block by block into a .npy
+The same command resumes after an interruption. Embeddings are written block by block into a .npy
 beside --out, with a note of how far; rows go into a hidden file that is renamed at the end. Memory
 holds the texts once, and a block of the rest.
 """
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data.rows import read_rows, text
 from data.triples import INSTRUCTIONS, Triples, stem
-from evaluate import METHODS, encoding, open_model
+from evaluate import METHODS, add_reading_flags, encoding, open_model
 from measures import pack_scores, unit, unpack_scores
 from model import Encoder
 from runtime.cpu import keep_freed_memory
@@ -116,7 +116,7 @@ class Embeddings:
     """
 
     def __init__(self, path: Path, about: dict):
-        """Begin, or go on with, the file of what `about` says; UserError if it is another's."""
+        """Begin, or resume, the file of what `about` says; UserError if it is another's."""
         self.path, self.note = path, path.with_name(path.name + ".json")
         self.state = {**about, "done": 0, "cut": 0}
         if self.note.exists():
@@ -296,12 +296,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--method", choices=list(METHODS), help="how a plain Llama is read (default weighted-mean)")
     add("--max-tokens", type=int, help="of a text, for a plain Llama (default 512)")
     add("--revision", help="branch, tag or commit of a hub model")
-    add("--base", help="path of an encoder's base model, if it has moved")
-    add("--device", default="auto", help="auto, cpu, cuda")
-    add("--dtype", choices=["float32", "bfloat16"],
-        help="default: bfloat16 on cuda, float32 elsewhere")
-    add("--batch-tokens", type=int, default=4096, help="tokens per forward pass")
-    add("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
+    add_reading_flags(add)
     return parser.parse_args(argv)
 
 
@@ -332,7 +327,7 @@ def check(args: argparse.Namespace):
 
 
 def run(args: argparse.Namespace):
-    """Encode, search, write; each goes on where an interrupted command has left it."""
+    """Encode, search, write; each resumes where an interrupted command has left it."""
     check(args)
     keep_freed_memory()
     torch.set_num_threads(args.threads or torch.get_num_threads())

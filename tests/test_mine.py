@@ -295,7 +295,7 @@ MOMENTS = {  # owner, function, call, whether it has done its work; blocks of te
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_the_same_command_goes_on_and_ends_with_the_same_bytes(
+def test_the_same_command_resumes_and_ends_with_the_same_bytes(
     moment, encoder, rows, tmp_path, monkeypatch, encoded, capsys
 ):
     set_blocks(monkeypatch, 8)
