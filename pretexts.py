@@ -24,6 +24,7 @@ from model import Encoder
 from runtime.devices import flat_ids, to_device
 from runtime.errors import UserError
 from runtime.schedule import MASKS, generator
+from runtime.settings import flag
 
 # ---------------------------------------------------------------------------------------------
 # MNTP: masked next-token prediction
@@ -50,13 +51,12 @@ def mntp(encoder: Encoder, batch: SplitBatch, config) -> Tensor:
     tokenizer, head = encoder.tokenizer, encoder.llama.head
     first, mask = len(tokenizer.bos), mask_id(tokenizer, config.mask_token)
 
-    def masked(texts: list[np.ndarray], positions: list[int]) -> list[tuple]:
-        return [mask_tokens(ids, first, mask, len(head), config.mask_share,
-                            generator(config.seed, MASKS, position))
-                for ids, position in zip(texts, positions)]
-
-    total = sum(chosen.sum() for _, chosen in masked(batch.whole.texts, batch.whole.positions))
-    read, chosen = zip(*masked(batch.texts, batch.positions))
+    masked = {  # of the global batch, whose tokens are counted: place in the run -> ids, chosen
+        place: mask_tokens(ids, first, mask, len(head), config.mask_share,
+                           generator(config.seed, MASKS, place))
+        for place, ids in zip(batch.whole.positions, batch.whole.texts)}
+    total = sum(chosen.sum() for _, chosen in masked.values())
+    read, chosen = zip(*(masked[place] for place in batch.positions))
     hidden, _ = encoder(flat_ids(read, encoder.device), [len(ids) for ids in read])
     places = to_device(torch.from_numpy(np.flatnonzero(np.concatenate(chosen))), encoder.device)
     targets = flat_ids(batch.texts, encoder.device)[places]
@@ -168,14 +168,15 @@ def check_tokenizer(encoder: Encoder, config):
 
 def check(config):
     """UserError for settings that an objective of this file cannot have."""
-    wanted = {"mntp": {"attention": "bidirectional", "memory_tokens": 0,
-                       "train_embeddings": "memory"}, "ebae-ebar": {"attention": "causal"}}
-    for name, value in wanted.get(config.objective, {}).items():
+    preset, needed = {
+        "mntp": ("llm2vec", {"attention": "bidirectional", "memory_tokens": 0,
+                             "train_embeddings": "memory"}),
+        "ebae-ebar": ("llama2vec", {"attention": "causal"}),
+    }.get(config.objective, ("", {}))
+    for name, value in needed.items():
         if (found := getattr(config, name)) != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {found}: --objective {config.objective} needs {flag} {value}; "
-                            f"--preset {'llm2vec' if config.objective == 'mntp' else 'llama2vec'} "
-                            f"has all that belongs to it")
+            raise UserError(f"{flag(name)} {found}: --objective {config.objective} needs "
+                            f"{flag(name)} {value}; --preset {preset} has all that belongs to it")
     if not config.memory_tokens and config.objective != "mntp":
         raise UserError(f"--memory-tokens 0: must be at least 1 for --objective "
                         f"{config.objective}")
