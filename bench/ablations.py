@@ -57,7 +57,7 @@ from harness import device_name
 from runtime.errors import UserError, run_command
 from runtime.files import write_file
 from runtime.results import label_of, read_result
-from runtime.settings import changed_settings, flag, stored_settings
+from runtime.settings import changed_settings, flag
 
 SEEDS = [0, 1, 2]  # a verdict of bench/report.py needs three
 OBJECTIVES = ("ctkd", "nll", "rc")
@@ -308,9 +308,8 @@ def queue(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
             compared = [] if untrained else [name for name in map(beside, own) if name != "none"]
             for variant in dict.fromkeys([*compared, *own]):
                 if not args.variant or variant in args.variant:
-                    start = variant.partition("-")
-                    root = f"{start[2]}, later" if start[2] == "none" else (
-                        start[2] if start[0] in LATER else variant)
+                    kind, _, start = variant.partition("-")
+                    root = start if kind in LATER else variant
                     group = found.setdefault((0 if untrained else seed, root), [])
                     group.extend([variant] * (variant not in group))
     return [(seed, variants) for (seed, _), variants in found.items()]

@@ -517,11 +517,11 @@ def short_section(runs: Runs, title: str, text: str) -> str:
 """
 
 
-SETTINGS = """One factor at a time around the common setting, `ctkd`, on validation tasks that share no
-text with the test sets (`bench/validation.py`). The rows of `rate` give each objective its own rate; those
-of `attention` give the other attention three, too."""
+SETTINGS = """One factor at a time around the common setting, `ctkd`, on validation tasks
+(`bench/validation.py`, which says what they share with the test sets). The rows of `rate` give each
+objective its own rate, those of `attention` try the other attention at several."""
 
-SMOKE = """What the demo's three minutes make: it shows that every part works, and judges nothing."""
+SMOKE = "It shows that every part works, and judges nothing."
 
 
 def judged_section(runs: Runs) -> str:
@@ -566,8 +566,8 @@ def page(runs: Runs | None, settings: Runs | None = None, smoke: Runs | None = N
         sections.append(short_section(smoke, f"In short: {model_of(smoke)}", SMOKE))
     sections.append(f"""## Machines, and what is missing
 
-{total:.1f} hours in all on {"; ".join(machines)}, often beside other work. The command of each run is
-in its record.
+{total:.1f} hours in all on {"; ".join(machines)}, often beside other work. The command of each
+run is in its record.
 
 {chr(10).join(dict.fromkeys(missing)) or "Every variant that was begun has its seeds."}
 """)

@@ -1,4 +1,4 @@
-"""Validation tasks, on which settings are chosen: no text of a test set is in them.
+"""Validation tasks, on which settings are chosen, of parts that no test score is made from.
 
     python bench/validation.py --out validation                     data from the hub
     python bench/validation.py --out validation --data-dir FOLDER   or from a copy in its layout
@@ -8,6 +8,9 @@
                                (1,001), every 4th of the rest trains the classifier (2,251)
     scifact-validation         retrieval       its first 200 training queries; documents: those
                                judged for them, and every 13th of the others (about 570)
+
+What they share with the test sets: no text of Banking77's, no query of SciFact's, but its
+documents; 4 of STSBenchmark's 1,379 test pairs are among its validation pairs.
 
 `evaluate.py --task-dir FOLDER/NAME --kind KIND` scores an encoder on one of them.
 """
