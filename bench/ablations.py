@@ -352,8 +352,9 @@ def keep_setting(args: argparse.Namespace):
         if before.get(key) != now[key]:
             raise UserError(f"{path}: its runs have {key}={before.get(key)!r}, now {now[key]!r}; "
                             f"name another --out and --records")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(now, indent=2) + "\n")
+    if not path.is_file() or before != now:  # else the jobs of one queue would write it at once
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(now, indent=2) + "\n")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

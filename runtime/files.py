@@ -4,12 +4,32 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 from runtime.errors import UserError
+
+
+def open_regular(path: Path, most: int | None = None) -> BinaryIO:
+    """A regular file, open for reading; UserError if it is something else, or above `most` bytes.
+
+    A pipe among a stranger's files would be waited for, a device read without an end. OSError if it
+    cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # NONBLOCK: an empty pipe opens, too
+    about, problem = os.fstat(descriptor), ""
+    if not stat.S_ISREG(about.st_mode):
+        problem = "is no regular file (a pipe, a device or a folder); write what it has to a file"
+    elif most is not None and about.st_size > most:
+        problem = f"{about.st_size:,} bytes, at most {most:,} are read; is it the right file?"
+    if problem:
+        os.close(descriptor)
+        raise UserError(f"{path}: {problem}")
+    return open(descriptor, "rb")
 
 
 def read_json(path: Path, whole: str = "a complete model folder") -> dict:

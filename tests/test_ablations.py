@@ -204,8 +204,11 @@ def test_jobs_run_beside_each_other_and_a_failed_one_is_named(tmp_path, capsys):
     assert capsys.readouterr().out.count(": done") == 2
     assert {p.name for p in (tmp_path / "records").iterdir()} == {
         "setting.json", "mean-0.json", "ctkd-0.json"}
+    before = (tmp_path / "records" / "setting.json").stat()
     (tmp_path / "records" / "mean-0.json").write_text("{")
     assert ablations.main(command) == 2
+    after = (tmp_path / "records" / "setting.json").stat()  # else jobs would write it at once
+    assert before.st_ino == after.st_ino
     found = capsys.readouterr()
     assert "mean, seed 0: exit code 1, see " in found.out and "1 of the jobs failed" in found.err
 

@@ -2,13 +2,30 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import pytest
 from helpers import refused
 
 from runtime import files
 from runtime.errors import UserError
-from runtime.files import read_json, sha256_of_files, sha256_of_json, write_file, write_folder
+from runtime.files import open_regular, read_json, sha256_of_files, sha256_of_json, write_file
+from runtime.files import write_folder
+
+
+def test_only_regular_files_of_a_bounded_size_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"12345")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="is no regular file"):
+            open_regular(path)
+    with pytest.raises(UserError, match="5 bytes, at most 4 are read"):
+        open_regular(tmp_path / "file", most=4)
+    with open_regular(tmp_path / "file", most=5) as file:
+        assert file.read() == b"12345"
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "missing")
 
 
 def test_an_interrupted_write_leaves_the_old_folder_and_nothing_else(tmp_path):
