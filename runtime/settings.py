@@ -1,6 +1,7 @@
 """Settings: one dataclass per stage, one field per line; command line, bounds and JSON follow."""
 
 import argparse
+import shlex
 from dataclasses import MISSING, asdict, dataclass, field, fields
 
 from runtime.errors import UserError
@@ -106,3 +107,21 @@ def changed_settings(config, before: dict) -> list[str]:
     return [f"{f.name}: {old!r} -> {new!r}" for f in fields(config)
             if (old := before.get(f.name, f.default)) != (new := getattr(config, f.name))
             and not f.metadata["resumable"]]
+
+
+# what a run was, not where and when it was saved
+OWN_PLACE = ("out", "device", "threads", "save_every", "save_minutes", "timeout", "resume")
+
+
+def command_line(config_class, preset: dict, stored: dict) -> str:
+    """The flags by which the stored settings differ from a preset, for a shell."""
+    given = []
+    for f in fields(config_class):
+        value = stored.get(f.name, f.default)
+        if f.name in OWN_PLACE or value == preset.get(f.name, f.default):
+            continue
+        if f.type is bool:
+            given.append(flag(f.name if value else f"no_{f.name}"))
+        else:
+            given += [flag(f.name), str(value)]
+    return shlex.join(given)

@@ -323,16 +323,12 @@ def embed_with_transformers(folder, texts, k=K) -> np.ndarray:
     """What a reader of an exported folder has to do: embeddings (N, D) from transformers alone."""
     reference = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    memory = "".join(f"<memory_{i}>" for i in range(1, k + 1))
     rows = []
     for text in texts:
-        ids = tokenizer(text + memory, return_tensors="pt").input_ids
-        size, n = reference.config.vocab_size, ids.shape[1]
+        ids, size = tokenizer(text, return_tensors="pt").input_ids, reference.config.vocab_size
         assert ids[0, -k:].tolist() == list(range(size - k, size)) and ids[0, 0] == 1
-        mask = torch.zeros(1, 1, n, n)
         with torch.no_grad():
-            hidden = reference(ids, attention_mask=mask).last_hidden_state[0]
-        rows.append(hidden[-k:].mean(0).numpy())
+            rows.append(reference(ids).last_hidden_state[0, -k:].mean(0).numpy())
     return np.stack(rows)
 
 
@@ -549,8 +545,8 @@ def sts17(*arguments) -> int:
     return evaluate_main("--task", "sts17", *arguments)
 
 
-def mteb_demo_tasks(mteb) -> dict:
-    """The embedded tasks as tasks of mteb; their data come from this repository's files."""
+def mteb_demo_tasks(mteb, sts="DemoSTS", retrieval="DemoRetrieval") -> dict:
+    """The embedded tasks as tasks of mteb of these names; their data come from this repository."""
     from datasets import Dataset, DatasetDict
 
     demo = ROOT / "data/demo"
@@ -566,14 +562,14 @@ def mteb_demo_tasks(mteb) -> dict:
     searching = mteb.get_task("SciFact")
 
     class DemoSTS(type(base)):
-        metadata = about(base, "DemoSTS")
+        metadata = about(base, sts)
 
         def load_data(self, **_):
             self.dataset = DatasetDict(test=Dataset.from_list(lines("demo-sts/test.jsonl")))
             self.data_loaded = True
 
     class DemoRetrieval(type(searching)):
-        metadata = about(searching, "DemoRetrieval")
+        metadata = about(searching, retrieval)
 
         def load_data(self, **_):
             def renamed(rows):

@@ -11,8 +11,8 @@ import sys
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from helpers import ROOT, mteb_demo_tasks, run_of
 from torch.distributed.run import get_args_parser
 
@@ -237,12 +237,13 @@ def names(tmp_path_factory):
     config = stage1.parse_arguments(["--dtype", "float32"])
     encoder = folder / "runs/ctkd-demo/encoder"
     save_encoder(stage1.new_encoder(config, run_of(config)), encoder)
-    export.export_llama(load_encoder(encoder), folder / "exported")
+    export.export_encoder(load_encoder(encoder), folder / "exported")
     with chdir(folder):
         for page, blocks in PYTHON.items():
             for code in blocks:
                 if "import mteb" not in code:
                     exec(code, found.setdefault(page.name, {}))
+    found["folder"] = folder
     return found
 
 
@@ -250,8 +251,7 @@ def test_the_python_on_the_pages_runs_and_agrees(names):
     assert sum(map(len, PYTHON.values())) >= 4
     embeddings = names["README.md"]["embeddings"]
     assert embeddings.shape == (2, 256)
-    by_transformers = names["runs.md"]["embedding"].detach()
-    assert (torch.from_numpy(embeddings[0]) - by_transformers).abs().max() < 1e-4
+    assert np.abs(embeddings - names["runs.md"]["embeddings"]).max() < 1e-5  # of the export
     ours = evaluate_task("demo-retrieval", names["evaluation.md"]["encoder"].encode)
     assert names["evaluation.md"]["scores"]["main_score"] == ours["main_score"]
 
@@ -262,10 +262,11 @@ def test_the_block_for_mteb_runs_and_agrees(names, monkeypatch, mteb):
                        if "import mteb" in code]
     task = mteb_demo_tasks(mteb)["demo-sts"]
     monkeypatch.setattr(mteb, "get_task", lambda *_, **__: task)
-    exec(code, names[page.name])
+    with chdir(names["folder"]):
+        exec(code, names[page.name])
     (scores,) = names[page.name]["results"].task_results[0].scores["test"]
     ours = evaluate_task("demo-sts", names[page.name]["encoder"].encode)
-    assert scores["main_score"] == pytest.approx(ours["main_score"], abs=1e-6)
+    assert scores["main_score"] == pytest.approx(ours["main_score"], abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------

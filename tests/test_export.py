@@ -1,22 +1,33 @@
-"""export.py: a plain folder that transformers reads, with the encoder's embeddings."""
+"""export.py: a folder that transformers and sentence-transformers read, with the embeddings."""
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
+import yaml
 from helpers import ROOT, TEXTS, K, edit_json, embed_with_transformers, refused
-from helpers import trained_encoder
+from helpers import mteb_demo_tasks, trained_encoder
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
+import contrastive
 import export
-from export import export_llama
-from model import load_encoder
+import pretrain_ctkd
+from evaluate import evaluate_task, instruction_for
+from export import export_encoder
+from model import EncoderConfig, load_encoder, plain_encoder
+from runtime.results import result_of, write_result
 
 SHORT = TEXTS[:-1]
 
@@ -32,7 +43,7 @@ def test_an_exported_folder_gives_the_same_embeddings_in_transformers(
 ):
     encoder = trained_encoder(checkpoint(tokens=tokens, kind=kind, **settings))
     expected = encoder.encode(SHORT)
-    export_llama(encoder, tmp_path / "exported")
+    export_encoder(encoder, tmp_path / "exported")
     theirs = embed_with_transformers(tmp_path / "exported", SHORT)
     assert np.abs(theirs - expected).max() <= 1e-4
     assert np.abs(encoder.encode(SHORT) - expected).max() <= 1e-5
@@ -49,7 +60,7 @@ def test_an_exported_folder_gives_the_same_embeddings_in_transformers(
 def test_a_base_without_the_name_of_its_class_is_exported_under_it(kind, checkpoint, tmp_path):
     folder = checkpoint(kind=kind)
     edit_json(folder / "config.json", drop=["architectures"])
-    export_llama(trained_encoder(folder), tmp_path / "exported")
+    export_encoder(trained_encoder(folder), tmp_path / "exported")
     about = json.loads((tmp_path / "exported/config.json").read_text())
     assert about["architectures"] == [type(AutoModel.from_pretrained(folder)).__name__]
 
@@ -57,7 +68,7 @@ def test_a_base_without_the_name_of_its_class_is_exported_under_it(kind, checkpo
 def test_the_adapters_of_two_stages_are_both_merged(two_stages, tmp_path):
     encoder = load_encoder(two_stages[1])
     expected = encoder.encode(SHORT)
-    export_llama(encoder, tmp_path / "exported")
+    export_encoder(encoder, tmp_path / "exported")
     assert np.abs(embed_with_transformers(tmp_path / "exported", SHORT) - expected).max() <= 1e-4
 
 
@@ -66,7 +77,7 @@ def test_the_adapters_of_two_stages_are_both_merged(two_stages, tmp_path):
 def test_transformers_loads_an_exported_folder_in_the_dtype_it_was_written_in(
     stored, dtype, checkpoint, tmp_path
 ):
-    export_llama(trained_encoder(checkpoint(dtype=stored), dtype=dtype), tmp_path / "exported")
+    export_encoder(trained_encoder(checkpoint(dtype=stored), dtype=dtype), tmp_path / "exported")
     assert AutoModel.from_pretrained(tmp_path / "exported", dtype="auto").dtype == dtype
 
 
@@ -76,7 +87,7 @@ def test_the_exported_tokenizer_puts_bos_first_and_nothing_after_the_memory_toke
 ):
     encoder = trained_encoder(checkpoint(template=template))
     expected = encoder.encode(SHORT)
-    export_llama(encoder, tmp_path / "exported")
+    export_encoder(encoder, tmp_path / "exported")
     assert np.abs(embed_with_transformers(tmp_path / "exported", SHORT) - expected).max() <= 1e-4
 
 
@@ -87,8 +98,164 @@ def test_a_tokenizer_that_has_such_a_token_already_is_refused(taken, checkpoint,
     tokenizer.add_special_tokens([taken])
     tokenizer.save(str(folder / "tokenizer.json"))
     encoder = trained_encoder(folder)
-    refused(lambda: export_llama(encoder, tmp_path / "exported"), str(folder), taken, "rename")
+    refused(lambda: export_encoder(encoder, tmp_path / "exported"), str(folder), taken, "rename")
     assert not (tmp_path / "exported").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# sentence-transformers
+# ---------------------------------------------------------------------------------------------
+
+INSTRUCTED = "{instruction}:{text}\n"
+REPLLAMA = {"template": "query: {text}</s>", "document_template": "passage: {text}</s>"}
+NO_MEMORY = {"num_memory_tokens": 0, "attention": "causal"}
+ENCODERS = {
+    "memory": {}, "causal": {"attention": "causal"}, "kept": {"kept_tokens": (1, 2)},
+    "one": {"num_memory_tokens": 1}, "instructed": {"template": INSTRUCTED},
+    "instructed, documents": {"template": INSTRUCTED, "document_template": "passage: {text}"},
+    "mean": {**NO_MEMORY, "attention": "bidirectional", "pooling": "mean"},
+    "weighted mean": {**NO_MEMORY, "pooling": "weighted-mean"},
+    "last": {**NO_MEMORY, "pooling": "last"},
+    "repllama": {**NO_MEMORY, **REPLLAMA, "pooling": "last"},
+}
+TOLD = "Find it"
+
+
+def an_encoder(folder: Path, case: str):
+    """An encoder of random adapters of that case; texts longer than 36 tokens are cut."""
+    config = EncoderConfig(**{"num_memory_tokens": K, "max_tokens": 36} | ENCODERS[case])
+    return trained_encoder(folder, config, train_table=case != "one")
+
+
+def embed_with_the_card(folder: Path) -> tuple[list[str], np.ndarray]:
+    """The texts and embeddings of the card's snippet for transformers."""
+    card = (folder / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", card, re.S)[-1]
+    found: dict = {}
+    exec(code.replace(f'"{folder.name}"', repr(str(folder))), found)
+    return found["texts"], found["embeddings"].numpy()
+
+
+@pytest.mark.parametrize("case, kind", [
+    *((case, "llama") for case in ENCODERS), ("memory", "mistral"), ("instructed", "qwen2"),
+    ("instructed", "qwen3"), ("kept", "qwen3"),
+])
+def test_sentence_transformers_gives_the_same_embeddings(case, kind, tiny_of, tmp_path):
+    encoder = an_encoder(tiny_of(kind), case)
+    texts = [*TEXTS, "", "a b", "  two\n\nlines ", "<memory_0> is no token"]
+    assert any(encoder.tokenize(texts).cut) and not all(encoder.tokenize(texts).cut)
+    expected, documents = encoder.encode(texts), encoder.encode(texts, document=True)
+    takes = "{instruction}" in encoder.config.template
+    told = encoder.encode(texts, TOLD) if takes else None
+    snippet = encoder.encode(["A bird sings.", "An owl hunts at night."])
+    export_encoder(encoder, tmp_path / "exported")
+    reader = SentenceTransformer(str(tmp_path / "exported"), device="cpu")
+
+    def same(theirs, ours):
+        return np.abs(theirs - ours).max() <= 1e-5
+
+    assert same(reader.encode(texts), expected)  # one padded batch
+    assert same(np.stack([reader.encode([text])[0] for text in texts]), expected)
+    assert same(reader.encode_query(texts), expected)
+    assert same(reader.encode_document(texts), documents)
+    assert not takes or same(reader.encode(texts, prompt=TOLD), told)
+    prompts = reader.prompts
+    assert takes == ("SciFact-query" in prompts) == ("STS17" in prompts)
+    assert "SciFact" not in prompts and not any("STS17-" in name for name in prompts)
+    reader.save(str(tmp_path / "again"))
+    again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    assert same(again.encode(texts), expected)
+    probe = json.loads((tmp_path / "exported" / "probe.json").read_text())
+    assert same(reader.encode(probe["texts"]), np.array(probe["embeddings"]))
+    assert same(embed_with_the_card(tmp_path / "exported")[1], snippet)
+
+
+@pytest.mark.parametrize("template", ["{text}", INSTRUCTED])
+def test_mteb_scores_the_folder_as_evaluate_scores_the_encoder(template, mteb, tmp_path):
+    """Under the names of two of the 14, so that mteb finds their prompts; queries have them."""
+    encoder = plain_encoder("demo", EncoderConfig(template=template))
+    encoder.add_memory("normal", False, torch.Generator().manual_seed(5))
+    encoder.history = [{"stage": "ctkd"}]
+    ours = {}
+    for name, task in (("sts17", "demo-sts"), ("scifact", "demo-retrieval")):
+        told = instruction_for(name, "auto", encoder)
+        assert bool(told) == (template == INSTRUCTED)
+        encode = partial(encoder.encode, instruction=told)
+        documents = encode if name == "sts17" else partial(encoder.encode, document=True)
+        ours[task] = evaluate_task(task, encode, None, documents)["main_score"]
+    export_encoder(encoder, tmp_path / "exported")
+    reader = SentenceTransformer(str(tmp_path / "exported"), device="cpu")
+    for name, task in mteb_demo_tasks(mteb, "STS17", "SciFact").items():
+        [scores] = mteb.evaluate(reader, task, cache=None).task_results[0].scores["test"]
+        assert scores["main_score"] == pytest.approx(ours[name], abs=1e-4)
+
+
+def test_the_memory_tokens_see_what_the_encoder_lets_them(tiny, tmp_path):
+    """Without the flag the reader would attend causally: the test above would then fail."""
+    encoder = an_encoder(tiny, "memory")
+    expected = encoder.encode(SHORT)
+    export_encoder(encoder, tmp_path / "exported")
+    edit_json(tmp_path / "exported" / "config.json", is_causal=True)
+    reader = SentenceTransformer(str(tmp_path / "exported"), device="cpu")
+    assert np.abs(reader.encode(SHORT) - expected).max() > 0.01
+
+
+def test_what_other_tools_cannot_read_is_refused(tiny, checkpoint, tmp_path):
+    echo = EncoderConfig(num_memory_tokens=0, pooling="echo", template="{text}\n{text}",
+                         attention="causal")
+    refused(lambda: export_encoder(plain_encoder(tiny, echo), tmp_path / "out"), "echo", "twice")
+    folder = checkpoint()  # one that begins a string, and only that, in a way of its own
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
+        vocab_size=100, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    export_encoder(an_encoder(folder, "memory"), tmp_path / "plain")
+    refused(lambda: export_encoder(an_encoder(folder, "instructed"), tmp_path / "out"),
+            "tokenizer.json", "behind its control tokens")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# The card
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module, argv", [
+    (pretrain_ctkd, ["--preset", "smollm2", "--text", "my texts.txt", "--bos", "1"]),
+    (pretrain_ctkd, ["--objective", "nll", "--recompute", "--text-seed", "-1"]),
+    (contrastive, ["--stage", "ucl", "--lr", "3e-5", "--model", "runs/x"]),
+    (contrastive, ["--preset", "demo", "--stage", "scl"]),
+])
+def test_the_card_has_the_commands_that_made_the_encoder(module, argv):
+    config = module.parse_arguments(argv)
+    stage = argv[argv.index("--stage") + 1] if "--stage" in argv else config.objective
+    command = shlex.split(export.command_of({"stage": stage, **asdict(config)}))
+    assert command[:2] == ["torchrun", f"{module.__name__}.py"]
+    again = module.parse_arguments(command[2:])
+    elsewhere = dict.fromkeys(("out", "save_every"), None)
+    assert asdict(again) | elsewhere == asdict(config) | elsewhere
+
+
+def test_the_card_has_the_scores_of_these_weights(two_stages, tmp_path, capsys, monkeypatch):
+    encoder = load_encoder(two_stages[1])
+    task = {"name": "STS17", "revision": "abc", "subset": "en-en"}
+    run = tmp_path / "runs" / "mine"
+    shutil.copytree(two_stages[1], run / "encoder")
+    for name, sha256, score in (("STS17", encoder.sha256, 0.71), ("SICK-R", "another", 0.9)):
+        result = result_of({**task, "name": name}, {"main_score": score, "notes": []},
+                           {"sha256": sha256}, 1.0)
+        write_result(tmp_path / "results" / "runs__mine" / f"{name}.json", result)
+    monkeypatch.chdir(tmp_path)
+    assert export.main(["runs/mine", "out", "--license", "apache-2.0"]) == 0
+    assert "1 score in its card" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| STS17 | 71.00 |" in card and "SICK-R" not in card
+    about = yaml.safe_load(card.split("---")[1])
+    assert about["license"] == "apache-2.0" and about["base_model"] == encoder.base["name"]
+    [result] = about["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "main_score", "value": 0.71}]
+    assert result["dataset"]["config"] == "en-en" and result["dataset"]["name"] == "STS17"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -121,10 +288,13 @@ def test_the_command_line_reports_what_is_wrong_with_an_encoder(tiny, tmp_path, 
 @pytest.mark.parametrize("command", [["export.py"], ["model.py", "merge"]], ids=" ".join)
 def test_both_commands_export_the_same_files(command, two_stages, tmp_path):
     expected, found = tmp_path / "expected", tmp_path / "found"
-    export_llama(load_encoder(two_stages[1]), expected)
+    export_encoder(load_encoder(two_stages[1]), expected)
     arguments = [*command, str(two_stages[1].resolve()), str(found)]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
                           timeout=100)
     assert (done.returncode, done.stdout) == (0, f"wrote {found}\n"), done.stderr
-    assert {path.name: path.read_bytes() for path in found.iterdir()} == {
-        path.name: path.read_bytes() for path in expected.iterdir()}
+    files = {path.relative_to(expected) for path in expected.rglob("*") if path.is_file()}
+    assert len(files) == 11 and files == {
+        path.relative_to(found) for path in found.rglob("*") if path.is_file()}
+    for path in files - {Path("README.md")}:  # which has the folder's name
+        assert (expected / path).read_bytes() == (found / path).read_bytes()

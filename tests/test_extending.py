@@ -175,5 +175,5 @@ def test_a_base_of_ones_own_is_trained_stored_and_exported(command, argv, checkp
     encoder, texts = load_encoder(tmp_path / "out/encoder"), ["A model reads a text", ""]
     z = encoder.encode(texts)
     assert np.isfinite(z).all() and encoder.llama.config.model_type == "smollm3"
-    export.export_llama(encoder, tmp_path / "plain")
+    export.export_encoder(encoder, tmp_path / "plain")
     assert np.abs(embed_with_transformers(tmp_path / "plain", texts, k=2) - z).max() <= 1e-4

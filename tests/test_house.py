@@ -97,7 +97,7 @@ MAY_IMPORT = {  # module or package -> the modules and packages of the project t
     "pretrain_ctkd": {"pretexts", "head", "model", "lora", "data", "runtime", "evaluate"},
     "contrastive": {"model", "lora", "data", "runtime", "evaluate"},
     "evaluate": {"measures", "model", "data", "runtime"},
-    "export": {"model", "lora", "runtime"},
+    "export": {"contrastive", "pretrain_ctkd", "evaluate", "model", "lora", "data", "runtime"},
     "collapse": {"evaluate", "measures", "model", "data", "runtime"},
     "mine": {"evaluate", "measures", "model", "data", "runtime"},
 }

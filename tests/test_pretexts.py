@@ -12,7 +12,7 @@ import contrastive
 import evaluate
 import pretexts
 import pretrain_ctkd
-from export import export_llama
+from export import export_encoder
 from lora import TARGETS, lora_layers
 from model import load_encoder
 from pretexts import PREDICT, SUMMARIZE, mask_tokens
@@ -22,7 +22,7 @@ from runtime.schedule import generator
 def in_transformers(encoder, folder, causal=True):
     """The encoder's Llama, adapters merged, as transformers reads it: fp64, with the head."""
     base, export = evaluate.find_model("demo"), folder / "exported"
-    export_llama(encoder, export)
+    export_encoder(encoder, export)
     llama = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float64)
     weights = transformers.LlamaModel.from_pretrained(export, dtype=torch.float64)
     table = llama.get_input_embeddings().weight.detach().clone()
