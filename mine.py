@@ -29,19 +29,19 @@ from tqdm import tqdm
 
 from data.rows import read_rows, text
 from data.triples import INSTRUCTIONS, Triples, stem
+from embed import BLOCK, Embeddings
 from evaluate import METHODS, add_reading_flags, encoding, open_model
 from measures import pack_scores, unit, unpack_scores
 from model import Encoder
 from runtime.cpu import keep_freed_memory
 from runtime.devices import find_device, scoring_dtype, to_device
 from runtime.errors import UserError, run_command
-from runtime.files import read_json, sha256_of_json, write_file
+from runtime.files import sha256_of_json
 
-BLOCK = 1024  # texts encoded between two notes, and documents of a part of the search
 QUERIES = 4096  # that are searched together: the corpus is read once for so many
 
 # ---------------------------------------------------------------------------------------------
-# Texts, and their embeddings on the disk
+# Texts, and their embeddings
 # ---------------------------------------------------------------------------------------------
 
 
@@ -107,64 +107,6 @@ class Pool:
         return digest.hexdigest()
 
 
-class Embeddings:
-    """A .npy of unit rows (documents and queries, D), and beside it a note of how many are there.
-
-    float32, as the evaluation ranks: float16 would take half the disk, and changes cosines by up to
-    1e-4, which a collapsed encoder's neighbours are apart. The file is mapped anew for each access,
-    so that none of it stays in memory.
-    """
-
-    def __init__(self, path: Path, about: dict):
-        """Begin, or resume, the file of what `about` says; UserError if it is another's."""
-        self.path, self.note = path, path.with_name(path.name + ".json")
-        self.state = {**about, "done": 0, "cut": 0}
-        if self.note.exists():
-            self.state = read_json(self.note, "where mine.py was interrupted")
-            for key, value in about.items():
-                if self.state.get(key) != value:
-                    raise UserError(f"{path}: was begun with another {key}; remove it and "
-                                    f"{self.note.name}, or name other --embeddings")
-        elif path.exists():
-            raise UserError(f"{path}: exists, and is not mine.py's; name other --embeddings")
-        if not self.state["done"]:
-            write_file(self.note, json.dumps(self.state) + "\n")
-            try:
-                np.lib.format.open_memmap(path, "w+", np.float32, tuple(about["shape"]))
-                with open(path, "r+b") as file:
-                    if hasattr(os, "posix_fallocate"):  # a map crashes when the disk is full
-                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as error:
-                path.unlink(missing_ok=True)
-                raise UserError(f"{path}: {4e-9 * np.prod(about['shape']):.1f} GB cannot be "
-                                f"written ({error.strerror}); make room, or name other "
-                                f"--embeddings")
-        self.open("r")
-
-    def open(self, mode: str) -> np.ndarray:
-        """The file as a map; UserError if it is not what the note says."""
-        try:
-            rows = np.lib.format.open_memmap(self.path, mode)
-            if list(rows.shape) != self.state["shape"] or rows.dtype != np.float32:
-                raise ValueError(f"{rows.dtype} {rows.shape}")
-            return rows
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: missing or damaged ({error}); remove it and "
-                            f"{self.note.name}, and start again")
-
-    def __getitem__(self, places) -> np.ndarray:
-        """A copy of the rows at these places."""
-        return np.array(self.open("r")[places])
-
-    def append(self, x: np.ndarray, cut: int):
-        """Write the next rows, of which `cut` texts were too long, and then the note."""
-        rows, done = self.open("r+"), self.state["done"]
-        rows[done : done + len(x)] = x
-        rows.flush()
-        self.state |= {"done": done + len(x), "cut": self.state["cut"] + cut}
-        write_file(self.note, json.dumps(self.state) + "\n")
-
-
 def encode_pool(pool: Pool, encoder: Encoder, encode: Callable, embeddings: Embeddings, **options):
     """Embed the blocks that are not there yet; `options` are those of Encoder.encode."""
     done = embeddings.state["done"]
@@ -173,10 +115,7 @@ def encode_pool(pool: Pool, encoder: Encoder, encode: Callable, embeddings: Embe
             if start >= done:
                 before = encoder.cut
                 x = unit(encode(texts, **how, **options))
-                if len(wrong := np.flatnonzero(~np.isfinite(x).all(axis=1))):
-                    raise UserError(f"the embedding of {texts[wrong[0]][:60]!r} has nan or inf; "
-                                    f"the model is damaged, or its dtype too narrow")
-                embeddings.append(x, encoder.cut - before)
+                embeddings.append(x, encoder.cut - before, texts)
                 bar.update(len(texts))
 
 
@@ -346,7 +285,8 @@ def run(args: argparse.Namespace):
                                         asdict(encoder.config), str(encoder.dtype)]),
              "corpus": pool.sha256(), "shape": [pool.count, encoder.table.shape[1]]}
     out.parent.mkdir(parents=True, exist_ok=True)
-    embeddings = Embeddings(Path(args.embeddings or out.with_suffix(".npy")), about)
+    embeddings = Embeddings(Path(args.embeddings or out.with_suffix(".npy")), about,
+                            other="other --embeddings")
     encode_pool(pool, encoder, encoding(encoder, method), embeddings,
                 batch_tokens=args.batch_tokens)
     settings = sha256_of_json([about, rows.sha256, pool.size, args.negatives, args.margin])

@@ -47,7 +47,7 @@ def time_search(args: argparse.Namespace):
         embeddings = mine.Embeddings(Path(folder) / "embeddings.npy", {"shape": shape})
         for start in range(0, args.documents, mine.BLOCK):
             size = (min(mine.BLOCK, args.documents - start), args.dim)
-            embeddings.append(mine.unit(draw.standard_normal(size, dtype=np.float32)), 0)
+            embeddings.append(mine.unit(draw.standard_normal(size, dtype=np.float32)), 0, [])
         queries = mine.unit(draw.standard_normal((args.queries, args.dim), dtype=np.float32))
         parts = (embeddings[start : min(start + mine.BLOCK, args.documents)]
                  for start in range(0, args.documents, mine.BLOCK))

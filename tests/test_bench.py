@@ -1,16 +1,19 @@
 """bench/: every script runs in its tiny shape and prints its table; what the harness refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 import harness
+import plot
 
 TRANSFORMERS = ("transformers",)
 PEFT = ("transformers", "peft")
@@ -115,3 +118,49 @@ def test_weights_depend_on_their_names_alone():
     drawn = [p for p in llama.parameters() if p.dim() > 1]
     assert all(p.equal(again[name]) for name, p in llama.named_parameters())
     assert all(not a.equal(b) for a, b in zip(drawn, drawn[1:]) if a.shape == b.shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# plot.py
+# ---------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, seed: int, lr: float, steps=80):
+    """The logs of a run."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"seed": seed, "lr": lr, "out": str(folder)}))
+    rows = [{"step": i, "loss": 3 - i / 100, "learning_rate": lr} for i in range(steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "scores.jsonl").write_text('{"step": 40, "sts17": 50.0, "mean": 55.0}\n')
+
+
+def test_plot_draws_runs_of_the_same_settings_in_one_color(tmp_path, capsys):
+    for i, (seed, lr) in enumerate([(0, 1e-3), (1, 1e-3), (0, 2e-3)]):
+        write_run(tmp_path / f"run{i}", seed, lr)
+    runs, out = [str(tmp_path / f"run{i}") for i in range(3)], tmp_path / "plot.svg"
+    assert plot.main([*runs, "--show", "loss", "sts17", "scores", "--out", str(out)]) == 0
+    drawn = out.read_text()
+    for text in (*runs, "step", "loss", "mean score x 100"):
+        assert text in drawn
+    colors = [set(re.findall(r"stroke: (#\w+); stroke-width: 1.5", line))
+              for line in drawn.split("<g id=\"axes_")[1:]]
+    assert [len(found - {"#000000"}) for found in colors] == [2, 2, 2]  # C0 twice, C1
+    points = np.arange(100.0).reshape(50, 2)
+    assert np.allclose(plot.smooth(points), points.reshape(10, 5, 2).mean(axis=1))
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--show", "lsos"], "there are learning_rate, loss, scores, sts17"),
+    (["--out", "{folder}/no/plot.svg"], "cannot be written"),
+    (["--out", "{folder}/plot.xyz"], "name a .svg, .png or .pdf"),
+])
+def test_what_plot_refuses(flags, line, tmp_path, capsys):
+    write_run(tmp_path / "run", 0, 1e-3)
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    assert plot.main([str(tmp_path / "run"), "--out", str(tmp_path / "plot.svg"), *flags]) == 2
+    assert line in capsys.readouterr().err
+    assert plot.main([str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+    (tmp_path / "run" / "metrics.jsonl").write_text("no\n")
+    assert plot.main([str(tmp_path / "run")]) == 2
+    assert "metrics.jsonl, line 1" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from torch.distributed.run import get_args_parser
 
 import collapse
 import contrastive
+import embed
 import evaluate
 import export
 import mine
@@ -133,7 +135,7 @@ PARSERS = {
     "contrastive.py": functools.partial(parse_stage, "contrastive"),
     "evaluate.py": parse_evaluate, "collapse.py": collapse.parse_arguments,
     "mine.py": lambda arguments: mine.check(mine.parse_arguments(arguments)),
-    "export.py": parse_export, "model.py": parse_export,
+    "export.py": parse_export, "model.py": parse_export, "embed.py": embed.parse_arguments,
 }
 
 
@@ -238,7 +240,13 @@ def names(tmp_path_factory):
     encoder = folder / "runs/ctkd-demo/encoder"
     save_encoder(stage1.new_encoder(config, run_of(config)), encoder)
     export.export_encoder(load_encoder(encoder), folder / "exported")
+    texts = ["Owls hunt at night.", "Herons fish by day.", "A woodpecker climbs.", "Which birds?"]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "passages.jsonl").write_text(rows)
     with chdir(folder):
+        command = next(line for line in TEXT[ROOT / "docs/runs.md"].splitlines()
+                       if line.startswith("python embed.py"))
+        assert embed.main(shlex.split(command)[2:]) == 0
         for page, blocks in PYTHON.items():
             for code in blocks:
                 if "import mteb" not in code:

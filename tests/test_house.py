@@ -99,7 +99,8 @@ MAY_IMPORT = {  # module or package -> the modules and packages of the project t
     "evaluate": {"measures", "model", "data", "runtime"},
     "export": {"contrastive", "pretrain_ctkd", "evaluate", "model", "lora", "data", "runtime"},
     "collapse": {"evaluate", "measures", "model", "data", "runtime"},
-    "mine": {"evaluate", "measures", "model", "data", "runtime"},
+    "embed": {"evaluate", "measures", "data", "runtime"},
+    "mine": {"embed", "evaluate", "measures", "model", "data", "runtime"},
 }
 
 

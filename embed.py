@@ -1,0 +1,232 @@
+"""Embed the texts of a file: row i of OUT.npy is the embedding of its text i.
+
+    python embed.py runs/scl-demo passages.jsonl passages.npy
+    python embed.py runs/scl-demo corpus.jsonl.gz corpus.npy --field title text --document
+    torchrun --nproc-per-node 8 embed.py runs/llama2-scl passages.txt passages.npy \\
+        --dtype bfloat16 --normalize --half
+
+A .jsonl(.gz) has an object per line, a .txt(.gz) a text; of several fields the texts are joined by
+spaces. The file may be larger than memory: it is read twice, once to count, and embedded in blocks,
+each of which is on the disk before the next one begins. The same command resumes where an
+interrupted one was, with the same bits if it has as many processes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.corpora import read_lines
+from evaluate import add_reading_flags, encoding, open_model, over_ranks
+from measures import unit
+from runtime.devices import scoring_dtype
+from runtime.errors import UserError, run_command
+from runtime.files import read_json, write_file
+from runtime.ranks import Ranks, join_ranks
+
+BLOCK = 1024  # texts between two notes of how far it is
+
+
+# ---------------------------------------------------------------------------------------------
+# Embeddings on the disk
+# ---------------------------------------------------------------------------------------------
+
+
+class Embeddings:
+    """A .npy of embeddings (n, D) in the making, and beside it a note of how many are there.
+
+    The file is mapped anew for each access, so that none of it stays in memory.
+    """
+
+    def __init__(self, path: Path, about: dict, dtype=np.float32, other="another OUT"):
+        """Begin, or resume, the file of what `about` says; UserError if it is another's.
+
+        about: `shape`, and what else the embeddings depend on, as JSON has it. other: what a user
+        gives to have another file.
+        """
+        self.path, self.note, self.other = path, path.with_name(path.name + ".json"), other
+        self.state, self.dtype = {**about, "done": 0, "cut": 0}, np.dtype(dtype)
+        if self.note.exists():
+            self.state = read_json(self.note, "where the command was interrupted")
+            for key, value in about.items():
+                if self.state.get(key) != value:
+                    raise UserError(f"{path}: was begun with another {key}; remove it and "
+                                    f"{self.note.name}, or name {other}")
+        elif path.exists():
+            raise UserError(f"{path}: exists, and is no interrupted command's; name {other}")
+        if not self.state["done"]:
+            write_file(self.note, json.dumps(self.state) + "\n")
+            self._allocate(about["shape"])
+        self.open("r")
+
+    def _allocate(self, shape: list[int]):
+        """The whole file at once: a map crashes when the disk is full."""
+        try:
+            np.lib.format.open_memmap(self.path, "w+", self.dtype, tuple(shape))
+            with open(self.path, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, self.path.stat().st_size)
+        except OSError as error:
+            for path in (self.path, self.note):
+                path.unlink(missing_ok=True)
+            size = 1e-9 * self.dtype.itemsize * np.prod(shape)
+            raise UserError(f"{self.path}: {size:.1f} GB cannot be written ({error.strerror}); "
+                            f"make room, or name {self.other}")
+
+    def open(self, mode: str) -> np.ndarray:
+        """The file as a map; UserError if it is not what the note says."""
+        try:
+            rows = np.lib.format.open_memmap(self.path, mode)
+            if list(rows.shape) != self.state["shape"] or rows.dtype != self.dtype:
+                raise ValueError(f"{rows.dtype} {rows.shape}")
+            return rows
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: missing or damaged ({error}); remove it and "
+                            f"{self.note.name}, and start again")
+
+    def __getitem__(self, places) -> np.ndarray:
+        """A copy of the rows at these places."""
+        return np.array(self.open("r")[places])
+
+    def append(self, x: np.ndarray, cut: int, texts: list[str]):
+        """Write the next rows, the texts' embeddings; then the note, which counts the `cut` texts.
+
+        UserError if one is not finite, as it is or in the file's dtype.
+        """
+        with np.errstate(over="ignore"):
+            x = x.astype(self.dtype)
+        if len(wrong := np.flatnonzero(~np.isfinite(x).all(axis=1))):
+            raise UserError(f"the embedding of {texts[wrong[0]][:60]!r} has nan or inf; the model "
+                            f"is damaged, or its dtype or the file's too narrow")
+        rows, done = self.open("r+"), self.state["done"]
+        rows[done : done + len(x)] = x
+        rows.flush()
+        self.state |= {"done": done + len(x), "cut": self.state["cut"] + cut}
+        write_file(self.note, json.dumps(self.state) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# Texts
+# ---------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path, fields: list[str]) -> Iterator[str]:
+    """The texts of a file, one at a time, an empty line of a .txt among them; UserError with file
+    and line."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind not in ("txt", "jsonl"):
+        raise UserError(f"{path}: unknown kind of file; name a .txt or a .jsonl (or .gz of them)")
+    for number, line in enumerate(read_lines(path), 1):
+        if kind == "txt":
+            yield line.rstrip("\r\n")
+        elif line.strip():
+            try:
+                row = json.loads(line)
+                found = [row[name] for name in fields]
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: no object with the fields "
+                                f"{', '.join(fields)} ({error!r}); name its own with --field")
+            for name, value in zip(fields, found):
+                if not isinstance(value, str):
+                    raise UserError(f"{path}, line {number}: {name} is {str(value)[:50]!r}, a "
+                                    f"text is expected")
+            yield found[0] if len(found) == 1 else " ".join(filter(None, found))
+
+
+def count(texts: Iterator[str]) -> tuple[int, str]:
+    """How many texts there are, and their sha256."""
+    digest, n = hashlib.sha256(), 0
+    for n, text in enumerate(texts, 1):
+        digest.update(json.dumps(text).encode())
+    return n, digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="an encoder, a run, an exported folder, or a plain Llama")
+    add("texts", help="a .jsonl or .txt, gzipped or not")
+    add("out", help="the .npy to write")
+    add("--field", nargs="+", default=["text"], help="of a .jsonl (default text)")
+    add("--instruction", default="", help="to go before each text")
+    add("--document", action="store_true", help="read as documents to be found, where an encoder "
+        "reads them differently")
+    add("--normalize", action="store_true", help="to length 1: dot products are cosines")
+    add("--half", action="store_true", help="float16 in place of float32")
+    add("--method", help="how a plain Llama is read, as of evaluate.py")
+    add("--max-tokens", type=int, help="of a text, for a plain Llama; an encoder knows its own")
+    add_reading_flags(add)
+    add("--timeout", type=float, default=60, help="minutes that a rank waits for the others")
+    args = parser.parse_args(argv)
+    if args.batch_tokens < 1 or args.threads < 0 or not args.timeout > 0:
+        parser.error("--batch-tokens and --timeout must be above 0, --threads not below")
+    if not args.out.endswith(".npy"):
+        parser.error(f"{args.out}: must end in .npy, by which numpy knows it")
+    return args
+
+
+def run(args: argparse.Namespace, ranks: Ranks):
+    """Embed what is not there yet."""
+    encoder, method = open_model(
+        args.model, args.method, args.max_tokens, base=args.base, device=ranks.device,
+        dtype=scoring_dtype(args.dtype, ranks.device))
+    encode = over_ranks(partial(
+        encoding(encoder, method), instruction=args.instruction, document=args.document,
+        batch_tokens=args.batch_tokens), ranks)
+    out, path = Path(args.out), Path(args.texts)
+    n, digest = count(read_file(path, args.field))
+    if not n:
+        raise UserError(f"{path}: no text in it; name a file with at least one")
+    about = {"shape": [n, encoder.table.shape[1]], "texts": digest, "method": method,
+             "encoder": [encoder.base, encoder.sha256, asdict(encoder.config)],
+             "reading": [args.instruction, args.document, args.normalize, args.half,
+                         str(encoder.dtype)]}
+    about = json.loads(json.dumps(about))
+    found = ranks.on_first(Embeddings, out, about, np.float16 if args.half else np.float32)
+    done = ranks.from_first(found.state["done"] if found else 0)
+    texts = islice(read_file(path, args.field), done, None)
+    with tqdm(total=n, initial=done, unit=" texts", disable=ranks.rank > 0 or None) as bar:
+        while block := list(islice(texts, BLOCK)):
+            before = encoder.cut
+            x = encode(block)
+            cut = int(ranks.sum(torch.tensor([encoder.cut - before], device=ranks.device)))
+            ranks.on_first(found and found.append, unit(x) if args.normalize else x, cut, block)
+            bar.update(len(block))
+    if found:
+        found.note.unlink()
+        print(f"wrote {out}: {n:,} x {about['shape'][1]}, {found.dtype}; "
+              f"{found.state['cut']:,} texts cut to {encoder.config.max_tokens} tokens")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = parse_arguments(argv)
+
+    def command():
+        """What the arguments ask for."""
+        with join_ranks(args.device, args.threads, args.timeout) as ranks:
+            run(args, ranks)
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
