@@ -6,6 +6,7 @@
         --out runs/llama2-ucl
     torchrun --nproc-per-node 8 contrastive.py --preset paper --stage scl \\
         --model runs/llama2-ucl --triples FOLDER --out runs/llama2-scl
+    torchrun contrastive.py --stage scl --triples FOLDER --dry-run        what its rows are read as
     python contrastive.py --help                              every setting
 
     ucl    query and key are the same text under two dropout masks; B keys
@@ -30,25 +31,20 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record  # tracebacks for torchrun
 from torch.utils.checkpoint import checkpoint
 
-from data.batches import Sentences, TripleRows, require_rows, token_batches
+from data.batches import (
+    Sentences, TripleRows, open_triples, preview, require_rows, token_batches,
+)
+from data.corpora import first_process
 from data.tokenizer import INSTRUCTED, check_special_tokens
-from data.triples import Triples
 from lora import TARGETS, LoraConfig, add_lora, merge_lora
 from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.devices import flat_ids, scoring_dtype, to_device
-from runtime.errors import UserError
+from runtime.errors import UserError, run_command
 from runtime.formats import encoder_of, is_encoder
 from runtime.hub import find_model
 from runtime.ranks import Ranks
 from runtime.run import Run, run_stage
-from runtime.schedule import (
-    ADAPTER,
-    DROPOUT,
-    generator,
-    learning_rate,
-    seed_torch,
-    warmup_steps,
-)
+from runtime.schedule import ADAPTER, DROPOUT, generator, learning_rate, seed_torch, warmup_steps
 from runtime.settings import RunConfig, check_bounds, flag, parse_config, setting, stored_settings
 
 # ---------------------------------------------------------------------------------------------
@@ -172,6 +168,7 @@ class Config(RunConfig):
     eval_every: int = setting(100, "steps between evaluations on --eval-tasks", least=1)
     data_dir: str = setting("", "folder with the tasks' repositories, hub layout", resumable=True)
     save_every: int = setting(100, "steps between checkpoints", least=1, resumable=True)
+    dry_run: bool = setting(False, "show what the data are read as, and stop", resumable=True)
 
 
 SCL = {  # the paper's row is at step 200 (section 5.4, Figure 10) of a schedule of 2,000
@@ -310,12 +307,18 @@ def open_data(config: Config, encoder: Encoder, progress: bool) -> Sentences | T
     if config.stage == "ucl":
         data = Sentences(config.text, config.num_texts, encoder.tokenize, config.text_seed)
     else:
-        instruction = None if config.instruction == "none" else config.instruction
-        data = TripleRows(Triples(config.triples, instruction, progress), encoder.tokenize,
-                          config.document_tokens, config.negatives,
+        rows = open_triples(config.triples, config.instruction, progress)
+        data = TripleRows(rows, encoder.tokenize, config.document_tokens, config.negatives,
                           one_file=config.batches == "single-dataset")
     require_rows(data.sizes, config.batch_size)
     return data
+
+
+def dry_run(config: Config):
+    """Read all data, without a model, and print the header and five rows; nothing is written."""
+    check(config)
+    if first_process():
+        print(f"data   {preview(config)}")
 
 
 def prepare(config: Config, run: Run) -> tuple[Encoder, Path | None, Sentences | TripleRows]:
@@ -486,7 +489,10 @@ def report(config: Config, device: torch.device):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a contrastive stage from its command line; returns the exit code (see run_stage)."""
-    return run_stage(parse_arguments(argv), check, train, report)
+    config = parse_arguments(argv)
+    if config.dry_run:
+        return run_command(lambda: dry_run(config))
+    return run_stage(config, check, train, report)
 
 
 if __name__ == "__main__":

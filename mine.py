@@ -7,7 +7,7 @@
 
 Rows {query, positive} become {query, positive, negative: [...]}, best first. Left out are all
 positives of the query, its own text, and what may be a false negative: texts whose cosine is not
-below --margin times the positive's (TopK-PercPos of NV-Retriever, arXiv 2407.15831).
+below --margin times the (first) positive's (TopK-PercPos of NV-Retriever, arXiv 2407.15831).
 
 The same command resumes after an interruption. Embeddings are written block by block into a .npy
 beside --out, with a note of how far; rows go into a hidden file that is renamed at the end. Memory
@@ -47,9 +47,12 @@ QUERIES = 4096  # that are searched together: the corpus is read once for so man
 
 def corpus_texts(path: str) -> Iterator[str]:
     """The documents of a file, `title text` as retrieval tasks read them; empty ones left out."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(f"--corpus {path}: no such file")
-    rows = read_rows(Path(path), {"title": text, "text": text}, optional=("title",))
+    notes: list[str] = []
+    rows = read_rows(Path(path), {"title": text, "text": text}, ("title",), notes)
+    for note in notes:
+        print(f"note: {note}")
     return filter(None, (f"{row.get('title', '')} {row['text']}".strip() for row in rows))
 
 
@@ -64,7 +67,8 @@ class Pool:
         """corpus: a file, or empty for all positives and negatives. UserError for a bad file."""
         place: dict[str, int] = {}
         for document in corpus_texts(corpus) if corpus else (
-                document for row in rows for document in (row.positive, *row.negatives)):
+                document for row in rows
+                for document in (row.positive, *row.others, *row.negatives)):
             place.setdefault(document, len(place))
         self.size, pairs = len(place), []
         self.taken: dict[str, set[int]] = {}  # query -> places of its positives and of its text
@@ -74,6 +78,7 @@ class Pool:
             positive = place.setdefault(row.positive, len(place))
             pairs.append((row.instruction, own.setdefault(row.query, len(own)), positive))
             self.taken.setdefault(row.query, {place.get(row.query, positive)}).add(positive)
+            self.taken[row.query].update(place[text] for text in row.others if text in place)
         self.documents, first, self.count = list(place), {}, len(place)
         self.parts = [(self.documents, {"document": True})]  # texts, and how they are read
         for instruction, own in queries.items():
@@ -166,7 +171,8 @@ def mine_block(pool: Pool, rows: list, pairs: np.ndarray, embeddings: Embeddings
     found = search(queries, corpus, limits, taken, k, device)
     for row, positive, places, cosines, above in zip(rows, own, *found):
         there = np.isfinite(cosines)
-        yield {"query": row.query, "positive": row.positive,
+        yield {**({} if row.own is None else {"instruction": row.own}), "query": row.query,
+               "positive": [row.positive, *row.others] if row.others else row.positive,
                "negative": [pool.documents[place] for place in places[there]],
                "cosines": [round(float(c), 5) for c in (positive, *cosines[there])],
                "above": int(above)}
@@ -281,6 +287,8 @@ def run(args: argparse.Namespace):
           f"{sum(pool.pairs[:, 1] >= pool.size):,} rows' positives\nrows   {len(rows):,}, "
           f"{pool.count - len(pool.documents):,} queries; instruction: "
           f"{' | '.join(sorted(rows.instructions)) or 'none'}", flush=True)
+    for note in rows.notes:
+        print(f"note: {note}", flush=True)
     about = {"encoder": sha256_of_json([encoder.sha256, encoder.base["sha256"], method,
                                         asdict(encoder.config), str(encoder.dtype)]),
              "corpus": pool.sha256(), "shape": [pool.count, encoder.table.shape[1]]}

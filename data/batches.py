@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.corpora import digest_ids, every_text
+from data.corpora import digest_ids, every_text, read_texts
 from data.tokenizer import Tokenizer, Tokens
-from data.triples import Triples
+from data.triples import Triple, Triples
 from runtime.errors import UserError
 from runtime.schedule import NEGATIVES, SPLIT, generator, global_batch, one_source_batch
 
@@ -186,6 +186,18 @@ def same_texts(keys: list[np.ndarray], rows: int) -> Tensor:
     return (text[:rows, None] == text).fill_diagonal_(False)
 
 
+def other_positives(texts: list[str], triples: list[Triple]) -> Tensor:
+    """(B, M): whether key j != i, a text, is one of the several positives of row i."""
+    places: dict[str, list[int]] = {}
+    for j, text in enumerate(texts):
+        places.setdefault(text, []).append(j)
+    found = torch.zeros(len(triples), len(texts), dtype=torch.bool)
+    for i, triple in enumerate(triples):
+        for text in (triple.positive, *triple.others) if triple.others else ():
+            found[i, places.get(text, [])] = True
+    return found.fill_diagonal_(False)
+
+
 class Sentences:
     """Stage 2: each text is query and positive at once, read twice under different dropout."""
 
@@ -223,7 +235,10 @@ class Sentences:
 
 
 class TripleRows:
-    """Stage 3: queries with their instructions, positives and hard negatives as bare documents."""
+    """Stage 3: queries with their instructions, positives and hard negatives as bare documents.
+
+    Of a row's several positives one is drawn in each step, and none of them is its negative.
+    """
 
     def __init__(self, triples: Triples, tokenize: Tokenize, document_tokens: int, negatives: int,
                  one_file: bool):
@@ -255,14 +270,17 @@ class TripleRows:
             cut += sum(read.cut)
             for j, query in zip(places, read.ids):
                 queries[j] = query
-        texts, key_rows = [triple.positive for triple in triples], list(rows)
+        positives, texts, key_rows = [], [], list(rows)
         for j, triple in enumerate(triples):
             draw = generator(seed, NEGATIVES, step * len(rows) + j)
             order = draw.permutation(len(triple.negatives))
             texts += [triple.negatives[n] for n in order[: self.negatives]]
             key_rows += [rows[j]] * len(order[: self.negatives])
+            all_of_row = [triple.positive, *triple.others]
+            positives.append(all_of_row[draw.integers(len(all_of_row))])
+        texts = positives + texts
         keys, _, too_long = self.tokenize(texts, document=True, max_tokens=self.document_tokens)
-        excluded = same_texts(keys, len(rows))
+        excluded = same_texts(keys, len(rows)) | other_positives(texts, triples)
         return Batch(queries, keys, excluded, rows, key_rows, cut + sum(too_long))
 
     def name(self, row: int) -> str:
@@ -271,11 +289,22 @@ class TripleRows:
         return f"{file.path.name}, row {place + 1}"
 
     def __str__(self) -> str:
-        kinds = [f"\n  {len(file.offsets):>9,}  {file.path.name}: "
-                 f"{' | '.join(filter(None, file.instructions)) or 'no instruction'}"
-                 for file in self.triples.files]
-        mixed = "single-dataset" if self.one_file else "mixed"
-        return f"{self.triples.source}: {len(self.triples):,} rows, {mixed}{''.join(kinds)}"
+        return self.triples.describe("single-dataset" if self.one_file else "mixed")
+
+
+def open_triples(source: str, instruction: str, progress: bool = False) -> Triples:
+    """The rows of --triples with --instruction, of which `none` is for no query at all."""
+    return Triples(source, None if instruction == "none" else instruction, progress)
+
+
+def preview(config) -> str:
+    """What a contrastive stage's data are read as, for --dry-run: the header and five rows."""
+    if config.stage == "scl":
+        rows = open_triples(config.triples, config.instruction, progress=True)
+        return f"{rows.describe(config.batches)}\n{rows.examples()}"
+    texts = read_texts(config.text)
+    first = [f"  {text[:90]!r}{'...' * (len(text) > 90)}" for text in texts[:5]]
+    return "\n".join([f"{config.text}: {len(texts):,} texts", *first])
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:

@@ -1,14 +1,13 @@
 """Plain texts for stages 1 and 2: .txt or .jsonl (gzipped or not), WikiText-103, or Wiki1M."""
 
-import gzip
 import hashlib
-import json
 import os
 import sys
 import urllib.request
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
+from data.lines import list_names, list_unread, parse_json, read_lines
 from runtime.errors import UserError
 
 DEMO_PASSAGES = Path(__file__).parent / "demo" / "passages.jsonl.gz"
@@ -28,6 +28,8 @@ WIKITEXT_MEMBER = "wikitext-103-raw/wiki.train.raw"
 WIKITEXT_MEMBER_CAP = 700_000_000  # bytes; the member has about 540 million
 # A million sentences of Wikipedia (SimCSE, Gao et al. 2021, arXiv 2104.08821), one per line.
 WIKI1M = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt")  # a hub data set
+WIKI1M_REVISION = "e145e8bb659b2aa2669f32ef79cb4cdef6c58fef"
+WIKI1M_SHA256 = "7b1825863a99aa76479b0456f7c210539dfaeeb69598b41fb4de4f524dd5a706"
 
 
 def read_texts(source: str) -> list[str]:
@@ -40,8 +42,9 @@ def every_text(source: str) -> list[str]:
 
     `source` is `demo`, `wikitext103`, `wiki1m`, a .txt(.gz) with one text per line, or a
     .jsonl(.gz) with a field `text`. Raises UserError with file and line number for whatever cannot
-    be read, and if there is no text at all.
+    be read, and if there is no text at all. Prints a note of fields beside `text`.
     """
+    kind, unread = "", Counter()
     if source == "wikitext103":
         lines = wikitext_lines(wikitext_zip())
     elif source == "wiki1m":
@@ -49,51 +52,63 @@ def every_text(source: str) -> list[str]:
     else:
         path = DEMO_PASSAGES if source == "demo" else Path(source)
         kind = path.name.removesuffix(".gz").rpartition(".")[2]
-        if not path.is_file():
+        if path.is_dir() or not path.exists():
             raise UserError(f"{source}: no such file; --text takes a .txt, a .jsonl (both may be "
                             f".gz), wikitext103, wiki1m or demo")
         if kind not in ("txt", "jsonl"):
             raise UserError(f"{source}: unknown kind of file; rename it to .txt or .jsonl")
         lines = read_lines(path)
         if kind == "jsonl":
-            lines = (json_text(path, i, line) if line.strip() else ""
+            lines = (json_text(path, i, line, unread) if line.strip() else ""
                      for i, line in enumerate(lines, 1))
     texts = list(map(str.strip, lines))
-    if not any(texts):
+    first = next(filter(None, texts), None)
+    if first is None:
         raise UserError(f"{source}: no text in it; give a file with at least one text")
+    if kind == "txt":
+        require_no_json(path, first)
+    for line in list_unread(unread):
+        print_note(f"{source}: {line}")
     return texts
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, gunzipped if its first two bytes are gzip's."""
-    number = 0
+def json_text(path: Path, number: int, line: str, unread: Counter) -> str:
+    """The field `text` of one line of a .jsonl file; its other fields are counted in `unread`."""
     try:
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if zipped else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert it, for "
-                        f"example: iconv -f latin1 -t utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: cannot be read ({error}); fetch it again")
-
-
-def json_text(path: Path, number: int, line: str) -> str:
-    """The field `text` of one line of a .jsonl file."""
-    try:
-        text = json.loads(line)["text"]
-        text.encode()  # half a surrogate pair is JSON, but no text
+        row = parse_json(line)
+        text = row.get("text") if isinstance(row, dict) else None
+        if isinstance(text, str):
+            text.encode()  # half a surrogate pair is JSON, but no text
+            unread.update(key for key in row if key != "text" and row[key] is not None)
+            return text
     except UnicodeEncodeError as error:
         raise UserError(f"{path}, line {number}: not a text ({error}); fix or remove the line")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); fix or remove the line")
-    except (KeyError, TypeError, AttributeError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f'{path}, line {number}: no field "text" that is a string; add it')
-    return text
+    what, fix = "it is no object", "write one object per line"
+    if isinstance(row, dict):
+        what, fix = f"it has {list_names(row)}", "add it, or rename a field"
+    elif isinstance(row, list):
+        what, fix = "it is a list", "write one object per line: jq -c '.[]' FILE > NEW"
+    raise UserError(f'{path}, line {number}: no field "text" that is a string ({what}); {fix}')
+
+
+def require_no_json(path: Path, first: str):
+    """UserError if a .txt begins with a JSON object: it would be trained on as it stands."""
+    with suppress(ValueError):
+        if first.startswith("{") and isinstance(parse_json(first), dict):
+            raise UserError(f"{path}: its lines are JSON objects; rename it to .jsonl")
+
+
+def first_process() -> bool:
+    """Whether this is the process that talks, of several that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_note(text: str):
+    """Print a note, once if there are several processes."""
+    if first_process():
+        print(f"note: {text}", flush=True)
 
 
 def digest_ids(corpus: list[np.ndarray]) -> str:
@@ -105,13 +120,19 @@ def digest_ids(corpus: list[np.ndarray]) -> str:
 
 
 def wiki1m_file() -> Path:
-    """The file of SimCSE's sentences in the hub's cache, downloaded on first use."""
+    """The checked file of SimCSE's sentences in the hub's cache, downloaded on first use."""
     repo, name = WIKI1M
     try:
-        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+        path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=WIKI1M_REVISION))
     except Exception as error:  # whatever the network, the hub or its client has to say
         raise UserError(f"wiki1m cannot be downloaded: hub data set {repo}, file {name} "
                         f"({type(error).__name__}). Fetch it elsewhere and pass --text {name}")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WIKI1M_SHA256:  # the cache has links: remove what they point to
+        raise UserError(f"{path.resolve()}: wiki1m with sha256 {digest[:12]}..., expected "
+                        f"{WIKI1M_SHA256[:12]}...; remove it and run again")
+    return path
 
 
 def wikitext_zip() -> Path:

@@ -4,16 +4,19 @@ A row may be flat, or columnar: lists of equal length under the fields' names (n
 a list itself, as in reranking).
 """
 
-import csv
-import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.corpora import read_lines
+from data.lines import MAX_JSON, list_names, list_unread, parse_json, read_lines, shown
 from runtime.errors import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".tsv", ".tsv.gz", ".csv", ".csv.gz")
+# Beside what a score needs, MTEB's own files have these: no note says that they are not read.
+KNOWN = {"_id", "id", "idx", "sid", "split", "genre", "dataset", "year", "lang", "label_text",
+         "metadata"}
 
 
 def text(value) -> str:
@@ -56,34 +59,132 @@ def texts(value) -> list[str]:
     return [text(v) for v in value]
 
 
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+# A field in quotes, whose own are doubled, or any other; a line may end in several CRs, as Python's
+# writer on Windows leaves it. What comes after a blank and a quote is neither.
+QUOTED, NEVER = r'"((?:[^"]++|"")*+)"', r"((?!))"
+OTHER = r"([^{d}\r\n]*+(?:\r++(?!\n|\Z)[^{d}\r\n]*+)*+)"
+END = r"({d}|\r*+(?:\n|\Z))"
+
+
+def split_rows(text: str, delimiter: str, quotes: bool) -> Iterator[tuple[int, list[tuple]]]:
+    """The rows of a table: the line where each begins, and of each field (inside its quotes, None)
+    or (None, text); the quotes inside are still doubled. Empty lines are left out.
+
+    quotes: whether quotes around a field are not its text. ValueError if one is not closed.
+    """
+    pattern = f'(?:{QUOTED}|(?![ ]*+"){OTHER}){END}' if quotes else f"(?:{NEVER}|{OTHER}){END}"
+    field, place, begin, number, row = re.compile(pattern.format(d=delimiter)), 0, 0, 1, []
+    while place < len(text):
+        found = field.match(text, place)
+        if found is None:
+            where = number + text.count("\n", begin, place)
+            raise ValueError(f"line {where}: the quotes at {shown(text[place : place + 60])} do "
+                             f"not enclose a field; double those inside it")
+        inside, plain, end = found.groups()
+        row.append((inside, plain))
+        place = found.end()
+        if end != delimiter:
+            if row != [(None, "")]:
+                yield number, row
+            number += text.count("\n", begin, place)
+            begin, row = place, []
+    if row:  # the text ends with a delimiter
+        yield number, [*row, (None, "")]
+
+
+def quotes_are_the_writers(path: Path, text: str) -> bool:
+    """Whether quotes around the fields of a .tsv are not their text; UserError if nobody can tell.
+
+    A writer of quoted fields (csv.writer, pandas, Excel) quotes each field that has a quote, and
+    doubles those inside; in a raw file quotes are as the text has them, and a line is a row. A file
+    that can be read as both is a writer's if quotes are doubled, or stand in its header.
+    """
+    if not re.search(r'(?:^|\t)"', text, re.MULTILINE):
+        return False
+    lines = [row for _, row in split_rows(text, "\t", quotes=False)]
+    raw = len({len(row) for row in lines}) == 1
+    try:
+        rows = [row for _, row in split_rows(text, "\t", quotes=True)]
+        bare = any(plain and '"' in plain for row in rows for _, plain in row)
+    except ValueError:
+        bare = True
+    if bare:  # no writer's, unless it is mended by hand
+        odd = [field for row in lines for _, field in row
+               if re.fullmatch(QUOTED, field) and '""' in field[1:-1]]
+        doubt = odd[0] if odd else None
+    else:
+        inside = [inside for row in rows for inside, _ in row if inside is not None]
+        fits = len({len(row) for row in rows}) == 1
+        if not raw or not fits:
+            return fits or not raw
+        clear = rows[0][0][0] is not None or any('""' in field for field in inside)
+        doubt = None if clear else f'"{inside[0]}"'
+        doubt = next((field for field in inside if re.search(r"[\t\n]", field)), doubt)
+    if doubt is not None:
+        raise UserError(f"{path}: the quotes of the field {shown(doubt)} may be its text or not; "
+                        f"write the file as .csv or .jsonl")
+    return not bare
+
+
+def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
+    """The rows of a .csv or .tsv by the names in its header, each with its place."""
+    text = "".join(read_lines(path))
+    quotes = delimiter == "," or quotes_are_the_writers(path, text)
+    header = None
+    try:
+        for number, row in split_rows(text, delimiter, quotes):
+            values = [plain if inside is None else inside.replace('""', '"')
+                      for inside, plain in row]
+            if header is None:
+                header = values
+                if twice := [name for name, n in Counter(header).items() if n > 1]:
+                    raise ValueError(f"line {number}: the header has {shown(twice[0])} twice; "
+                                     f"rename or remove one")
+                continue
+            if len(values) > len(header):
+                raise ValueError(f"line {number}: has {len(values)} fields, the header "
+                                 f"{len(header)} ({list_names(header)}); quote or mend it")
+            if len(values) < len(header):
+                raise ValueError(f"line {number}: has no field {shown(header[len(values)])} "
+                                 f"({len(values)} fields, the header has {len(header)})")
+            yield f"line {number}", dict(zip(header, values))
+    except ValueError as error:
+        raise UserError(f"{path}, {error}")
+
+
 def records(path: Path) -> Iterator[tuple[str, object]]:
     """The rows of a file as they stand, each with its place for messages (`line 3`)."""
     ending = path.name.removesuffix(".gz").rpartition(".")[2]
     if ending in ("tsv", "csv"):
-        quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if ending == "tsv" else {}
-        reader = csv.DictReader(read_lines(path), **quoting)
-        try:
-            for row in reader:
-                yield f"line {reader.line_num}", {k: v for k, v in row.items() if v is not None}
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}; fix the line")
+        yield from read_table(path, "\t" if ending == "tsv" else ",")
         return
     if ending == "json":
-        whole = "".join(read_lines(path))
+        whole = "".join(read_lines(path, MAX_JSON))
         try:
-            rows = json.loads(whole)
+            rows = parse_json(whole)
             yield from ((f"row {i}", row) for i, row in
                         enumerate(rows if isinstance(rows, list) else [rows], 1))
             return
-        except (ValueError, RecursionError):
-            pass  # several objects, one per line
+        except ValueError as error:
+            if whole.lstrip()[:1] == "[":
+                raise UserError(f"{path}: not JSON ({error}); fetch the file again or mend it")
+            # several objects, one per line
     for i, line in enumerate(read_lines(path), 1):
         if line.strip():
             try:
-                yield f"line {i}", json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield f"line {i}", parse_json(line)
+            except ValueError as error:
                 raise UserError(f"{path}, line {i}: not JSON ({error}); fetch the file again or "
                                 f"fix the line")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------
 
 
 def flatten(record, fields: dict[str, Callable], optional: tuple[str, ...]) -> list[dict]:
@@ -111,28 +212,40 @@ def checked(row: dict, fields: dict[str, Callable]) -> dict:
     return row
 
 
-def read_blocks(path: Path, fields: dict[str, Callable], optional=()) -> list[list[dict]]:
-    """The rows of a file, checked; a flat row makes a block of one, a columnar row one of many."""
-    blocks = []
+def read_blocks(path: Path, fields: dict[str, Callable], optional=(),
+                notes: list[str] | None = None) -> list[list[dict]]:
+    """The rows of a file, checked; a flat row makes a block of one, a columnar row one of many.
+
+    notes: gets a line that names other fields and counts their rows.
+    """
+    blocks, unread = [], Counter()
     for place, record in records(path):
         try:
-            blocks.append([checked(row, fields) for row in flatten(record, fields, optional)])
+            block = [checked(row, fields) for row in flatten(record, fields, optional)]
         except ValueError as error:
-            raise UserError(f"{path}, {place}: {error}; a row needs {', '.join(fields)}")
+            has = f", this one has {list_names(record)}" if isinstance(record, dict) else ""
+            raise UserError(f"{path}, {place}: {error}; a row needs {', '.join(fields)}{has}")
+        blocks.append(block)
+        for name in record.keys() - fields.keys() - KNOWN:
+            unread[name] += len(block) * (record[name] is not None)
     if not any(blocks):
         raise UserError(f"{path}: no rows; fetch the file again")
+    if notes is not None:
+        notes += [f"{path.name}: {line}" for line in list_unread(+unread)]
     return blocks
 
 
-def read_rows(path: Path, fields: dict[str, Callable], optional=()) -> list[dict]:
+def read_rows(path: Path, fields: dict[str, Callable], optional=(),
+              notes: list[str] | None = None) -> list[dict]:
     """The rows of a file, flat; UserError with file and line for what does not fit `fields`."""
-    return [row for block in read_blocks(path, fields, optional) for row in block]
+    return [row for block in read_blocks(path, fields, optional, notes) for row in block]
 
 
-def read_unique(path: Path, fields: dict[str, Callable], optional=()) -> dict[str, dict]:
+def read_unique(path: Path, fields: dict[str, Callable], optional=(),
+                notes: list[str] | None = None) -> dict[str, dict]:
     """Rows by their `_id`; UserError if one occurs twice."""
     rows = {}
-    for row in read_rows(path, {"_id": identifier, **fields}, optional):
+    for row in read_rows(path, {"_id": identifier, **fields}, optional, notes):
         if rows.setdefault(row["_id"], row) is not row:
             raise UserError(f"{path}: the id {row['_id']!r} occurs twice; remove one of the rows")
     return rows

@@ -64,7 +64,7 @@ def find_file(task: dict, role: str, data_dir: str | Path | None) -> Path:
     if folder is None:
         return fetch(task, stems, names)
     for name in names:
-        if (folder / name).is_file():
+        if (folder / name).exists():  # a pipe or a folder of that name is refused by its reader
             return folder / name
     if parquet := sorted(folder.rglob("*.parquet")):
         raise UserError(f"{parquet[0]}: parquet is not read; convert it once with another tool, "
@@ -120,35 +120,69 @@ def columns(rows: list[dict], *names: str) -> list[list]:
 
 def read_sts(task: dict, file: Callable):
     """Pairs of sentences with a human score of any range."""
-    rows = read_rows(file("test"), {"sentence1": text, "sentence2": text, "score": number})
+    path, notes = file("test"), []
+    rows = read_rows(path, {"sentence1": text, "sentence2": text, "score": number}, notes=notes)
     left, right, gold = columns(rows, "sentence1", "sentence2", "score")
+    if len(set(gold)) == 1:
+        raise UserError(f"{path}: all {len(rows):,} scores are {gold[0]:g}, which no rank "
+                        f"correlation has; give pairs with different scores")
     counts = {"pairs": len(rows), "characters": characters(left, right)}
-    return {"left": left, "right": right}, {"gold": np.array(gold)}, counts, []
+    return {"left": left, "right": right}, {"gold": np.array(gold)}, counts, notes
 
 
-def read_retrieval(task: dict, file: Callable):
-    """Documents are `title text`, stripped; queries without a judgement are dropped."""
-    corpus = read_unique(file("corpus"), {"title": text, "text": text}, optional=("title",))
-    queries = read_unique(file("queries"), {"text": text})
-    path, judged = file("qrels"), {}
-    for row in read_rows(path, {"query-id": identifier, "corpus-id": identifier, "score": number}):
+def read_judgements(path: Path, notes: list[str]) -> dict[str, dict[str, float]]:
+    """Query -> document -> grade."""
+    judged = {}
+    fields = {"query-id": identifier, "corpus-id": identifier, "score": number}
+    for row in read_rows(path, fields, notes=notes):
         grades = judged.setdefault(row["query-id"], {})
         if grades.setdefault(row["corpus-id"], row["score"]) is not row["score"]:
             raise UserError(f"{path}: query {row['query-id']!r} and document {row['corpus-id']!r} "
                             f"are judged twice; remove one of the rows")
+    return judged
+
+
+def check_judgements(path: Path, judged: dict[str, dict], corpus: dict,
+                     skip_same_id: bool) -> dict[str, int]:
+    """What of the judgements of the task's queries cannot count, as counts of notes.
+
+    UserError if every score would be 0: no document is there, or none that is there is relevant.
+    """
+    pairs = [(query, document) for query, grades in judged.items() for document in grades]
+    absent = sum(document not in corpus for _, document in pairs)
+    if absent == len(pairs):
+        raise UserError(f"{path}: judges no document of the corpus: {pairs[0][1]!r}, ... are not "
+                        f"among its ids ({next(iter(corpus))!r}, ...); do the files belong "
+                        f"together?")
+    lost = sum(not any(grade > 0 and document in corpus and not (skip_same_id and query == document)
+                       for document, grade in grades.items()) for query, grades in judged.items())
+    if lost == len(judged):
+        raise UserError(f"{path}: no query has a relevant document in the corpus (a score above "
+                        f"0), every score would be 0; are the scores right?")
+    return {f"of {len(pairs):,} judgements name no document of the corpus": absent,
+            "queries without a relevant document in the corpus, which score 0": lost}
+
+
+def read_retrieval(task: dict, file: Callable):
+    """Documents are `title text`, stripped; queries without a judgement are dropped."""
+    path, said, skip = file("qrels"), [], task.get("skip_same_id", False)
+    corpus = read_unique(file("corpus"), {"title": text, "text": text}, ("title",), said)
+    queries = read_unique(file("queries"), {"text": text}, notes=said)
+    judged = read_judgements(path, said)
     used = [q for q in queries if q in judged]
     if not used:
         raise UserError(f"{path}: judges no query of the task; do the ids belong together?")
     documents = [f"{d.get('title', '')} {d['text']}".strip() for d in corpus.values()]
     texts = {"queries": [queries[q]["text"] for q in used], "documents": documents}
     labels = {"query_ids": used, "document_ids": list(corpus),
-              "judged": [judged[q] for q in used], "skip_same_id": task.get("skip_same_id", False)}
+              "judged": [judged[q] for q in used], "skip_same_id": skip}
     counts = {"documents": len(documents), "queries": len(used),
               "judgements": sum(map(len, labels["judged"])),
               "characters": characters(*texts.values())}
     notes = {"queries without a judged document, dropped": len(queries) - len(used),
-             "judged queries without a text, dropped": len(judged) - len(used)}
-    return texts, labels, counts, [f"{n} {what}" for what, n in notes.items() if n]
+             "judged queries without a text, dropped": len(judged) - len(used),
+             **check_judgements(path, {q: judged[q] for q in used}, corpus, skip)}
+    return texts, labels, counts, [f"{n:,} {what}" for what, n in notes.items() if n] + said
 
 
 def draw_training_sets(labels: list, samples_per_label: int, draws: int = 10) -> list[np.ndarray]:
@@ -170,51 +204,62 @@ def draw_training_sets(labels: list, samples_per_label: int, draws: int = 10) ->
 
 def read_classification(task: dict, file: Callable):
     """Only training texts that a draw picks are kept."""
-    fields = {"text": text, "label": label}
-    path = file("test")
+    fields, notes = {"text": text, "label": label}, []
+    source, path = file("train"), file("test")
     (train, train_labels), (test, test_labels) = (
-        columns(read_rows(p, fields), "text", "label") for p in (file("train"), path))
+        columns(read_rows(p, fields, notes=notes), "text", "label") for p in (source, path))
     if new := set(test_labels) - set(train_labels):
         raise UserError(f"{path}: has the label {min(map(str, new))!r}, which the training file "
                         f"never has; are they of one task?")
+    if len(set(train_labels)) == 1:
+        raise UserError(f"{source}: all {len(train):,} rows have the label {train_labels[0]!r}, "
+                        f"there is nothing to tell apart; give rows of other labels")
     draws = draw_training_sets(train_labels, task.get("samples_per_label", 8))
     used = np.unique(np.concatenate(draws))
     counts = {"labels": len(set(train_labels)), "train": len(train), "test": len(test),
               "characters": characters(train, test)}
     labels = {"train_labels": [train_labels[i] for i in used], "test_labels": test_labels,
               "draws": [np.searchsorted(used, rows) for rows in draws]}
-    return {"train": [train[i] for i in used], "test": test}, labels, counts, []
+    return {"train": [train[i] for i in used], "test": test}, labels, counts, notes
 
 
 def read_clustering(task: dict, file: Callable):
     """Each columnar row is a set of its own; flat rows make one set together."""
-    blocks = [block for block in read_blocks(file("test"), {"sentences": text, "labels": label})
-              if block]
+    path, notes = file("test"), []
+    fields = {"sentences": text, "labels": label}
+    blocks = [block for block in read_blocks(path, fields, notes=notes) if block]
     if max(map(len, blocks)) == 1:
         blocks = [[row for block in blocks for row in block]]
     (sentences,) = columns([row for block in blocks for row in block], "sentences")
     labels = [columns(block, "labels")[0] for block in blocks]
+    alone = sum(len(set(truth)) == 1 for truth in labels)
+    if alone == len(labels):
+        raise UserError(f"{path}: each set has a single label, every score would be 1; give sets "
+                        f"of several labels")
+    notes += [f"{alone:,} sets with a single label, which score 1"] * bool(alone)
+    apart = sum(1 < len(set(truth)) == len(truth) for truth in labels)
+    notes += [f"{apart:,} sets with another label for each text, which score 1"] * bool(apart)
     counts = {"sets": len(blocks), "texts": len(sentences), "characters": characters(sentences)}
-    return {"sentences": sentences}, {"labels": labels}, counts, []
+    return {"sentences": sentences}, {"labels": labels}, counts, notes
 
 
 def read_pair_classification(task: dict, file: Callable):
     """Pairs labelled 1 (duplicates) or 0; both labels must occur."""
-    path = file("test")
-    rows = read_rows(path, {"sent1": text, "sent2": text, "labels": number})
+    path, notes = file("test"), []
+    rows = read_rows(path, {"sent1": text, "sent2": text, "labels": number}, notes=notes)
     left, right, labels = columns(rows, "sent1", "sent2", "labels")
     if set(labels) != {0.0, 1.0}:
         raise UserError(f"{path}: labels must be 0 and 1, both; it has "
                         f"{', '.join(f'{v:g}' for v in sorted(set(labels))[:5])}")
     counts = {"pairs": len(rows), "positives": int(sum(labels)),
               "characters": characters(left, right)}
-    return {"left": left, "right": right}, {"labels": np.array(labels)}, counts, []
+    return {"left": left, "right": right}, {"labels": np.array(labels)}, counts, notes
 
 
 def read_reranking(task: dict, file: Callable):
     """Queries without a positive or without a negative document are dropped."""
-    path = file("test")
-    rows = read_rows(path, {"query": text, "positive": texts, "negative": texts})
+    path, notes = file("test"), []
+    rows = read_rows(path, {"query": text, "positive": texts, "negative": texts}, notes=notes)
     used = [row for row in rows if row["positive"] and row["negative"]]
     if not used:
         raise UserError(f"{path}: no query has both positive and negative documents")
@@ -225,9 +270,9 @@ def read_reranking(task: dict, file: Callable):
                            for ts, row in zip(found, used)]}
     counts = {"queries": len(used), "positives": int(sum(r.sum() for r in labels["relevant"])),
               "candidates": sum(map(len, found))}
-    notes = [f"{len(rows) - len(used)} queries without positives or negatives, dropped"]
-    return ({"queries": columns(used, "query")[0], "documents": list(place)}, labels, counts,
-            notes if len(used) < len(rows) else [])
+    dropped = len(rows) - len(used)
+    notes += [f"{dropped:,} queries without positives or negatives, dropped"] * bool(dropped)
+    return {"queries": columns(used, "query")[0], "documents": list(place)}, labels, counts, notes
 
 
 READERS = {

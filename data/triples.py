@@ -1,16 +1,16 @@
 """Triples for stage 3: rows {query, positive, negative} of .jsonl files, read by their offset.
 
 Only the offsets are kept, so the files may be larger than memory. Every row is checked once, before
-the training starts. A gzipped file has no offsets: each process unpacks it to a temporary file of
-its own (in TMPDIR).
+the training starts. A file that is gzipped, or not in UTF-8, has no such offsets: each process
+writes it to a temporary file of its own (in TMPDIR).
 """
 
-import gzip
 import hashlib
 import json
-import shutil
+import re
 import tempfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -18,68 +18,192 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data.lines import (
+    CONVERT,
+    MAX_LINE,
+    check_line,
+    copy_plain,
+    holds_text,
+    list_names,
+    list_unread,
+    parse_json,
+    shown,
+)
 from runtime.errors import UserError
+from runtime.files import open_regular
 
 HERE = Path(__file__).parent
 DEMO_TRIPLES = HERE / "demo" / "triples.jsonl"  # what the name `demo` stands for
 INSTRUCTIONS = json.loads((HERE / "e5_instructions.json").read_text())["instructions"]
 
+# The names of a row's fields: E5's and LLM2Vec's, then those of sentence-transformers (anchor,
+# question, answer, negative_1 ... negative_n), FlagEmbedding (pos, neg, prompt), Tevatron
+# (positive_passages, negative_passages) and SimCSE (sent0, sent1, hard_neg).
+QUERY = ("query", "anchor", "question", "sent0")
+POSITIVE = ("positive", "positives", "pos", "positive_passages", "answer", "sent1")
+NEGATIVE = ("negative", "negatives", "neg", "negative_passages", "hard_negative", "hard_negatives",
+            "hard_neg")
+INSTRUCTION = ("instruction", "prompt")
+OF_FILE = ("query", "positive", "negative")  # which a file has that earlier versions read, too
+# Fields that may hold a text and are no text to train on: ids, scores, where a row is from.
+HARMLESS = re.compile(r"(.*[_-])?(id|ids|idx|index|scores?|qid|pid|docid|docids|guid|uuid)|type|"
+                      r"source|dataset|split|lang|language|url|metadata|meta|answers")
+
 
 class Triple(NamedTuple):
-    """One row: a query and its instruction, a text to find, and texts that only look like it."""
+    """One row: a query and its instruction, a text to find, and texts that only look like it.
+
+    others: more texts to find; own: the instruction, if it is the row's own.
+    """
 
     query: str
     instruction: str
     positive: str
     negatives: list[str]
+    others: tuple[str, ...] = ()
+    own: str | None = None
+
+
+class Row(NamedTuple):
+    """What a line of JSON says, and the names of the fields that were read and that were not."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    instruction: str | None
+    read: list[str]
+    unread: list[str]
 
 
 @dataclass
 class File:
-    """One file of triples: where its rows begin, and the instructions that take turns over them."""
+    """One file of triples: where its rows begin, and the instructions that take turns over them.
+
+    The rest are counts of rows, and the names and instructions that rows have.
+    """
 
     path: Path
     instructions: list[str]
     handle: BinaryIO
     offsets: list[int] | np.ndarray = field(default_factory=list)
+    with_negatives: int = 0
+    with_several: int = 0  # positives
+    with_own: int = 0  # instruction
+    own: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    unread: Counter = field(default_factory=Counter)
+
+    def count(self, row: Row):
+        """Add a row to the counts."""
+        self.with_negatives += bool(row.negatives)
+        self.with_several += len(row.positives) > 1
+        if row.instruction is not None:
+            self.with_own += 1
+            self.own.add(row.instruction)
+        self.read.update(row.read)
+        self.unread.update(row.unread)
 
 
-def parse_row(line: bytes) -> tuple[str, str, list[str]]:
-    """Query, positive and negatives of one line of JSON; ValueError says what is wrong."""
+# ---------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------
+
+
+def one_of(row: dict, names: tuple[str, ...]) -> str | None:
+    """The name among `names` that the row has; ValueError if it has two of them."""
+    there = [name for name in names if row.get(name) is not None]
+    if len(there) > 1:
+        raise ValueError(f"has both {there[0]} and {there[1]}; keep one of them")
+    return there[0] if there else None
+
+
+def read_text(name: str, value, unread: list[str]) -> str:
+    """A text, or a passage {title, text} as `title text`; ValueError for anything else."""
+    if isinstance(value, dict) and isinstance(value.get("text"), str):
+        parts = {key: value[key] for key in ("title", "text") if value.get(key) is not None}
+        note_unread({f"{name}.{key}": value[key] for key in value.keys() - parts.keys()}, unread)
+        if not isinstance(parts.get("title", ""), str):
+            raise ValueError(f"{name}.title is {str(parts['title'])[:50]!r}, a text is expected")
+        value = f"{parts.get('title', '')} {parts['text']}"
+    if value is None:
+        raise ValueError(f"has no {name}")
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {str(value)[:50]!r}, a text is expected")
+    if not value.strip():
+        raise ValueError(f"{name} is empty")
+    value.encode()  # half a surrogate pair is JSON, but no text
+    return value.strip()
+
+
+def read_texts(row: dict, name: str | None, unread: list[str]) -> list[str]:
+    """The texts of a field that has one, or a list of them."""
+    value = row[name] if name else []
+    return [read_text(name, one, unread) for one in (value if isinstance(value, list) else [value])]
+
+
+def note_unread(fields: dict, unread: list[str]):
+    """Add the names of fields that are not read; ValueError for one that may hold a text."""
+    for name, value in fields.items():
+        if name in ("label", "labels") and value is not None:
+            raise ValueError(f"has a field {name}, which is not read; keep the positive pairs "
+                             f"only, and remove it")
+        if holds_text(value) and not HARMLESS.fullmatch(name.rpartition(".")[2]):
+            raise ValueError(f"the field {shown(name)} could hold a text and is not read; rename "
+                             f"it (query, positive, negative, instruction are), or remove it")
+        if value is not None:
+            unread.append(name)
+
+
+def parse_row(line: bytes) -> Row:
+    """What one line of JSON says; ValueError says what is wrong."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except RecursionError as error:
-        raise ValueError(error)
+        row = parse_json(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason}); {CONVERT}")
+    if isinstance(row, list):
+        raise ValueError("a list, not a JSON object; write one object per line: jq -c '.[]' FILE > "
+                         "NEW")
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    negatives = row.get("negative")
-    negatives = [] if negatives is None else negatives if isinstance(negatives, list) \
-        else [negatives]
-    for name, value in (("query", row.get("query")), ("positive", row.get("positive")),
-                        *(("negative", text) for text in negatives)):
-        if value is None:
-            raise ValueError(f"has no {name}")
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is {str(value)[:50]!r}, a text is expected")
-        if not value.strip():
-            raise ValueError(f"{name} is empty")
-        value.encode()  # half a surrogate pair is JSON, but no text
-    return row["query"].strip(), row["positive"].strip(), [text.strip() for text in negatives]
+    numbered = sorted((name for name in row if re.fullmatch(r"negative_\d+", name)
+                       and row[name] is not None), key=lambda name: int(name[9:]))
+    query, positive, negative, instruction = (
+        one_of(row, names) for names in (QUERY, POSITIVE, NEGATIVE, INSTRUCTION))
+    if negative and numbered:
+        raise ValueError(f"has both {negative} and {numbered[0]}; keep one of them")
+    for name, wanted in ((query, "query"), (positive, "positive")):
+        if name is None or row[name] == []:
+            raise ValueError(f"has no {wanted} (it has {list_names(row)})")
+    unread: list[str] = []
+    found = read_text(query, row[query], unread)
+    positives = list(dict.fromkeys(read_texts(row, positive, unread)))
+    negatives = [text for name in numbered or [negative] for text in read_texts(row, name, unread)]
+    own = row[instruction] if instruction else None
+    if own is not None and not isinstance(own, str):
+        raise ValueError(f"{instruction} is {str(own)[:50]!r}, a text is expected")
+    if own is not None:
+        own.encode()
+        own = own.strip().removesuffix(":")  # the template brings the colon
+    read = [name for name in (query, positive, negative, instruction, *numbered) if name]
+    note_unread({name: row[name] for name in row if name not in read}, unread)
+    return Row(found, positives, negatives, own, read, list(dict.fromkeys(unread)))
 
 
 class Triples:
     """The rows of a file, of a folder of files, or of the embedded `demo`.
 
-    A file named like one of the public E5 training files gets that data set's instructions
-    (data/e5_instructions.json), any other one `instruction`; if that is None, no file gets any.
+    A row's own instruction comes first. A file named like one of the public E5 training files gets
+    that data set's instructions (data/e5_instructions.json), any other one `instruction`; if that
+    is None, no query gets any.
     """
 
     def __init__(self, source: str | Path, instruction: str | None = "", progress: bool = False):
         """Check and index all rows. UserError names file and line of what cannot be used."""
         self.source, self.files, digest = source, [], hashlib.sha256()
+        self.bare = instruction is None
         positives: set[str] = set()  # two of them suffice
         for path in find_files(source):
-            known = {} if instruction is None else INSTRUCTIONS
+            known = {} if self.bare else INSTRUCTIONS
             own = (instruction or "").strip().removesuffix(":")  # the template brings the colon
             file = File(path, known.get(stem(path), [own]), open_plain(path))
             self._index(file, digest, positives, progress)
@@ -95,26 +219,31 @@ class Triples:
 
     def _index(self, file: File, digest, positives: set[str], progress: bool):
         """Check the rows of a file and note where they begin."""
-        size, offset = file.handle.seek(0, 2), 0
+        size, offset, number = file.handle.seek(0, 2), 0, 0
         file.handle.seek(0)
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"check {file.path.name}",
                   disable=not progress or size < 50_000_000, leave=False) as bar:
-            for number, line in enumerate(file.handle, 1):
+            while line := file.handle.readline(MAX_LINE + 1):
+                number += 1
+                check_line(file.path, number, line)
                 digest.update(line)
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):  # a byte order mark is no row
                     try:
-                        positive = parse_row(line)[1]
+                        row = parse_row(line)
                     except ValueError as error:
                         raise UserError(f"{file.path}, line {number}: {error}; a row needs query "
                                         f"and positive (texts) and may have negative (a text or "
                                         f"a list)")
                     file.offsets.append(offset)
+                    file.count(row)
                     if len(positives) < 2:
-                        positives.add(positive)
+                        positives.update(row.positives[:1])
                 offset += len(line)
                 bar.update(len(line))
         file.offsets = np.array(file.offsets, dtype=np.int64)
         digest.update(json.dumps([file.instructions, len(file.offsets)]).encode())
+        if more := sorted(file.read - set(OF_FILE)):  # other rows than earlier versions read
+            digest.update(json.dumps([more, self.bare]).encode())
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -128,14 +257,66 @@ class Triples:
         """Row i over all files, in their order."""
         file, row = self.locate(i)
         file.handle.seek(int(file.offsets[row]))
-        query, positive, negatives = parse_row(file.handle.readline())
+        found = parse_row(file.handle.readline())
         instruction = file.instructions[row % len(file.instructions)]
-        return Triple(query, instruction, positive, negatives)
+        if found.instruction is not None and not self.bare:
+            instruction = found.instruction
+        positive, *others = found.positives
+        return Triple(found.query, instruction, positive, found.negatives, tuple(others),
+                      found.instruction)
 
     @property
     def instructions(self) -> set[str]:
         """All instructions that queries have."""
-        return {text for file in self.files for text in file.instructions if text}
+        own = set() if self.bare else set().union(*(file.own for file in self.files))
+        return {text for file in self.files for text in file.instructions if text} | own - {""}
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines on what a reader of the files may not expect, with counts of rows."""
+        found = []
+        for file in self.files:
+            use = "not used (--instruction none)" if self.bare else "used in place of the file's"
+            if file.with_own:
+                found.append(f"{file.path.name}: {file.with_own:,} rows have an instruction of "
+                             f"their own, {use}")
+            if file.with_several:
+                found.append(f"{file.path.name}: {file.with_several:,} rows have several "
+                             f"positives, of which one is drawn in each step")
+            found += [f"{file.path.name}: {line}" for line in list_unread(file.unread)]
+        return found
+
+    def describe(self, batches: str) -> str:
+        """Files, counts and notes for the header of a run; batches: how they are mixed."""
+        rows, having = len(self), sum(file.with_negatives for file in self.files)
+        differ = having not in (0, rows)
+        lines = [f"{self.source}: {rows:,} rows, {batches}; {having:,} of {rows:,} rows have "
+                 f"negatives"]
+        for file in self.files:
+            n, texts = len(file.offsets), " | ".join(filter(None, file.instructions))
+            own = f"; {file.with_negatives:,} of {n:,} rows have negatives" * differ
+            lines.append(f"  {n:>9,}  {file.path.name}: {texts or 'no instruction'}{own}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def examples(self, n: int = 5, most: int = 60) -> str:
+        """The first n rows as they are read, texts shortened, for --dry-run."""
+        def short(texts) -> str:
+            return " | ".join(repr(t[:most]) + "..." * (len(t) > most) for t in texts) or "none"
+
+        parts = []
+        for i in range(min(n, len(self))):
+            row, (file, place) = self[i], self.locate(i)
+            parts.append(f"{shown(file.path.name)}, row {place + 1}\n"
+                         f"  instruction  {short(filter(None, [row.instruction]))}\n"
+                         f"  query        {short([row.query])}\n"
+                         f"  positive     {short([row.positive, *row.others])}\n"
+                         f"  negative     {short(row.negatives)}")
+        return "\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
 
 
 def stem(path: Path) -> str:
@@ -157,7 +338,7 @@ def find_files(source: str | Path) -> list[Path]:
         whole = {stem(p) for p in files} & {"allnli", "quora_duplicates"}
         halves = {f"{name}_split{i}" for name in whole for i in (1, 2)}  # E5's folder has both
         return [p for p in files if stem(p) not in halves]
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file or folder; --triples takes a .jsonl(.gz) or a "
                         f"folder of them")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -167,18 +348,13 @@ def find_files(source: str | Path) -> list[Path]:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """The file, open for reading bytes; a gzipped one unpacked to a temporary file."""
+    """The file, open for reading bytes; if it is gzipped or not in UTF-8, a temporary copy."""
     try:
-        file = open(path, "rb")
-        zipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if not zipped:
-            return file
         plain = tempfile.TemporaryFile(prefix="llm2comp-")
-        with gzip.open(file) as unzipped:
-            shutil.copyfileobj(unzipped, plain, 1 << 20)
-        file.close()
-        return plain
+        if copy_plain(path, plain):
+            return plain
+        plain.close()
+        return open_regular(path)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch it again, or set TMPDIR to a "
                         f"place with room to unpack it")

@@ -96,7 +96,8 @@ def flag(name: str) -> str:
 
 def stored_settings(config) -> dict:
     """The configuration as it is stored with the run and the encoder."""
-    return {name: value for name, value in asdict(config).items() if name != "resume"}
+    return {name: value for name, value in asdict(config).items()
+            if name not in ("resume", "dry_run")}
 
 
 def changed_settings(config, before: dict) -> list[str]:

@@ -1,0 +1,189 @@
+"""Lines of the files that a user names: gzipped or not, in UTF-8, UTF-16 or UTF-32, with bounds.
+
+What is no regular file, goes on without an end, or is no text is refused with what to do about it.
+"""
+
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from runtime.errors import UserError
+from runtime.files import open_regular
+
+# Of one line: a long novel has 3 million bytes. A file without line ends would fill the memory.
+MAX_LINE = 64 << 20
+# Of a .json, which is read as a whole.
+MAX_JSON = 1 << 30
+# A gzipped file may unpack to so many bytes, or to so many times its size, whichever is more: text
+# shrinks to a third or a tenth, a gzip of zeros to a thousandth.
+MAX_UNPACKED, MAX_RATIO = 1 << 30, 100
+
+CONVERT = ("save it as UTF-8, or convert it from what it is in, for Western European text of "
+           "Windows: iconv -f WINDOWS-1252 -t utf-8 FILE > NEW")
+BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32-le", b"\0\0\xfe\xff": "utf-32-be",
+                    b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be", b"\xef\xbb\xbf": "utf-8"}
+OTHER_FILES = {  # how files begin that lie under a name of texts by mistake
+    b"version https://git-lfs": "a pointer of Git LFS, not the data; fetch them: git lfs pull",
+    b"<!doctype html": "a web page, not the data; fetch the file itself (on the hub, the address "
+                       "has resolve in it, not blob)",
+    b"<html": "a web page, not the data; fetch the file itself",
+    b"PK\x03\x04": "a zip archive; unpack it", b"BZh91AY&SY": "packed by bzip2; unpack it",
+    b"\xfd7zXZ\0": "packed by xz; unpack it", b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
+}
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding of a file that begins so: by its byte order mark, or by where its zeros are.
+
+    Without a mark, two ASCII characters at the start tell (as JSON's RFC 4627 has it).
+    """
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return name
+    zeros = "".join("0" if byte == 0 else "x" for byte in head[:4])
+    return {"x0x0": "utf-16-le", "0x0x": "utf-16-be", "x000": "utf-32-le",
+            "000x": "utf-32-be"}.get(zeros, "utf-8")
+
+
+@contextmanager
+def open_data(path: Path):
+    """Yield the bytes of a file (a gzipped one's unpacked), their encoding, and a function that
+    raises UserError if more has been unpacked than can be right.
+
+    UserError for what is no regular file, or plainly no text; OSError, EOFError, zlib.error while
+    it is read.
+    """
+    with open_regular(path) as packed:
+        size, zipped = os.fstat(packed.fileno()).st_size, packed.read(2) == b"\x1f\x8b"
+        packed.seek(0)
+        file = gzip.GzipFile(fileobj=packed) if zipped else packed
+        head = file.read(32)
+        file.seek(0)
+        for start, what in OTHER_FILES.items():
+            if head.lower().startswith(start.lower()):
+                raise UserError(f"{path}: is {what}")
+        most = max(MAX_UNPACKED, MAX_RATIO * size)
+
+        def check():
+            if zipped and file.tell() > most:
+                raise UserError(f"{path}: has {size:,} bytes and unpacks to more than {most:,}; if "
+                                f"that is meant, unpack it yourself: gunzip")
+
+        yield file, encoding_of(head), check
+
+
+def check_line(path: Path, number: int, line: bytes | str, most: int = MAX_LINE):
+    """UserError for a line that is too long to be one."""
+    if len(line) > most:
+        raise UserError(f"{path}, line {number}: longer than {most:,} bytes; is it a file of "
+                        f"lines? Split the line")
+
+
+def read_lines(path: Path, most: int = MAX_LINE) -> Iterator[str]:
+    """The lines of a text file with their ends, which only newlines are; no byte order marks.
+
+    UserError with the line's number for what is not in the file's encoding, has NUL bytes, or is
+    longer than `most`.
+    """
+    number, encoding = 0, "utf-8"
+    try:
+        with open_data(path) as (file, encoding, check):
+            lines = file if encoding == "utf-8" else io.TextIOWrapper(file, encoding, newline="\n")
+            while line := lines.readline(most + 1):
+                number += 1
+                check()
+                check_line(path, number, line, most)
+                text = line.decode() if isinstance(line, bytes) else line
+                if "\0" in text:
+                    raise UserError(f"{path}, line {number}: has a NUL byte; is it a text? If it "
+                                    f"is in UTF-16: iconv -f UTF-16LE (or UTF-16BE) -t utf-8 FILE "
+                                    f"> NEW")
+                if number == 1 and re.search(r"\r(?!\r*\n|\r*\Z)", text) and text[-1] != "\n":
+                    raise UserError(f"{path}: its lines end in CR alone; convert it: "
+                                    f"tr '\\r' '\\n' < FILE > NEW")
+                yield text.removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        if encoding == "utf-8":
+            raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); {CONVERT}")
+        raise UserError(f"{path}, after line {number}: not {encoding[:6].upper()} "
+                        f"({error.reason}), as which it begins; is it whole? Fetch it again")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}, after line {number}: cannot be read ({error}); fetch it again")
+
+
+def copy_plain(path: Path, target: BinaryIO) -> bool:
+    """Write the file to `target` unpacked and in UTF-8; false, and nothing, if it is so already.
+
+    UserError and errors as open_data and read_lines have them.
+    """
+    with open_data(path) as (file, encoding, check):
+        if encoding == "utf-8":
+            if not isinstance(file, gzip.GzipFile):
+                return False
+            while block := file.read(1 << 20):
+                check()
+                target.write(block)
+            return True
+    target.writelines(line.encode() for line in read_lines(path))
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# JSON, and fields that are not read
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_json(text: str):
+    """The value of a JSON text; ValueError for a field that an object has twice, too."""
+    def once(pairs: list) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name = next(name for name, n in Counter(key for key, _ in pairs).items() if n > 1)
+            raise ValueError(f"has the field {shown(name)} twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("maximum recursion depth: nested too deep")
+
+
+def holds_text(value) -> bool:
+    """Whether there is a text in a JSON value that is not blank."""
+    rest = [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str) and value.strip():
+            return True
+        rest += value if isinstance(value, list) else (
+            value.values() if isinstance(value, dict) else [])
+    return False
+
+
+def shown(name, most: int = 40) -> str:
+    """A field's name for messages: shortened, and escaped if it cannot be printed."""
+    name = str(name)
+    name = name if len(name) <= most else name[:most] + "..."
+    return name if name.isprintable() and name.strip() else repr(name)
+
+
+def list_names(names, most: int = 8) -> str:
+    """Names of fields for messages, the first ones."""
+    names = list(map(shown, names))
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return (", ".join(names[:most]) or "nothing") + more
+
+
+def list_unread(unread: Counter, most: int = 8) -> list[str]:
+    """A line that names the fields which were not read, with the number of their rows; or none."""
+    named = [f"{shown(name)} ({n:,} rows)" for name, n in unread.most_common(most)]
+    more = f" and {len(unread) - most} more" * (len(unread) > most)
+    return [f"fields not read: {', '.join(named)}{more}"] if unread else []
