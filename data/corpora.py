@@ -55,7 +55,7 @@ def every_text(source: str) -> list[str]:
         if path.is_dir() or not path.exists():
             raise UserError(f"{source}: no such file; --text takes a .txt, a .jsonl (both may be "
                             f".gz), wikitext103, wiki1m or demo")
-        if kind not in ("txt", "jsonl"):
+        if path.is_file() and kind not in ("txt", "jsonl"):  # read_lines refuses a pipe
             raise UserError(f"{source}: unknown kind of file; rename it to .txt or .jsonl")
         lines = read_lines(path)
         if kind == "jsonl":

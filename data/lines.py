@@ -80,43 +80,51 @@ def open_data(path: Path):
         yield file, encoding_of(head), check
 
 
-def check_line(path: Path, number: int, line: bytes | str, most: int = MAX_LINE):
-    """UserError for a line that is too long to be one."""
+def next_line(file, path: Path, number: int, most: int = 0) -> bytes | str:
+    """The next line of an open file, the `number`-th; empty at the end.
+
+    UserError if it is longer than `most` (0: MAX_LINE), or the first one has an old Mac's ends.
+    """
+    most = most or MAX_LINE
+    line = file.readline(most + 1)
     if len(line) > most:
         raise UserError(f"{path}, line {number}: longer than {most:,} bytes; is it a file of "
                         f"lines? Split the line")
+    if number == 1:
+        first = line if isinstance(line, str) else line.decode("latin-1")
+        if re.search(r"\r(?!\r*\n|\r*\Z)", first) and first[-1] != "\n":
+            raise UserError(f"{path}: its lines end in CR alone; convert it: "
+                            f"tr '\\r' '\\n' < FILE > NEW")
+    return line
 
 
-def read_lines(path: Path, most: int = MAX_LINE) -> Iterator[str]:
+def read_lines(path: Path, most: int = 0) -> Iterator[str]:
     """The lines of a text file with their ends, which only newlines are; no byte order marks.
 
     UserError with the line's number for what is not in the file's encoding, has NUL bytes, or is
-    longer than `most`.
+    longer than `most` (0: MAX_LINE).
     """
-    number, encoding = 0, "utf-8"
+    number, encoding = 1, "utf-8"
     try:
         with open_data(path) as (file, encoding, check):
             lines = file if encoding == "utf-8" else io.TextIOWrapper(file, encoding, newline="\n")
-            while line := lines.readline(most + 1):
-                number += 1
+            while line := next_line(lines, path, number, most):
                 check()
-                check_line(path, number, line, most)
                 text = line.decode() if isinstance(line, bytes) else line
                 if "\0" in text:
                     raise UserError(f"{path}, line {number}: has a NUL byte; is it a text? If it "
                                     f"is in UTF-16: iconv -f UTF-16LE (or UTF-16BE) -t utf-8 FILE "
                                     f"> NEW")
-                if number == 1 and re.search(r"\r(?!\r*\n|\r*\Z)", text) and text[-1] != "\n":
-                    raise UserError(f"{path}: its lines end in CR alone; convert it: "
-                                    f"tr '\\r' '\\n' < FILE > NEW")
                 yield text.removeprefix("\ufeff")
+                number += 1
     except UnicodeDecodeError as error:
         if encoding == "utf-8":
             raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); {CONVERT}")
-        raise UserError(f"{path}, after line {number}: not {encoding[:6].upper()} "
+        raise UserError(f"{path}, after line {number - 1}: not {encoding[:6].upper()} "
                         f"({error.reason}), as which it begins; is it whole? Fetch it again")
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: cannot be read ({error}); fetch it again")
+        raise UserError(f"{path}, after line {number - 1}: cannot be read ({error}); fetch it "
+                        f"again")
 
 
 def copy_plain(path: Path, target: BinaryIO) -> bool:
@@ -172,7 +180,7 @@ def shown(name, most: int = 40) -> str:
     """A field's name for messages: shortened, and escaped if it cannot be printed."""
     name = str(name)
     name = name if len(name) <= most else name[:most] + "..."
-    return name if name.isprintable() and name.strip() else repr(name)
+    return name if name.isprintable() and name and name == name.strip() else repr(name)
 
 
 def list_names(names, most: int = 8) -> str:

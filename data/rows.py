@@ -101,7 +101,8 @@ def quotes_are_the_writers(path: Path, text: str) -> bool:
 
     A writer of quoted fields (csv.writer, pandas, Excel) quotes each field that has a quote, and
     doubles those inside; in a raw file quotes are as the text has them, and a line is a row. A file
-    that can be read as both is a writer's if quotes are doubled, or stand in its header.
+    that can be read as both is a writer's if its header is quoted, or each quoted field has doubled
+    quotes inside.
     """
     if not re.search(r'(?:^|\t)"', text, re.MULTILINE):
         return False
@@ -121,9 +122,9 @@ def quotes_are_the_writers(path: Path, text: str) -> bool:
         fits = len({len(row) for row in rows}) == 1
         if not raw or not fits:
             return fits or not raw
-        clear = rows[0][0][0] is not None or any('""' in field for field in inside)
-        doubt = None if clear else f'"{inside[0]}"'
-        doubt = next((field for field in inside if re.search(r"[\t\n]", field)), doubt)
+        whole = rows[0][0][0] is not None  # the header is quoted, too
+        doubt = next((field for field in inside if re.search(r"[\t\n]", field)
+                      or not whole and '""' not in field), None)
     if doubt is not None:
         raise UserError(f"{path}: the quotes of the field {shown(doubt)} may be its text or not; "
                         f"write the file as .csv or .jsonl")
@@ -223,7 +224,8 @@ def read_blocks(path: Path, fields: dict[str, Callable], optional=(),
         try:
             block = [checked(row, fields) for row in flatten(record, fields, optional)]
         except ValueError as error:
-            has = f", this one has {list_names(record)}" if isinstance(record, dict) else ""
+            has = f", this one has {list_names(record)}" if isinstance(record, dict) else (
+                "; it is a list: call the file .json" if isinstance(record, list) else "")
             raise UserError(f"{path}, {place}: {error}; a row needs {', '.join(fields)}{has}")
         blocks.append(block)
         for name in record.keys() - fields.keys() - KNOWN:

@@ -165,9 +165,10 @@ def check_judgements(path: Path, judged: dict[str, dict], corpus: dict,
 
 def read_retrieval(task: dict, file: Callable):
     """Documents are `title text`, stripped; queries without a judgement are dropped."""
-    path, said, skip = file("qrels"), [], task.get("skip_same_id", False)
+    said, skip = [], task.get("skip_same_id", False)
     corpus = read_unique(file("corpus"), {"title": text, "text": text}, ("title",), said)
     queries = read_unique(file("queries"), {"text": text}, notes=said)
+    path = file("qrels")
     judged = read_judgements(path, said)
     used = [q for q in queries if q in judged]
     if not used:

@@ -18,17 +18,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.lines import (
-    CONVERT,
-    MAX_LINE,
-    check_line,
-    copy_plain,
-    holds_text,
-    list_names,
-    list_unread,
-    parse_json,
-    shown,
-)
+from data.lines import CONVERT, copy_plain, holds_text, list_names, list_unread, next_line
+from data.lines import parse_json, shown
 from runtime.errors import UserError
 from runtime.files import open_regular
 
@@ -149,7 +140,7 @@ def note_unread(fields: dict, unread: list[str]):
                              f"only, and remove it")
         if holds_text(value) and not HARMLESS.fullmatch(name.rpartition(".")[2]):
             raise ValueError(f"the field {shown(name)} could hold a text and is not read; rename "
-                             f"it (query, positive, negative, instruction are), or remove it")
+                             f"it to query, positive, negative or instruction, or remove it")
         if value is not None:
             unread.append(name)
 
@@ -219,13 +210,11 @@ class Triples:
 
     def _index(self, file: File, digest, positives: set[str], progress: bool):
         """Check the rows of a file and note where they begin."""
-        size, offset, number = file.handle.seek(0, 2), 0, 0
+        size, offset, number = file.handle.seek(0, 2), 0, 1
         file.handle.seek(0)
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"check {file.path.name}",
                   disable=not progress or size < 50_000_000, leave=False) as bar:
-            while line := file.handle.readline(MAX_LINE + 1):
-                number += 1
-                check_line(file.path, number, line)
+            while line := next_line(file.handle, file.path, number):
                 digest.update(line)
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):  # a byte order mark is no row
                     try:
@@ -238,7 +227,7 @@ class Triples:
                     file.count(row)
                     if len(positives) < 2:
                         positives.update(row.positives[:1])
-                offset += len(line)
+                offset, number = offset + len(line), number + 1
                 bar.update(len(line))
         file.offsets = np.array(file.offsets, dtype=np.int64)
         digest.update(json.dumps([file.instructions, len(file.offsets)]).encode())
@@ -341,7 +330,7 @@ def find_files(source: str | Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; --triples takes a .jsonl(.gz) or a "
                         f"folder of them")
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.is_file() and not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path}: unknown kind of file; triples are .jsonl or .jsonl.gz, one JSON "
                         f"object per line")
     return [path]

@@ -92,16 +92,17 @@ def test_only_newlines_separate_texts(tmp_path):
     ("blank.txt", b" \n\n\t\n", ["no text", "at least one"]),
     ("blank.jsonl", b'{"text": " "}\n\n', ["no text", "at least one"]),
     ("latin.txt", b"good\n" * 5 + b"caf\xe9\n", ["line ", "not UTF-8", "iconv -f"]),
-    ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), ["line ", "not UTF-8", "iconv -f"]),
+    ("json.txt", ROWS, ["lines are JSON objects", "rename it to .jsonl"]),
+    ("twice.jsonl", b'{"text": "a", "text": "b"}\n', ["line 1:", "text twice"]),
     ("latin.txt.gz", gzip.compress(b"caf\xe9\n"), ["line ", "not UTF-8", "iconv -f"]),
     ("json.jsonl", ROWS + b"\n{'text': 'x'}\n", ["line 4:", "not JSON", "fix or remove"]),
     ("cut.jsonl", ROWS + b'{"text": "on', ["line 3:", "not JSON", "fix or remove"]),
     ("txt.jsonl.gz", gzip.compress(b"plain\n"), ["line 1:", "not JSON", "fix or remove"]),
-    ("lacks.jsonl", ROWS + b'{"txt": "x"}\n', ["line 3:", 'no field "text"', "add it"]),
+    ("lacks.jsonl", ROWS + b'{"txt": "x"}\n', ["line 3:", 'no field "text"', "it has txt", "add it"]),
     ("number.jsonl", b'{"text": 5}\n' + ROWS, ["line 1:", '"text" that is a string', "add it"]),
     ("null.jsonl", ROWS + b'{"text": null}\n', ["line 3:", '"text" that is a string', "add it"]),
-    ("list.jsonl", ROWS + b'["text"]\n', ["line 3:", 'no field "text"', "add it"]),
-    ("string.jsonl", b'"text"\n', ["line 1:", 'no field "text"', "add it"]),
+    ("list.jsonl", ROWS + b'["text"]\n', ["line 3:", 'no field "text"', "jq -c '.[]'"]),
+    ("string.jsonl", b'"text"\n', ["line 1:", 'no field "text"', "one object per line"]),
     ("cut.txt.gz", gzip.compress(random.Random(0).randbytes(9999).hex().encode())[:-3000],
      ["line ", "cannot be read", "end-of-stream"]),
     ("table.csv", b"one\n", ["unknown kind", "rename it to .txt or .jsonl"]),
@@ -135,6 +136,19 @@ def test_the_line_that_is_not_utf8_is_named(good, zipped, tmp_path):
     path.write_bytes(gzip.compress(content) if zipped else content)
     with pytest.raises(UserError, match=f"{path}, line {good + 1}: not UTF-8"):
         read_texts(str(path))
+
+
+def test_fields_beside_the_text_are_named_and_counted_by_one_process(
+    tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "title": "t", "url": null}\n{"text": "b", "title": "", "n": 1}\n')
+    assert read_texts(str(path)) == ["a", "b"]
+    assert capsys.readouterr().out == (
+        f"note: {path}: fields not read: title (2 rows), n (1 rows)\n")
+    monkeypatch.setenv("RANK", "1")
+    assert read_texts(str(path)) == ["a", "b"] and capsys.readouterr().out == ""
+    assert read_texts("demo") and capsys.readouterr().out == ""
 
 
 def test_a_damaged_byte_anywhere_in_a_gzip_is_a_user_error(tmp_path):
@@ -345,12 +359,13 @@ def test_a_wrong_zip_from_the_mirror_is_removed_and_fetched_again(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 WIKI1M, WIKI1M_NAME = corpora.WIKI1M
-WIKI1M_PATH = f"/datasets/{WIKI1M}/resolve/main/{WIKI1M_NAME}"
+WIKI1M_PATH = f"/datasets/{WIKI1M}/resolve/{corpora.WIKI1M_REVISION}/{WIKI1M_NAME}"
 READ_WIKI1M = """
 import json, sys, time
 time.sleep = lambda _: None  # the hub's client sleeps long before it gives up
 from data import corpora
 from runtime.errors import UserError
+corpora.WIKI1M_SHA256 = sys.argv[1] or corpora.WIKI1M_SHA256
 for _ in range(2):
     try:
         print(json.dumps(corpora.read_texts("wiki1m")))
@@ -359,10 +374,10 @@ for _ in range(2):
 """
 
 
-def read_twice(home: Path, endpoint: str, **environment) -> list:
-    """What two readings of wiki1m give in a process whose hub is `endpoint`."""
+def read_twice(home: Path, endpoint: str, sha256: str = "", **environment) -> list:
+    """What two readings of wiki1m, of this sha256, give in a process whose hub is `endpoint`."""
     done = subprocess.run(
-        [sys.executable, "-c", READ_WIKI1M], capture_output=True, text=True, timeout=100,
+        [sys.executable, "-c", READ_WIKI1M, sha256], capture_output=True, text=True, timeout=100,
         env=hub_environment(home, endpoint) | environment,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -372,13 +387,25 @@ def read_twice(home: Path, endpoint: str, **environment) -> list:
 def test_wiki1m_is_downloaded_once_from_the_hub(tmp_path):
     content = " YMCA in South Australia \n\nSenjō no Valkyria 3 .\r\n  last one".encode()
     texts = ["YMCA in South Australia", "Senjō no Valkyria 3 .", "last one"]
-    with loopback({WIKI1M_PATH: hub_file(content, "c" * 40)}) as server:
-        assert read_twice(tmp_path, server.url) == [texts, texts]
+    sha256 = hashlib.sha256(content).hexdigest()
+    with loopback({WIKI1M_PATH: hub_file(content, corpora.WIKI1M_REVISION)}) as server:
+        assert read_twice(tmp_path, server.url, sha256) == [texts, texts]
         assert server.requests.count(f"GET {WIKI1M_PATH}") == 1
     cached = [p for p in (tmp_path / "hf").rglob("*") if p.name == WIKI1M_NAME]
     assert len(cached) == 1
     assert hashlib.sha256(cached[0].read_bytes()).digest() == hashlib.sha256(content).digest()
-    assert read_twice(tmp_path, dead_url(), HF_HUB_OFFLINE="1") == [texts, texts]
+    assert read_twice(tmp_path, dead_url(), sha256, HF_HUB_OFFLINE="1") == [texts, texts]
+
+
+def test_another_file_in_place_of_wiki1m_is_refused_and_fetched_again_once_removed(tmp_path):
+    content, good = b"one\ntwo\n", b"three\nfour\n"
+    sha256 = hashlib.sha256(good).hexdigest()
+    with loopback({WIKI1M_PATH: hub_file(content, corpora.WIKI1M_REVISION)}) as server:
+        said, again = read_twice(tmp_path, server.url, sha256)
+        assert said == again and "wiki1m with sha256" in said and "remove it and run again" in said
+        Path(said.partition(": ")[0]).unlink()
+        server.answers[WIKI1M_PATH] = hub_file(good, corpora.WIKI1M_REVISION)
+        assert read_twice(tmp_path, server.url, sha256) == [["three", "four"]] * 2
 
 
 def offline_message(said: list) -> str:

@@ -3,11 +3,14 @@
 The hub is a server on the loopback.
 """
 
+import csv
 import gzip
 import json
+import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from helpers import ROOT, SPELLINGS, TASK_FILES, dead_url, hub_environment, hub_file, jsonl
 from helpers import loopback, separated, tsv, write_task
 
+from data.rows import records
 from data.tasks import LAYOUT, TASKS, draw_training_sets, folder_task, read_task
 from runtime.errors import UserError
 from runtime.results import GROUPS, PAPER, PUBLISHED
@@ -182,7 +186,8 @@ def test_each_columnar_row_of_a_clustering_task_is_a_separate_set(tmp_path):
             {"sentences": ["d"], "labels": [5]}]
     write_task(tmp_path, "clustering", test=sets)
     texts, labels, notes = read(tmp_path, "clustering", expected={"sets": 2, "texts": 4})
-    assert texts == {"sentences": ["a", "b", "c", "d"]} and notes == []
+    assert texts == {"sentences": ["a", "b", "c", "d"]}
+    assert notes == ["1 sets with a single label, which score 1"]
     assert labels == {"labels": [[0, 1, 0], [5]]}
 
 
@@ -320,7 +325,7 @@ def test_a_line_that_is_not_json_is_named(name, line, tmp_path):
 
 
 @pytest.mark.parametrize("content, fragment", [
-    (b"", "no rows"), (b"\n\n", "no rows"), (b"\xff\xfe\n", "line 1: not UTF-8"),
+    (b"", "no rows"), (b"\n\n", "no rows"), (b"\xff\xfe\n", "after line 0: not UTF-16"),
     (gzip.compress(jsonl(TASK_FILES["sts"]["test"] * 999))[:-9], "cannot be read"),
 ], ids=["empty", "blank", "utf-16", "cut off"])
 def test_a_file_without_readable_rows_is_refused(content, fragment, tmp_path):
@@ -336,10 +341,88 @@ def test_a_table_or_array_without_rows_is_refused(content, tmp_path):
     refusal(tmp_path, "sts", path, "has no field" if content == b"{}" else "no rows")
 
 
-def test_a_field_too_long_for_the_csv_reader_is_a_user_error(tmp_path):
-    rows = [{"sentence1": "x" * 200_000, "sentence2": "b", "score": 1}]
-    (tmp_path / "test.csv").write_bytes(separated(rows))
-    refusal(tmp_path, "sts", f"{tmp_path / 'test.csv'}, line ", "field larger")
+def test_a_field_of_any_length_is_read_and_lines_are_counted_as_they_stand(tmp_path):
+    """Python's csv reader has a limit of 131,072 characters for all of the interpreter."""
+    rows = [{"sentence1": "x" * 200_000, "sentence2": 'b\n"c"\n', "score": 1},
+            {"sentence1": "y", "sentence2": "d", "score": 2}]
+    for name, content in (("test.csv", separated(rows)),
+                          ("test.tsv", separated(rows, delimiter="\t"))):
+        (tmp_path / name).write_bytes(content)
+        texts, *_ = read(tmp_path, "sts")
+        assert texts["left"] == ["x" * 200_000, "y"] and texts["right"] == ['b\n"c"\n', "d"]
+        (tmp_path / name).write_bytes(content + b"odd\r\n")  # rows 2-4, 5, 6
+        refusal(tmp_path, "sts", f"{tmp_path / name}, line 6: has no field sentence2")
+        (tmp_path / name).unlink()
+    assert csv.field_size_limit() == 131072
+
+
+HEADER = b"sentence1,sentence2,score\n"
+
+
+@pytest.mark.parametrize("content, said", [
+    (HEADER + b"a,b,1,more\n", "line 2: has 4 fields, the header 3"),
+    (b"sentence1,sentence1,sentence2,score\na,x,b,1\n", "line 1: the header has sentence1 twice"),
+    (b"Sentence1, sentence2,score\na,b,1\n", "this one has Sentence1, ' sentence2', score"),
+    (b"sentence1;sentence2;score\na;b;1\n", "this one has sentence1;sentence2;score"),
+    (HEADER + b'"a,b,1\nc,d,2\n', "line 2: the quotes at"),
+    (HEADER + b'c,d,2\n"a"x,b,1\n', "line 3: the quotes at"),
+    (HEADER + b'a, "b",1\n', "line 2: the quotes at"), (HEADER + b"a\0,b,1\n", "line 2: has a NUL"),
+    (HEADER.replace(b"\n", b"\r") + b"a,b,1\r", "its lines end in CR alone"),
+])
+def test_a_table_that_once_lost_or_misread_a_field_is_refused(content, said, tmp_path):
+    (tmp_path / "test.csv").write_bytes(content)
+    refusal(tmp_path, "sts", tmp_path / "test.csv", said)
+
+
+@pytest.mark.parametrize("content", [
+    b"\xef\xbb\xbf" + HEADER + b'5" pipe,"say ""b""",1\n,,2\n',
+    HEADER.replace(b"\n", b"\r\r\n") + b'5" pipe,"say ""b""",1\r\r\n\r\r\n,,2\r\r\n',
+], ids=["byte order mark", "CR CR LF"])
+def test_a_table_as_spreadsheets_leave_it_is_read(content, tmp_path):
+    (tmp_path / "test.csv").write_bytes(content)
+    texts, *_ = read(tmp_path, "sts")
+    assert texts == {"left": ['5" pipe', ""], "right": ['say "b"', ""]}
+
+
+CELLS = ["a", "", '"', '""', 'say "hi"', '"quoted"', '"quoted" and', 'and "quoted"', '"a, b"', "t\tb",
+         "new\nline", '""x""', '"q', 'q"', ' "x"', '漢 "字"', "7"]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC, None])
+def test_a_tsv_with_quotes_is_read_right_or_refused(quoting, tmp_path):
+    """None: raw, as MTEB's are; a text in it is never `"x ""y"" z"`, which a writer leaves."""
+    draw, counts, path = random.Random(0), Counter(), tmp_path / "a.tsv"
+    for _ in range(500):
+        table = [["one", "two"], *([draw.choice(CELLS), draw.choice(CELLS)] for _ in range(3))]
+        if quoting is None:
+            table = [[re.sub(r"\s", " ", cell) for cell in row] for row in table]
+            path.write_text("".join("\t".join(row) + "\n" for row in table))
+        else:
+            with open(path, "w", newline="") as file:
+                csv.writer(file, delimiter="\t", quoting=quoting).writerows(table)
+        try:
+            assert [list(row.values()) for _, row in records(path)] == table[1:]
+            counts["read"] += 1
+        except UserError as error:
+            assert "write the file as .csv or .jsonl" in str(error)
+            counts["refused"] += 1
+    assert counts["read"] > (300 if quoting is None else 490)
+
+
+def test_fields_that_are_not_read_are_noted_but_not_those_of_mtebs_own_files(tmp_path):
+    rows = [{**row, "split": "test", "genre": "news", "lang": "en", "Title": "x", "none": None}
+            for row in TASK_FILES["sts"]["test"]]
+    assert read(write_task(tmp_path, "sts", test=rows), "sts")[2] == [
+        "test.jsonl: fields not read: Title (4 rows)"]
+
+
+@pytest.mark.parametrize("kind, role", [(kind, role) for kind, files in TASK_FILES.items()
+                                        for role in files])
+def test_every_file_of_a_task_names_what_is_not_read(kind, role, tmp_path):
+    rows = [{**row, "planted": "a text"} for row in TASK_FILES[kind][role]]
+    write_task(tmp_path, kind, **{role.replace("qrels/test", "qrels"): rows})
+    (note,) = [note for note in read(tmp_path, kind)[2] if "planted" in note]
+    assert note == f"{role.rpartition('/')[2]}.jsonl: fields not read: planted ({len(rows)} rows)"
 
 
 @pytest.mark.parametrize("kind, role, field, value", [
@@ -399,6 +482,47 @@ def test_an_empty_corpus_is_refused(tmp_path):
 def test_judgements_of_other_queries_are_refused(tmp_path):
     write_task(tmp_path, "retrieval", qrels=[{"query-id": "x", "corpus-id": "d1", "score": 1}])
     refusal(tmp_path, "retrieval", f"{tmp_path / 'qrels/test.jsonl'}: judges no query of the task")
+
+
+def qrels(*rows) -> list[dict]:
+    return [dict(zip(("query-id", "corpus-id", "score"), row)) for row in rows]
+
+
+@pytest.mark.parametrize("judged, said", [
+    (qrels(("q1", "x", 1), ("q2", "y", 1)), "judges no document of the corpus: 'x', ... are not"),
+    (qrels(("q1", "d9 ", 1)), "do the files belong together?"),
+    (qrels(("q1", "d9", 0), ("q2", "d1", -1)), "no query has a relevant document in the corpus"),
+    (qrels(("q1", "d9", 0), ("q1", "x", 1)), "every score would be 0"),
+])
+def test_judgements_of_nothing_are_refused(judged, said, tmp_path):
+    write_task(tmp_path, "retrieval", qrels=judged)
+    refusal(tmp_path, "retrieval", f"{tmp_path / 'qrels/test.jsonl'}: ", said)
+
+
+def test_judgements_that_cannot_count_are_counted(tmp_path):
+    judged = qrels(("q1", "d9", 1), ("q1", "x", 1), ("q2", "y", 2), ("q3", "d1", 0))
+    *_, notes = read(write_task(tmp_path, "retrieval", qrels=judged), "retrieval")
+    assert notes == ["2 of 4 judgements name no document of the corpus",
+                     "2 queries without a relevant document in the corpus, which score 0"]
+    same = qrels(("q1", "q1", 1))
+    corpus = [{"_id": "q1", "text": "itself"}]
+    write_task(tmp_path, "retrieval", qrels=same, corpus=corpus)
+    assert read(tmp_path, "retrieval")[2][-1].endswith("dropped")
+    refusal(tmp_path, "retrieval", "every score would be 0", skip_same_id=True)
+
+
+@pytest.mark.parametrize("kind, role, changes, said", [
+    ("sts", "test", {"score": 3}, "all 4 scores are 3"),
+    ("classification", "train", {"label": "a"}, "all 40 rows have the label 'a'"),
+    ("clustering", "test", {"labels": "colour"}, "each set has a single label"),
+])
+def test_data_of_which_every_score_would_be_the_same_are_refused(
+    kind, role, changes, said, tmp_path
+):
+    rows = [{**row, **changes} for row in TASK_FILES[kind][role]]
+    more = {"test": [{"text": "t", "label": "a"}]} if kind == "classification" else {}
+    write_task(tmp_path, kind, **{role: rows, **more})
+    refusal(tmp_path, kind, tmp_path / f"{role}.jsonl", said)
 
 
 def test_a_label_missing_from_the_training_file_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """data/triples.py: rows read by their offset, instructions of the E5 files, bad input."""
 
 import gzip
+import hashlib
 import json
 import random
 import re
@@ -246,7 +247,8 @@ GOOD = b'{"query": "a", "positive": "b"}\n{"query": "c", "positive": "d"}\n'
     (b'{"positive": "b"}', "has no query"),
     (b'{"query": null, "positive": "b"}', "has no query"),
     (b'{"query": "a", "negative": "b"}', "has no positive"),
-    (b'{"query": "a", "pos": "b"}', "has no positive"),
+    (b'{"query": "a", "passage": "b"}', "has no positive (it has query, passage)"),
+    (b'{"query": "a", "pos": [], "neg": ["b"]}', "has no positive"),
     (b'{"query": "", "positive": "b"}', "query is empty"),
     (b'{"query": " \\n\\t", "positive": "b"}', "query is empty"),
     (b'{"query": "a", "positive": ""}', "positive is empty"),
@@ -256,10 +258,15 @@ GOOD = b'{"query": "a", "positive": "b"}\n{"query": "c", "positive": "d"}\n'
     (b'{"query": "a", "positive": "b", "negative": ["c", null]}', "has no negative"),
     (b'{"query": 5, "positive": "b"}', "query is '5', a text is expected"),
     (b'{"query": ["a"], "positive": "b"}', "query is \"['a']\", a text is expected"),
-    (b'{"query": "a", "positive": {"text": "b"}}', "positive is "),
+    (b'{"query": "a", "positive": {"contents": "b"}}', "positive is "),
+    (b'{"query": "a", "positive": {"title": 5, "text": "b"}}', "positive.title is '5'"),
+    (b'{"query": ["instruction", "a"], "pos": ["instruction", "b"]}', "query is "),
+    (b'{"query": "a", "positive": "b", "instruction": ["c"]}', "instruction is \"['c']\""),
+    (b'{"query": "a", "query": "c", "positive": "b"}', "has the field query twice"),
+    (b'[{"query": "a", "positive": "b"}]', "jq -c '.[]'"),
     (b'{"query": "a", "positive": true}', "positive is 'True', a text is expected"),
     (b'{"query": "a", "positive": "b", "negative": 1.5}', "negative is '1.5'"),
-    (b'{"query": "a", "positive": "b", "negative": {"text": "c"}}', "negative is "),
+    (b'{"query": "a", "positive": "b", "negative": {"title": "c"}}', "negative is "),
     (b'{"query": "a", "positive": "b", "negative": ["c", ["d"]]}', "negative is "),
     (b'{"query": "a", "positive": "b", "negative": [0]}', "negative is '0'"),
     (b"{'query': 'a', 'positive': 'b'}", "Expecting property name"),
@@ -290,8 +297,7 @@ def test_a_bad_row_is_named_with_file_and_line(line, fragment, zipped, tmp_path)
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("content", ['{"query": "a", "positive": "b"}\n'.encode("utf-16"),
-                                     b"\x00\x01\x02" * 50, b"\xef\xbb\xbf{\n"])
+@pytest.mark.parametrize("content", [b"\x00\x01\x02" * 50, b"\xef\xbb\xbf{\n"])
 def test_a_file_that_is_bad_from_the_start_is_named_with_line_1(content, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
@@ -368,6 +374,98 @@ def test_a_folder_named_like_a_file_of_triples_is_a_user_error(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "a.jsonl"))):
         Triples(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# The names of other projects
+# ---------------------------------------------------------------------------------------------
+
+READ = ("q", ["p"], ["n", "m"], None)  # query, positives, negatives, instruction
+
+
+@pytest.mark.parametrize("row, read", [
+    ({"query": "q", "positive": "p", "negative": ["n", "m"]}, READ),
+    ({"query": "q", "positive": "p", "neg": ["n", "m"]}, READ),  # the two spellings mixed
+    ({"anchor": "q", "positive": "p", "negative_2": "m", "negative_1": "n"}, READ),
+    ({"anchor": "q", "positive": "p", "negative_1": "n", "negative_10": "m", "negative_2": None},
+     READ),
+    ({"question": "q", "answer": "p"}, ("q", ["p"], [], None)),
+    ({"query": "q", "pos": ["p", "r", "p"], "neg": ["n"], "prompt": "Find it:"},
+     ("q", ["p", "r"], ["n"], "Find it")),
+    ({"query": "q", "positive_passages": [{"title": "T", "text": "p"}],
+      "negative_passages": [{"title": "", "text": "n"}, {"text": "m"}]},
+     ("q", ["T p"], ["n", "m"], None)),
+    ({"query": "q", "pos": [{"title": None, "text": " p "}], "neg": []}, ("q", ["p"], [], None)),
+    ({"sent0": "q", "sent1": "p", "hard_neg": "n"}, ("q", ["p"], ["n"], None)),
+    ({"query": "q", "anchor": None, "positive": "p", "negative": None, "neg": ["n"]},
+     ("q", ["p"], ["n"], None)),
+    ({"query": "q", "positive": "p", "instruction": ""}, ("q", ["p"], [], "")),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_rows_of_other_projects_are_read(row, read):
+    found = triples.parse_row(json.dumps(row).encode())
+    assert found[:4] == read and found.unread == []
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"anchor": "x"}, "has both query and anchor"), ({"pos": ["x"]}, "has both positive and pos"),
+    ({"negative": "x", "neg": ["y"]}, "has both negative and neg"),
+    ({"neg": "x", "negative_1": "y"}, "has both neg and negative_1"),
+    ({"instruction": "x", "prompt": "y"}, "has both instruction and prompt"),
+    ({"hard_negs": ["x"]}, "hard_negs could hold a text"), ({"Negative": "x"}, "Negative could"),
+    ({"title": "x"}, "title could"), ({"ctxs": [{"a": ["x"]}]}, "ctxs could"),
+    ({"neg": [{"text": "x", "summary": "y"}]}, "neg.summary could"),
+    ({"task": "Find it"}, "task could"), ({"\x1b[2J": "x"}, "'\\x1b[2J' could"),
+    ({"label": 0}, "has a field label"), ({"labels": [1, 0]}, "keep the positive pairs"),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_two_fields_for_one_thing_or_one_for_nothing_is_refused(more, said, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + json.dumps({"query": "q", "positive": "p", **more}).encode())
+    with pytest.raises(UserError) as caught:
+        Triples(path)
+    assert str(caught.value).startswith(f"{path}, line 3: ") and said in str(caught.value)
+    assert re.search("keep one|rename it|remove it", str(caught.value))
+
+
+def test_fields_that_hold_no_text_are_named_and_counted(tmp_path):
+    rows = [{"query": "a", "pos": ["b", "x"], "neg": [{"docid": "7", "text": "c"}], "id": "r1",
+             "pos_scores": [1.5], "type": "normal", "note": None},
+            {"query": "d", "pos": ["e"], "id": "r2", "prompt": "Find it", "empty": "", "n": 3}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make(tmp_path / "b.jsonl", 3, "b")
+    data = Triples(tmp_path, "The file's")
+    first, a, b, *notes = data.describe("mixed").splitlines()
+    assert first == f"{tmp_path}: 5 rows, mixed; 1 of 5 rows have negatives"
+    assert a.split(maxsplit=1)[1] == "a.jsonl: The file's; 1 of 2 rows have negatives"
+    assert b.split(maxsplit=1)[1] == "b.jsonl: The file's; 0 of 3 rows have negatives"
+    assert notes == [
+        "note: a.jsonl: 1 rows have an instruction of their own, used in place of the file's",
+        "note: a.jsonl: 1 rows have several positives, of which one is drawn in each step",
+        "note: a.jsonl: fields not read: id (2 rows), neg.docid (1 rows), pos_scores (1 rows), "
+        "type (1 rows), empty (1 rows), n (1 rows)"]
+    assert [data[i].instruction for i in range(3)] == ["The file's", "Find it", "The file's"]
+    assert data.instructions == {"The file's", "Find it"}
+    assert data[0].others == ("x",) and data[1].own == "Find it" and data[2].own is None
+    bare = Triples(tmp_path, None)
+    assert bare[1].instruction == "" and not bare.instructions and bare.sha256 != data.sha256
+    assert "not used (--instruction none)" in bare.notes[0]
+    assert "\nb.jsonl, row 3\n" in f"\n{data.examples()}" and "'b' | 'x'" in data.examples()
+
+
+def test_files_where_all_or_no_rows_have_negatives_say_so_once(tmp_path):
+    assert Triples(make(tmp_path / "a.jsonl", 3, "a")).describe("mixed") == (
+        f"{tmp_path}/a.jsonl: 3 rows, mixed; 0 of 3 rows have negatives\n"
+        f"          3  a.jsonl: no instruction")
+
+
+def test_rows_in_the_first_spelling_keep_the_sha256_by_which_runs_know_them(tmp_path):
+    make(tmp_path / "a.jsonl", 2, "a")
+    content = (tmp_path / "a.jsonl").read_bytes()
+    expected = hashlib.sha256(content + json.dumps([[""], 2]).encode()).hexdigest()
+    assert Triples(tmp_path / "a.jsonl").sha256 == expected
+    other = content.replace(b'"positive"', b'"answer"')
+    (tmp_path / "a.jsonl").write_bytes(other)
+    unlike = hashlib.sha256(other + json.dumps([[""], 2]).encode()).hexdigest()
+    assert Triples(tmp_path / "a.jsonl").sha256 != unlike
 
 
 # ---------------------------------------------------------------------------------------------
