@@ -1,9 +1,11 @@
 """data/batches.py: filters and splits of stage 1's texts, sentences and triples as batches."""
 
+import json
 import random
 import re
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from data import corpora
 from data.batches import MIN_SIDE, Sentences, SplitTexts, TripleRows, require_rows, same_texts
 from data.batches import split_point, token_batches
 from data.corpora import read_texts
-from data.tokenizer import Tokenizer
+from data.tokenizer import INSTRUCTED, Tokenizer
 from data.triples import Triples
 from runtime.errors import UserError
 
@@ -453,11 +455,72 @@ def test_a_row_is_named_by_its_file_and_its_place_there(encoder, home):
         "allnli.jsonl, row 1", "allnli.jsonl, row 20", "mine.jsonl, row 1", "mine.jsonl, row 10",
         "squad.jsonl, row 1", "squad.jsonl, row 9"]
     lines = str(data).splitlines()
-    assert lines[0] == f"{home}/folder: 39 rows, mixed" and len(lines) == 4
+    assert lines[0] == (
+        f"{home}/folder: 39 rows, mixed; 39 of 39 rows have negatives") and len(lines) == 4
     assert lines[2].split(maxsplit=1) == ["10", "mine.jsonl: no instruction"]
     one_file = contrastive.open_data(replace(config, batches="single-dataset"), encoder, False)
-    assert str(one_file).splitlines()[0] == f"{home}/folder: 39 rows, single-dataset"
+    assert str(one_file).startswith(f"{home}/folder: 39 rows, single-dataset; 39 of")
     assert list(one_file.sizes.values()) == [20, 10, 9] and data.sizes == {f"{home}/folder": 39}
+
+
+@pytest.fixture
+def several(tmp_path) -> Path:
+    """Eight rows of which half have three positives; a negative and another row share one."""
+    rows = [{"query": f"query {i}", "pos": [f"text {i} {c}" for c in "abc"[: 1 + 2 * (i % 2)]],
+             "neg": [f"other {i}"]} for i in range(8)]
+    rows[1]["neg"] = ["text 1 c"]
+    rows[0]["pos"] = ["text 3 b"]
+    rows[2]["prompt"] = "Find it"
+    path = tmp_path / "several.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_one_of_several_positives_is_drawn_in_each_step_and_none_is_a_negative(
+    several, encoder
+):
+    encoder.config = replace(encoder.config, template=INSTRUCTED, max_tokens=60)
+    config = Config(stage="scl", triples=str(several), batch_size=8, instruction="Read")
+    data, drawn = contrastive.open_data(config, encoder, False), {}
+    for step in range(24):
+        batch, again = (data.read_batch(5, step, 8) for _ in range(2))
+        texts = [encoder.tokenizer.decode(ids) for ids in batch.keys]
+        assert texts == [encoder.tokenizer.decode(ids) for ids in again.keys]
+        for j, row in enumerate(batch.rows):
+            triple = data.triples[row]
+            positives = {triple.positive, *triple.others}
+            assert texts[j] in positives
+            drawn.setdefault(row, set()).add(texts[j])
+            assert batch.excluded[j].tolist() == [
+                m != j and text in positives for m, text in enumerate(texts)]
+            words = "Find it" if row == 2 else "Read"
+            assert encoder.tokenizer.decode(batch.queries[j]) == f"{words}:query {row}\n"
+    assert [len(drawn[row]) for row in range(8)] == [1, 3] * 4
+    assert len(batch.keys) == 16
+
+
+def test_a_dry_run_shows_what_is_read_without_a_model_and_writes_nothing(
+    several, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dry-run", "--model", "no/such-model", "--out", "run"]
+    assert contrastive.main([*flags, "--stage", "scl", "--triples", str(several)]) == 0
+    first, second, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"data   {several}: 8 rows, mixed; 8 of 8 rows have negatives"
+    assert second.split(maxsplit=1) == ["8", "several.jsonl: no instruction"]
+    assert lines[:2] == [
+        "note: several.jsonl: 1 rows have an instruction of their own, used in place of the file's",
+        "note: several.jsonl: 4 rows have several positives, of which one is drawn in each step"]
+    assert lines[2] == "several.jsonl, row 1" and lines[22] == "several.jsonl, row 5"
+    assert lines[7:12] == [
+        "several.jsonl, row 2", "  instruction  none", "  query        'query 1'",
+        "  positive     'text 1 a' | 'text 1 b' | 'text 1 c'", "  negative     'text 1 c'"]
+    assert len(lines) == 2 + 5 * 5
+    (tmp_path / "a.txt").write_text("\none \x1b[2J\n\ntwo\n")
+    assert contrastive.main([*flags, "--text", "a.txt"]) == 0
+    assert capsys.readouterr().out == "data   a.txt: 2 texts\n  'one \\x1b[2J'\n  'two'\n"
+    assert contrastive.main([*flags, "--stage", "scl", "--triples", "nowhere.jsonl"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "several.jsonl"]
 
 
 def test_a_source_with_fewer_rows_than_a_batch_is_an_error():

@@ -232,6 +232,32 @@ def test_a_corpus_has_titles_and_need_not_have_the_positives(
     assert "rows   20, 18 queries; instruction: none\n" in printed
 
 
+def test_all_positives_of_a_row_and_its_own_instruction_are_kept_and_never_mined(
+    encoder, tmp_path, capsys
+):
+    texts = words(12, 7)
+    rows = write_rows(tmp_path / "rows.jsonl", [
+        {"query": texts[0], "pos": texts[1:4], "instruction": "Find it", "id": 7},
+        {"query": texts[4], "pos": texts[5:6], "neg": texts[6:9]}])
+    assert mined(encoder, rows, tmp_path / "out.jsonl", "--negatives", 4, "--margin", 0) == 0
+    first, second = read_lines(tmp_path / "out.jsonl")
+    assert first["positive"] == texts[1:4] and first["instruction"] == "Find it"
+    assert second["positive"] == texts[5] and "instruction" not in second
+    assert set(first["negative"]) == set(texts[5:9])
+    assert set(second["negative"]) <= {*texts[1:4], *texts[6:9]} and len(second["negative"]) == 4
+    assert "note: rows.jsonl: fields not read: id (1 rows)\n" in capsys.readouterr().out
+    again = Triples(tmp_path / "out.jsonl", None)
+    assert [again[i].others for i in range(2)] == [tuple(texts[2:4]), ()]
+
+
+def test_a_corpus_names_what_is_not_read(encoder, rows, tmp_path, capsys):
+    corpus = [{"text": text, "Title": "x"} for text in words(9, 6)]
+    path = write_rows(tmp_path / "corpus.jsonl", corpus)
+    assert mined(encoder, rows, tmp_path / "out.jsonl", "--corpus", path) == 0
+    said = "note: corpus.jsonl: fields not read: Title (9 rows)\n"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method, flags", [("weighted-mean", []), ("echo", ["--method", "echo"])])
 def test_a_plain_llama_is_read_as_evaluate_reads_it(method, flags, tiny, home, tmp_path):
     out = tmp_path / "out.jsonl"

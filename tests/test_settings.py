@@ -272,6 +272,7 @@ def test_all_settings_but_resume_are_stored():
     assert "resume" not in stored and stored["lr"] == 0.25
     assert stored.keys() == {f.name for f in fields(Config)} - {"resume"}
     assert changed_settings(Config(lr=0.25), stored) == []
+    assert "dry_run" not in stored_settings(contrastive.Config())
 
 
 def test_a_changed_setting_is_named_unless_it_is_resumable():
@@ -290,7 +291,7 @@ def test_a_setting_newer_than_the_run_had_its_default():
 
 
 @pytest.mark.parametrize("config, resumable", [
-    (pretrain_ctkd.Config, {"recompute"}), (contrastive.Config, {"base", "data_dir"})])
+    (pretrain_ctkd.Config, {"recompute"}), (contrastive.Config, {"base", "data_dir", "dry_run"})])
 def test_what_a_resumed_run_may_change(config, resumable):
     assert {f.name for f in fields(config) if f.metadata["resumable"]} == resumable | {
         "save_every", "save_minutes", "timeout", "resume"}
