@@ -127,21 +127,20 @@ def read_lines(path: Path, most: int = 0) -> Iterator[str]:
                         f"again")
 
 
-def copy_plain(path: Path, target: BinaryIO) -> bool:
-    """Write the file to `target` unpacked and in UTF-8; false, and nothing, if it is so already.
+def is_plain(path: Path) -> bool:
+    """Whether a file is UTF-8 as it lies there; UserError and errors as open_data has them."""
+    with open_data(path) as (file, encoding, _):
+        return encoding == "utf-8" and not isinstance(file, gzip.GzipFile)
 
-    UserError and errors as open_data and read_lines have them.
-    """
+
+def copy_plain(path: Path, target: BinaryIO):
+    """Write the file to `target`, unpacked and in UTF-8; errors as open_data and read_lines."""
     with open_data(path) as (file, encoding, check):
-        if encoding == "utf-8":
-            if not isinstance(file, gzip.GzipFile):
-                return False
-            while block := file.read(1 << 20):
-                check()
-                target.write(block)
-            return True
-    target.writelines(line.encode() for line in read_lines(path))
-    return True
+        while encoding == "utf-8" and (block := file.read(1 << 20)):
+            check()
+            target.write(block)
+    if encoding != "utf-8":
+        target.writelines(line.encode() for line in read_lines(path))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -228,8 +228,9 @@ def read_blocks(path: Path, fields: dict[str, Callable], optional=(),
                 "; it is a list: call the file .json" if isinstance(record, list) else "")
             raise UserError(f"{path}, {place}: {error}; a row needs {', '.join(fields)}{has}")
         blocks.append(block)
-        for name in record.keys() - fields.keys() - KNOWN:
-            unread[name] += len(block) * (record[name] is not None)
+        for name, value in record.items():
+            if name not in fields and name not in KNOWN:
+                unread[name] += len(block) * (value is not None)
     if not any(blocks):
         raise UserError(f"{path}: no rows; fetch the file again")
     if notes is not None:

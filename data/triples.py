@@ -18,8 +18,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.lines import CONVERT, copy_plain, holds_text, list_names, list_unread, next_line
-from data.lines import parse_json, shown
+from data.lines import CONVERT, copy_plain, holds_text, is_plain, list_names, list_unread
+from data.lines import next_line, parse_json, shown
 from runtime.errors import UserError
 from runtime.files import open_regular
 
@@ -112,7 +112,7 @@ def read_text(name: str, value, unread: list[str]) -> str:
     """A text, or a passage {title, text} as `title text`; ValueError for anything else."""
     if isinstance(value, dict) and isinstance(value.get("text"), str):
         parts = {key: value[key] for key in ("title", "text") if value.get(key) is not None}
-        note_unread({f"{name}.{key}": value[key] for key in value.keys() - parts.keys()}, unread)
+        note_unread({f"{name}.{key}": value[key] for key in value if key not in parts}, unread)
         if not isinstance(parts.get("title", ""), str):
             raise ValueError(f"{name}.title is {str(parts['title'])[:50]!r}, a text is expected")
         value = f"{parts.get('title', '')} {parts['text']}"
@@ -339,11 +339,11 @@ def find_files(source: str | Path) -> list[Path]:
 def open_plain(path: Path) -> BinaryIO:
     """The file, open for reading bytes; if it is gzipped or not in UTF-8, a temporary copy."""
     try:
+        if is_plain(path):
+            return open_regular(path)
         plain = tempfile.TemporaryFile(prefix="llm2comp-")
-        if copy_plain(path, plain):
-            return plain
-        plain.close()
-        return open_regular(path)
+        copy_plain(path, plain)
+        return plain
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch it again, or set TMPDIR to a "
                         f"place with room to unpack it")

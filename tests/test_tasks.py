@@ -384,8 +384,8 @@ def test_a_table_as_spreadsheets_leave_it_is_read(content, tmp_path):
     assert texts == {"left": ['5" pipe', ""], "right": ['say "b"', ""]}
 
 
-CELLS = ["a", "", '"', '""', 'say "hi"', '"quoted"', '"quoted" and', 'and "quoted"', '"a, b"', "t\tb",
-         "new\nline", '""x""', '"q', 'q"', ' "x"', '漢 "字"', "7"]
+CELLS = ["a", "", '"', '""', 'say "hi"', '"quoted"', '"quoted" and', 'and "quoted"', '"a, b"',
+         "t\tb", "new\nline", '""x""', '"q', 'q"', ' "x"', '漢 "字"', "7"]
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC, None])

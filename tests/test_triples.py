@@ -387,7 +387,7 @@ READ = ("q", ["p"], ["n", "m"], None)  # query, positives, negatives, instructio
     ({"query": "q", "positive": "p", "negative": ["n", "m"]}, READ),
     ({"query": "q", "positive": "p", "neg": ["n", "m"]}, READ),  # the two spellings mixed
     ({"anchor": "q", "positive": "p", "negative_2": "m", "negative_1": "n"}, READ),
-    ({"anchor": "q", "positive": "p", "negative_1": "n", "negative_10": "m", "negative_2": None},
+    ({"anchor": "q", "positive": "p", "negative_10": "m", "negative_2": "n", "negative_1": None},
      READ),
     ({"question": "q", "answer": "p"}, ("q", ["p"], [], None)),
     ({"query": "q", "pos": ["p", "r", "p"], "neg": ["n"], "prompt": "Find it:"},
