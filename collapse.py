@@ -183,7 +183,8 @@ def open_named(name: str, args) -> tuple[Encoder, str]:
     """A model and how it is read; --method and --max-tokens are for untrained models."""
     trained = is_encoder(find_model(encoder_of(name)))
     device = find_device(args.device)
-    options = {"base": args.base, "dtype": scoring_dtype(args.dtype, device), "device": device}
+    options = {"base": args.base, "other_base": args.other_base, "device": device,
+               "dtype": scoring_dtype(args.dtype, device)}
     return open_model(name, *((None, None) if trained else (args.method, args.max_tokens)),
                       **options)
 

@@ -42,6 +42,7 @@ from runtime.devices import flat_ids, scoring_dtype, to_device
 from runtime.errors import UserError, run_command
 from runtime.formats import encoder_of, is_encoder
 from runtime.hub import find_model
+from runtime.identity import identity
 from runtime.ranks import Ranks
 from runtime.run import Run, run_stage
 from runtime.schedule import ADAPTER, DROPOUT, generator, learning_rate, seed_torch, warmup_steps
@@ -117,22 +118,25 @@ class Config(RunConfig):
 
     stage: str = setting("ucl", "ucl (stage 2) or scl (stage 3)", ("ucl", "scl"))
     model: str = setting("runs/ctkd", "a run or encoder folder to start from, or a plain Llama: "
-                         "folder, hub repository, or demo")
-    revision: str = setting("", "branch, tag or commit of a hub model")
+                         "folder, hub repository, or demo", resumable="place")
+    revision: str = setting("", "branch, tag or commit of a hub model", resumable="place")
     base: str = setting("", "path of the encoder's base model, if it has moved", resumable=True)
-    text: str = setting("wiki1m", "ucl: a .txt, a .jsonl (also .gz), wiki1m, wikitext103, or demo")
+    other_base: bool = setting(False, "take that base even if it is another one than the encoder "
+                               "was trained on")
+    text: str = setting("wiki1m", "ucl: a .txt, a .jsonl (also .gz), wiki1m, wikitext103, or demo",
+                        resumable="place")
     num_texts: int = setting(128000, "ucl: use the first N texts; 0 = all", least=0)
     text_seed: int = setting(42, "ucl: shuffle the texts by this before the first N are taken; -1 "
                              "= the file's order", least=-1)
     triples: str = setting("", "scl: a .jsonl(.gz) of {query, positive, negative}, a folder of "
-                           "them, or demo")
+                           "them, or demo", resumable="place")
     instruction: str = setting("", "scl: for the queries of files not named like E5's; none = "
                                "for no query at all")
     negatives: int = setting(1, "scl: hard negatives per row, drawn where a row has a list",
                              least=0)
     batches: str = setting("mixed", "scl: rows of a batch from all files, or from one file",
                            ("mixed", "single-dataset"))
-    out: str = setting("runs/ucl", "folder of the run; must be new or empty")
+    out: str = setting("runs/ucl", "folder of the run; must be new or empty", resumable=True)
     pooling: str = setting("auto", "of a plain Llama; auto = memory; an encoder knows its own",
                            lambda: ["auto", "memory", *(p for p in POOLINGS if p != "echo")])
     attention: str = setting("auto", "of a plain Llama; auto = bidirectional; an encoder knows "
@@ -148,7 +152,7 @@ class Config(RunConfig):
     document_tokens: int = setting(1016, "scl: cut documents to this", least=10)
     batch_size: int = setting(128, "rows per step, over all ranks", least=2)
     micro_tokens: int = setting(2048, "tokens embedded at a time; more micro-batches than "
-                                "processes keep all of them busy")
+                                "processes keep all of them busy", resumable="bits")
     temperature: float = setting(0.05, "cosines are divided by it")
     attention_dropout: float = setting(0.2, "dropout on the attention weights", least=0, below=1)
     steps: int = setting(0, "optimiser steps; 0 = once through the data", least=0)
@@ -263,7 +267,7 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
         encoder = plain_encoder(name, shape, config.revision or None, *place)
         check_special_tokens(encoder.tokenizer, (shape.template, shape.document_template))
         return encoder.requires_grad_(False), None
-    encoder = load_encoder(folder, config.base or None, *place)
+    encoder = load_encoder(folder, config.base or None, *place, other_base=config.other_base)
     own = {"pooling": encoder.config.pooling, "attention": encoder.config.attention,
            "memory_tokens": encoder.config.num_memory_tokens,
            "memory_init": "memory rows of its own",
@@ -391,7 +395,7 @@ def train(config: Config, run: Run):
     schedule = config.schedule_steps or steps
     warmup, clip = warmup_steps(config.warmup, schedule), config.clip or float("inf")
     run.start(encoder, optimizer, steps,
-              {"base": encoder.sha256 or encoder.base["sha256"], "texts": data.sha256},
+              {"base": identity(encoder), "texts": data.sha256},
               f"{config.stage}, {encoder.config.pooling} pooling, {encoder.config.attention}",
               str(data))
     best, first = BestEncoder(config, run, encoder, earlier), "auto"
@@ -472,7 +476,8 @@ def report(config: Config, device: torch.device):
         rows[f"{config.stage}, best"] = folder / "best"
     for name, model in rows.items():
         encoder, method = open_model(str(model), base=config.base or None,
-                                     revision=config.revision or None, **options)
+                                     revision=config.revision or None,
+                                     other_base=config.other_base, **options)
         if not encoder.history:  # a plain Llama, cut like what was trained from it
             encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
         stages = " + ".join(entry["stage"] for entry in encoder.history) or f"untrained, {method}"

@@ -18,7 +18,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
@@ -27,13 +28,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.tasks import LAYOUT, TASKS, folder_task, read_task, task_place
+from data.tasks import LAYOUT, TASKS, find_file, folder_task, read_task, task_place
 from measures import KINDS
 from model import PLAIN, Encoder, load_encoder, plain_encoder
 from runtime.devices import scoring_dtype
 from runtime.errors import UserError, run_command
-from runtime.formats import encoder_of, is_encoder
-from runtime.hub import find_model
+from runtime.files import sha256_of_files
+from runtime.formats import encoder_of, is_encoder, weight_files
+from runtime.hub import find_model, note
 from runtime.ranks import Ranks, join_ranks
 from runtime.results import (
     FORMAT,
@@ -51,6 +53,7 @@ from runtime.results import (
 DATA = Path(__file__).parent / "data"
 METHODS = json.loads((DATA / "prompts.json").read_text())  # training-free: prompts and pooling
 INSTRUCTIONS = json.loads((DATA / "instructions.json").read_text())["instructions"]
+ROLES = {"retrieval": ("corpus", "queries", "qrels"), "classification": ("train", "test")}
 UNTRAINED = ("last", "mean", "weighted-mean")  # what stage 1 reports beside its encoder
 
 Encode = Callable[[list[str]], np.ndarray]
@@ -165,11 +168,19 @@ def open_model(
     if method == "memory":
         raise UserError(f"--method memory: {name} is a plain Llama without memory tokens; train an "
                         f"encoder with pretrain_ctkd.py, or take {', '.join(METHODS)}")
-    options.pop("base", None)
+    for key in ("base", "other_base"):
+        options.pop(key, None)
     method = method or "weighted-mean"
     config = replace(PLAIN, pooling=METHODS[method]["pooling"], max_tokens=max_tokens or 512,
                      template=METHODS[method]["prompts"][0])
-    return plain_encoder(name, config, **options), method
+    encoder = plain_encoder(name, config, **options)
+    if about := encoder.base.get("exported"):
+        own = [str(about.get(key)) for key in ("pooling", "attention", "template")]
+        if own != [config.pooling, config.attention, config.template]:
+            note(f"{name} was exported from an encoder ({', '.join(own)}); it is read as a plain "
+                 f"Llama here ({config.pooling}, {config.attention}, {config.template}): name the "
+                 f"encoder for its own embeddings")
+    return encoder, method
 
 
 def as_sentence(text: str) -> str:
@@ -287,16 +298,31 @@ def score_settings(encoder: Encoder, name: str, method: str, ranks: Ranks) -> di
     row, why_none = paper_row(encoder, method)
     return {
         "format": FORMAT, "model": name, "method": method, "base": encoder.base,
-        "sha256": encoder.sha256,
-        "num_memory_tokens": config.num_memory_tokens, "kept_tokens": list(config.kept_tokens),
-        "attention": config.attention,
-        "pooling": config.pooling, "bos": config.bos, "template": config.template,
-        "document_template": config.document_template, "max_tokens": config.max_tokens,
+        "sha256": encoder.sha256, "adapters": encoder.loaded,
+        **asdict(config), "kept_tokens": list(config.kept_tokens),
         "dtype": str(encoder.dtype), "device": str(encoder.device),
         "threads": torch.get_num_threads(), "ranks": ranks.size, "history": encoder.history,
         "paper": row, "paper_differs": "" if row else why_none,
         "versions": {p: version(p) for p in ("torch", "tokenizers", "numpy", "safetensors")},
     }
+
+
+def task_files(task: dict, data_dir: str | None) -> dict[str, str]:
+    """Role -> sha256 of its file, of all files that the task's score is made from."""
+    return {role: sha256_of_files([find_file(task, role, data_dir)])
+            for role in ROLES.get(task["kind"], ("test",))}
+
+
+def look_up(path: Path, task: dict, settings: dict, encoder: Encoder,
+            data_dir: str | None) -> dict | None:
+    """The result in `path`, if there is one; UserError if it is not what would be made now."""
+    pinned, files = task_place(task, data_dir)[0] is None, {}
+    if path.exists() and not pinned:
+        with suppress(UserError):  # what is finished is shown, its files there or not
+            files = task_files(task, data_dir)
+    folder = encoder.tokenizer.file.parent
+    return finished(path, {**settings, "files": files},
+                    lambda: sha256_of_files(weight_files(folder)), pinned)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -335,6 +361,8 @@ def chosen_tasks(args: argparse.Namespace) -> dict[str, dict]:
 def add_reading_flags(add: Callable):
     """What evaluate.py, collapse.py and mine.py ask of whoever has a model read texts."""
     add("--base", help="path of an encoder's base model, if it has moved")
+    add("--other-base", action="store_true", help="take that base even if it is another one than "
+        "the encoder was trained on; recorded with what is made")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--dtype", choices=["float32", "bfloat16"],
         help="default: bfloat16 on cuda, float32 elsewhere")
@@ -384,7 +412,8 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
     name = args.model or newest_encoder()
     dtype = scoring_dtype(args.dtype, ranks.device)
     encoder, method = open_model(name, args.method, args.max_tokens, base=args.base,
-                                 revision=args.revision, dtype=dtype, device=ranks.device)
+                                 other_base=args.other_base, revision=args.revision,
+                                 dtype=dtype, device=ranks.device)
     label = label_of(name, "memory" if encoder.history else method, args.instruction)
     folder = Path(args.results) / label
     common = score_settings(encoder, name, method, ranks)
@@ -392,10 +421,11 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
     for key, task in tasks.items():
         instruction = instruction_for(key, args.instruction, encoder)
         encoder.tokenize([], instruction)  # raises if the method has no place for one
-        settings = common | {"instruction": instruction,
+        settings = common | {"instruction": instruction, "kind": task["kind"],
                              "data": task_place(task, args.data_dir)[1]}
         path = folder / f"{task['name']}.json"
-        jobs[key] = path, settings, None if args.force else finished(path, settings)
+        result = None if args.force else look_up(path, task, settings, encoder, args.data_dir)
+        jobs[key] = path, settings, result
 
     chosen = "  (the newest encoder under runs/)" if not args.model and name != "demo" else ""
     say(f"model   {name}{'  (the embedded tiny Llama)' if name == 'demo' else chosen}\n"
@@ -407,6 +437,8 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
         there = torch.tensor([float(result is not None and ranks.rank == 0)], device=ranks.device)
         if not ranks.sum(there).item():  # rank 0 decides: others may not see its files
             try:
+                with ranks.fail_together():  # before they are read: an edit meanwhile shows later
+                    settings["files"] = task_files(tasks[key], args.data_dir)
                 found = evaluate_on_ranks(
                     tasks[key], encoder, encode, settings["instruction"], args.data_dir, ranks,
                     batch_tokens=args.batch_tokens, progress=key if ranks.rank == 0 else "")

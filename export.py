@@ -19,6 +19,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import tokenizers
@@ -34,8 +35,7 @@ from lora import merge_lora
 from model import Encoder, load_encoder
 from runtime.errors import UserError, run_command
 from runtime.files import read_json, write_folder
-from runtime.formats import encoder_of, write_tensors
-from runtime.hub import find_model
+from runtime.formats import write_tensors
 from runtime.results import label_of, read_result
 from runtime.settings import command_line
 
@@ -58,13 +58,13 @@ def export_encoder(encoder: Encoder, folder: str | Path, license: str = "", resu
             raise UserError(f"pooling={c.pooling!r}, template={template[:60]!r}: reads each text "
                             f"twice, and no other tool cuts it so that the copies agree; use "
                             f"Encoder.encode")
-    base = find_model(encoder.base["name"], encoder.base["revision"])
-    config = read_json(base / "config.json")
+    config = read_json(encoder.tokenizer.file.with_name("config.json"))
     names = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     config["architectures"] = [name.replace("ForCausalLM", "Model") for name in names]  # no head
     config.pop("dtype", None)  # the newer name of torch_dtype, which would win over it
     config |= {"vocab_size": encoder.llama.config.vocab_size + c.num_memory_tokens,
-               "torch_dtype": str(encoder.dtype).removeprefix("torch.")}
+               "torch_dtype": str(encoder.dtype).removeprefix("torch."),
+               "llm2comp": asdict(c)}  # how the encoder reads
     if c.attention == "bidirectional":
         config["is_causal"] = False
     tokenizer = tokenizer_with_memory(encoder)
@@ -378,6 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("encoder", help="an encoder folder, or a run's")
     parser.add_argument("out", help="the folder to write; must not exist")
     parser.add_argument("--base", help="path of the base model, if it has moved")
+    parser.add_argument("--other-base", action="store_true", help="take that base even if it is "
+                        "another one than the encoder was trained on")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--license", default="", help="the base's, for the card: apache-2.0, ...")
     parser.add_argument("--results", default="results", help="evaluate.py's, for the card")
@@ -387,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
         if Path(args.out).exists():
             raise UserError(f"{args.out}: exists already; name a new folder")
         dtype = getattr(torch, args.dtype)
-        encoder = load_encoder(encoder_of(args.encoder), args.base, dtype)
+        encoder = load_encoder(args.encoder, args.base, dtype, other_base=args.other_base)
         results = results_of(args.encoder, encoder, Path(args.results))
         export_encoder(encoder, args.out, args.license, results)
         said = f", {len(results)} score{'s'[: len(results) != 1]} in its card" * bool(results)

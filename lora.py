@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from runtime import cpu
 from runtime.devices import at_least_fp32
-from runtime.formats import check_adapter_fits, read_adapter, write_adapter
+from runtime.formats import read_adapter, read_adapter_tensors, write_adapter
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's name
 
@@ -110,12 +110,17 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str):
 
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     """Put the adapter stored in `folder` on the model; strict in names and shapes."""
-    settings, tensors = read_adapter(folder)
-    config = LoraConfig(**settings)
+    config = LoraConfig(**read_adapter(folder))
+    shapes = {  # of all tensors, before room is made for a single one
+        f"{PEFT_PREFIX}{name}.lora_{which}.weight": shape
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLinear) and name.rpartition(".")[2] in config.targets
+        for which, shape in (("A", (config.r, layer.in_features)),
+                             ("B", (layer.out_features, config.r)))
+    }
+    tensors = read_adapter_tensors(folder, shapes)
     add_lora(model, config)
-    slots = lora_state(model)  # they share the parameters' memory
-    check_adapter_fits(folder, tensors, slots)
     with torch.no_grad():
-        for name, slot in slots.items():
+        for name, slot in lora_state(model).items():  # they share the parameters' memory
             slot.copy_(tensors[name])
     return config

@@ -20,7 +20,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +36,7 @@ from runtime.cpu import keep_freed_memory
 from runtime.devices import find_device, scoring_dtype, to_device
 from runtime.errors import UserError, run_command
 from runtime.files import sha256_of_json
+from runtime.identity import identity
 
 QUERIES = 4096  # that are searched together: the corpus is read once for so many
 
@@ -278,7 +278,7 @@ def run(args: argparse.Namespace):
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device, out = find_device(args.device), Path(args.out)
     encoder, method = open_model(args.model, args.method, args.max_tokens, base=args.base,
-                                 revision=args.revision, device=device,
+                                 other_base=args.other_base, revision=args.revision, device=device,
                                  dtype=scoring_dtype(args.dtype, device))
     rows = open_rows(args, encoder)
     pool = Pool(rows, args.corpus)
@@ -289,8 +289,7 @@ def run(args: argparse.Namespace):
           f"{' | '.join(sorted(rows.instructions)) or 'none'}", flush=True)
     for note in rows.notes:
         print(f"note: {note}", flush=True)
-    about = {"encoder": sha256_of_json([encoder.sha256, encoder.base["sha256"], method,
-                                        asdict(encoder.config), str(encoder.dtype)]),
+    about = {"encoder": sha256_of_json([identity(encoder), method, str(encoder.dtype)]),
              "corpus": pool.sha256(), "shape": [pool.count, encoder.table.shape[1]]}
     out.parent.mkdir(parents=True, exist_ok=True)
     embeddings = Embeddings(Path(args.embeddings or out.with_suffix(".npy")), about,

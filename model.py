@@ -28,7 +28,6 @@ from lora import LoraConfig, LoraLinear
 from runtime import cpu, cuda, formats
 from runtime.devices import at_least_fp32, flat_ids, pack, to_device
 from runtime.files import write_folder
-from runtime.hub import find_model
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class LlamaConfig:
     qkv_bias: bool = False  # of q_proj, k_proj and v_proj, as in Qwen2
     qk_norm: bool = False  # an RMSNorm for the queries and one for the keys, as in Qwen3
     sliding_window: int | None = None  # tokens that a sequence may have, as in Mistral 0.1
+    has_head: bool = True  # not if it was saved as a LlamaModel
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,13 +202,13 @@ class Llama(nn.Module):
             "layers": nn.ModuleList(blocks),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
-        if not config.tie_word_embeddings:
+        if config.has_head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head(self) -> Tensor:
-        """The language-model head (V, D)."""
-        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+        """The language-model head (V, D); the table if they are tied, or if there is none."""
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (T,) -> rows of g_phi's own table (T, D)."""
@@ -309,8 +309,9 @@ class Encoder(nn.Module):
         self.memory_tokens = nn.Parameter(self.table.new_zeros(0, self.table.shape[1]))
         self.adapters = False  # whether the adapters on the Llama take part
         self.lora_config = LoraConfig()
-        self.base: dict = {}  # where the Llama came from: name, revision, sha256
+        self.base: dict = {}  # what the Llama is: name, revision, sha256 and what it is made of
         self.sha256 = ""  # of what was trained: adapters, memory tokens, table
+        self.loaded: list[list] = []  # stage, r, alpha, targets of each stored adapter
         self.history: list[dict] = []  # the stages that made the adapters, oldest first
         self.cut = 0  # texts that `batches` and `encode` have had to cut so far
 
@@ -437,42 +438,40 @@ def build_llama(files: formats.ModelFolder, dtype: torch.dtype, device) -> Llama
     return llama.requires_grad_(False).eval()
 
 
-def plain_encoder(
-    name: str | Path, config=PLAIN, revision=None, dtype=torch.float32, device="cpu"
-) -> Encoder:
+def plain_encoder(name: str | Path, config=PLAIN, revision=None, dtype=torch.float32, device="cpu",
+                  base_of=None) -> Encoder:
     """A Llama as it is, with one of the classic poolings: the training-free methods."""
-    files = formats.ModelFolder(name, revision, BASES)
+    files = formats.ModelFolder(name, revision, BASES, base_of)
     llama = build_llama(files, dtype, device)
     sizes = llama.config.vocab_size, llama.config.bos_token_id
     encoder = Encoder(llama, Tokenizer(files.folder, *sizes, config.bos), config)
-    encoder.base = files.record()
+    encoder.base = files.record(encoder.tokenizer.bos)
     return encoder
 
 
-def load_encoder(
-    name: str | Path, base: str | None = None, dtype=torch.float32, device="cpu", revision=None
-) -> Encoder:
+def load_encoder(name: str | Path, base: str | None = None, dtype=torch.float32, device="cpu",
+                 revision=None, other_base=False) -> Encoder:
     """An encoder from its folder (local or on the hub), all adapters but the last merged.
 
-    `base` replaces the place recorded for the base model (it must be the same model: its sha256 is
-    checked). Raises UserError for anything missing, damaged or not fitting.
+    `base` replaces the place recorded for the base model, which must be the same model unless
+    `other_base`. Raises UserError for anything missing, damaged or not fitting.
     """
-    folder = find_model(name, revision)
-    config, recorded, history = formats.read_encoder(folder, EncoderConfig)
-    source, revision = (base, None) if base else (recorded["name"], recorded["revision"])
+    folder, config, recorded, history = formats.read_encoder(name, revision, EncoderConfig)
+    place = (base, None, None) if base else (recorded["name"], recorded["revision"], folder)
     with formats.loading_base(folder):
-        encoder = plain_encoder(source, config, revision, dtype, device)
-    formats.check_base(folder, source, recorded, encoder.base)
+        encoder = plain_encoder(place[0], config, place[1], dtype, device, base_of=place[2])
+    formats.check_base(encoder, folder, recorded, other_base)
     for entry in history:
         lora.merge_lora(encoder.llama)  # the adapter before: only the last one stays apart
-        encoder.lora_config = lora.load_adapter(encoder.llama, folder / entry["stage"])
+        encoder.lora_config = c = lora.load_adapter(encoder.llama, folder / entry["stage"])
+        encoder.loaded.append([entry["stage"], c.r, c.alpha, *c.targets])
     (v, d), k = encoder.table.shape, config.num_memory_tokens
-    shapes = {"memory_tokens": (k, d), "embed_tokens": (v, d)}
-    for key, tensor in formats.read_embeddings(folder, shapes).items():
-        name = {"memory_tokens": "memory_tokens", "embed_tokens": "table"}[key]
-        setattr(encoder, name, nn.Parameter(tensor.to(device)))
+    rows = formats.read_embeddings(folder, {"memory_tokens": (k, d), "embed_tokens": (v, d)})
+    for key, tensor in rows.items():
+        key = "table" if key == "embed_tokens" else key
+        setattr(encoder, key, nn.Parameter(tensor.to(device)))
     encoder.adapters, encoder.history = True, history
-    encoder.sha256 = formats.encoder_hash(folder)
+    encoder.sha256 = formats.encoder_hash(folder, [entry["stage"] for entry in history])
     return encoder.requires_grad_(False).eval()
 
 

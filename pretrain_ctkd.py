@@ -38,6 +38,8 @@ from lora import TARGETS, LoraConfig, add_lora
 from model import Encoder, EncoderConfig, Llama, load_encoder, plain_encoder, save_encoder
 from runtime.devices import flat_ids, pack, scoring_dtype, to_device
 from runtime.errors import UserError
+from runtime.formats import require_head
+from runtime.identity import identity
 from runtime.run import Run, run_stage
 from runtime.schedule import DROPOUT, learning_rate, seed_torch, warmup_steps
 from runtime.settings import RunConfig, check_bounds, parse_config, setting, stored_settings
@@ -155,10 +157,12 @@ def token_nll(encoder: Encoder, student: Tensor, targets: list, total: int, chun
 class Config(RunConfig):
     """Stage 1. Defaults are the paper's (its official code where the paper is silent)."""
 
-    model: str = setting("meta-llama/Llama-2-7b-chat-hf", "folder, hub repository, or demo")
-    revision: str = setting("", "branch, tag or commit of a hub model")
-    text: str = setting("wikitext103", "a .txt, a .jsonl (also .gz), wikitext103, or demo")
-    out: str = setting("runs/ctkd", "folder of the run; must be new or empty")
+    model: str = setting("meta-llama/Llama-2-7b-chat-hf", "folder, hub repository, or demo",
+                         resumable="place")
+    revision: str = setting("", "branch, tag or commit of a hub model", resumable="place")
+    text: str = setting("wikitext103", "a .txt, a .jsonl (also .gz), wikitext103, or demo",
+                        resumable="place")
+    out: str = setting("runs/ctkd", "folder of the run; must be new or empty", resumable=True)
     objective: str = setting("ctkd", "Eq. 5, Eq. 4, reconstruction (Eq. 2), or a task of "
                              "pretexts.py", OBJECTIVES)
     nll_weight: float = setting(0.0, "weight of the cross entropy beside ctkd", least=0)
@@ -181,7 +185,8 @@ class Config(RunConfig):
     max_tokens: int = setting(512, "cut texts to this, BOS counted; the K memory tokens come on "
                               "top")
     batch_size: int = setting(4, "texts per step, over all ranks", least=1)
-    micro_batch: int = setting(0, "texts per forward pass; 0 = a rank's whole share", least=0)
+    micro_batch: int = setting(0, "texts per forward pass; 0 = a rank's whole share", least=0,
+                               resumable="bits")
     steps: int = setting(0, "optimiser steps; 0 = once through the texts", least=0)
     lr: float = setting(1e-4, "peak learning rate", least=0)
     min_lr: float = setting(1e-5, "learning rate at the start and the end", least=0)
@@ -192,7 +197,8 @@ class Config(RunConfig):
     lora_alpha: float = setting(32, "the adapters are scaled by alpha / r")
     lora_dropout: float = setting(0.05, "dropout on the adapters' input", least=0, below=1)
     lora_k_proj: bool = setting(False, "adapt the keys, too, which the official code does not")
-    chunk_rows: int = setting(256, "rows of logits computed at a time", least=1)
+    chunk_rows: int = setting(256, "rows of logits computed at a time", least=1,
+                              resumable="bits")
     recompute: bool = setting(False, "less memory, more time: keep only the blocks' inputs",
                               resumable=True)
 
@@ -244,6 +250,7 @@ def new_encoder(config: Config, run: Run) -> Encoder:
                           **pretexts.SHAPES.get(config.objective, {}))
     encoder = plain_encoder(config.model, shape, config.revision or None, run.dtype,
                             run.ranks.device)
+    require_head(config.model, encoder.llama.config.has_head)
     pretexts.check_tokenizer(encoder, config)
     encoder.requires_grad_(False)
     random = torch.Generator().manual_seed(config.seed)
@@ -283,7 +290,7 @@ def train(config: Config, run: Run):
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
     steps = config.steps or len(data.texts) // config.batch_size
     warmup, clip = warmup_steps(config.warmup, steps), config.clip or float("inf")
-    run.start(encoder, optimizer, steps, {"base": encoder.base["sha256"], "texts": data.sha256},
+    run.start(encoder, optimizer, steps, {"base": identity(encoder), "texts": data.sha256},
               f"K = {config.memory_tokens}, {config.attention}, objective {config.objective}",
               str(data))
 

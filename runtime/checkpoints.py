@@ -3,15 +3,18 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from runtime.errors import UserError
 from runtime.files import read_json, sha256_of_files, sha256_of_json, sync, write_folder
-from runtime.formats import write_tensors
+from runtime.formats import read_fitting, write_tensors
+
+FILES = ("optimizer.safetensors", "weights.safetensors")
+OTHER = "is it the checkpoint of another run?"
 
 
 class Checkpoints:
@@ -22,11 +25,13 @@ class Checkpoints:
     """
 
     def __init__(self, out: Path, save_minutes: float, trained: dict[str, Tensor], optimizer,
-                 inputs: dict[str, str]):
-        """inputs: the sha256 of what the run reads (base, texts), by name."""
+                 inputs: dict[str, str], older: dict[str, Callable[[], str]] | None = None):
+        """inputs: the sha256 of what the run reads (base, texts), by name; older: what an earlier
+        version wrote in their place."""
         self.folder = out / "checkpoints"
         self.seconds = 60 * save_minutes or float("inf")
         self.trained, self.optimizer, self.inputs = trained, optimizer, inputs
+        self.older = older or {}
         self.clock = time.monotonic()
 
     def place(self, step: int) -> Path:
@@ -75,11 +80,12 @@ class Checkpoints:
                 print(f"note: {error}; resuming from the checkpoint before it", flush=True)
                 continue
             for key, now in self.inputs.items():
-                if state.get(key) != now:
+                old = self.older.get(key, lambda: None)
+                if state.get(key) != now and state.get(key) != old():
                     raise UserError(f"{folder}: the {key} of this run changed since (sha256 "
                                     f"{str(state.get(key))[:12]}..., now {now[:12]}...); bring the "
                                     f"first {key} back, or start anew with another --out")
-            return state["step"]
+            return int(folder.name.removeprefix("step-"))
         return 0
 
     @torch.no_grad()
@@ -87,8 +93,13 @@ class Checkpoints:
         """Put the checkpoint after so many steps in place; returns its state."""
         folder = self.place(step)
         state = unseal(folder)
-        weights = load_file(folder / "weights.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
+        shapes = {name: tuple(p.shape) for name, p in self.trained.items()}
+        weights = read_fitting(folder / "weights.safetensors", shapes, OTHER)
+        if missing := sorted(shapes.keys() - weights.keys()):
+            raise UserError(f"{folder}: has no {missing[0]}; {OTHER}")
+        shapes = {f"{name}/{key}": shape for name, shape in shapes.items()
+                  for key, shape in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape))}
+        moments = read_fitting(folder / "optimizer.safetensors", shapes, OTHER)
         for name, p in self.trained.items():
             p.copy_(weights[name])
             own = {key.rpartition("/")[2]: value for key, value in moments.items()
@@ -115,11 +126,17 @@ def unseal(folder: Path) -> dict:
     own = state.pop("sha256", None)
     if own != sha256_of_json(state):
         raise UserError(f"{path}: damaged, not what was written")
-    for name, (size, sha256) in state["files"].items():
+    about = state.get("files")
+    if not isinstance(about, dict) or not about.keys() <= set(FILES):
+        raise UserError(f"{path}: names other files than {' and '.join(FILES)}")
+    for name in about:
         path = folder / name
         try:
+            size, sha256 = about[name]
             if path.stat().st_size != size or sha256_of_files([path]) != sha256:
                 raise UserError(f"{path}: damaged, not what was written")
+        except (TypeError, ValueError):
+            raise UserError(f"{folder / 'state.json'}: no size and sha256 of {name}")
         except OSError as error:
             raise UserError(f"{path}: not readable ({error.strerror})")
     return state

@@ -9,9 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from runtime.errors import UserError
+
+MOST_JSON = 64 * 2**20  # bytes of a JSON file that are read; the largest tokenizer.json have 35 MB
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
@@ -35,7 +37,8 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
 def read_json(path: Path, whole: str = "a complete model folder") -> dict:
     """The JSON object in `path`; UserError if there is none. `whole`: what its folder should be."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path, MOST_JSON) as file:
+            value = json.loads(file.read().decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; is {path.parent} {whole}?")
     except (OSError, ValueError, RecursionError) as error:
@@ -43,6 +46,17 @@ def read_json(path: Path, whole: str = "a complete model folder") -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
     return value
+
+
+@contextmanager
+def open_tensors(path: Path, fix: str = "fetch it again"):
+    """A safetensors file, open (safe_open); UserError with the `fix` if it is none, or damaged."""
+    try:
+        open_regular(path).close()  # or the library would wait for a pipe
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: missing, damaged or cut off ({error!r}); {fix}")
 
 
 @contextmanager
@@ -109,7 +123,7 @@ def sha256_of_files(paths: list[Path]) -> str:
     """sha256 over the sha256 of each file."""
     total = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 

@@ -5,45 +5,65 @@ dictionaries and tensors, from which model.py and lora.py build the network.
 """
 
 import json
+import os
 import re
 import shutil
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.errors import UserError, check_text
-from runtime.files import read_json, sha256_of_files
-from runtime.hub import describe_source, find_model
+from runtime.files import MOST_JSON, open_regular, open_tensors, read_json, sha256_of_files
+from runtime.hub import describe_source, find_model, note, without_tensors
+from runtime.identity import base_changes, base_record
 
 
 class ModelFolder:
     """A Llama as files: `demo`, a folder in Hugging Face's layout, or a hub repository.
 
-    config: LlamaConfig's fields from its config.json, checked.
+    config: LlamaConfig's fields from its config.json, checked. places: each tensor that is read,
+    under the name that it has in a causal language model -> its file, its name there.
     """
 
-    def __init__(self, name: str | Path, revision: str | None, model_types):
-        self.folder = find_model(name, revision)
-        if is_encoder(self.folder):
+    def __init__(self, name: str | Path, revision: str | None, model_types,
+                 base_of: Path | None = None):
+        self.folder = find_model(name, revision, base_of)
+        if is_encoder(encoder_of(self.folder)):
             raise UserError(f"{name}: is an encoder, a plain Llama is needed here; name its base, "
                             f"which encoder.json names")
-        self.config = read_llama_config(self.folder / "config.json", model_types)
+        if (self.folder / "environment.json").is_file():
+            raise UserError(f"{name}: is a run that has no encoder yet; end it with --resume")
+        self.files = weight_files(self.folder)
+        path = self.folder / "config.json"
+        self.config = read_llama_config(path, model_types)
+        exported = read_json(path).get("llm2comp")  # how export.py's encoder was read
+        self.exported = {"exported": exported} if isinstance(exported, dict) else {}
         self.source, self.revision = describe_source(name, self.folder)
+        self.places = tensor_places(self.files, self.config["tie_word_embeddings"])
+        # saved without a head (a LlamaModel) all names lack what they have in common otherwise
+        bare = not any(key.startswith("model.") for _, key in self.places.values())
+        self.config["has_head"] = not bare or "lm_head.weight" in self.places
+        if (file := self.folder / "tokenizer.json").exists():
+            open_regular(file, MOST_JSON).close()
 
     def weights(self, shapes: dict[str, tuple], dtype: torch.dtype, device) -> dict[str, Tensor]:
         """All tensors by name; strict in names and shapes."""
-        tied = self.config["tie_word_embeddings"]
-        return read_weights(self.folder, shapes, tied, dtype, device)
+        return read_weights(self.folder, self.places, shapes, dtype, device)
 
-    def record(self) -> dict:
-        """Name, revision and sha256, by which an encoder knows the base that it was trained on."""
-        return {"name": self.source, "revision": self.revision,
-                "sha256": sha256_of_files(weight_files(self.folder))}
+    def record(self, bos: list[int]) -> dict:
+        """What an encoder knows of the base that it was trained on: name, revision, identity.
+
+        bos: the ids that are put before each text.
+        """
+        told = ("bos_token_id", "has_head")  # by `bos` and by the tensors' names
+        config = {key: value for key, value in self.config.items() if key not in told}
+        about = base_record(self.places, config, self.folder / "tokenizer.json", bos)
+        return {"name": self.source, "revision": self.revision, **about, **self.exported}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,7 +173,7 @@ def read_rope(raw: dict, path: Path) -> dict:
     for key, value in rope.items():
         if key != "rope_type" and not (isinstance(value, int | float) and 0 < value < 1e30):
             raise UserError(f"{path}: rope setting {key}={value!r} must be a number above zero")
-    return rope
+    return {key: value if key == "rope_type" else float(value) for key, value in rope.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,8 +184,11 @@ def read_rope(raw: dict, path: Path) -> dict:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of its index, else model.safetensors."""
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if not index.exists():
         names = ["model.safetensors"]
+        if not (folder / names[0]).exists():
+            inside = islice((*folder.glob("*"), *folder.glob("*/*")), 10_000)
+            raise without_tensors(folder, [str(path.relative_to(folder)) for path in inside])
     else:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
@@ -175,45 +198,85 @@ def weight_files(folder: Path) -> list[Path]:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UserError(f"{index}: names the file {name!r}; only plain *.safetensors names "
                             f"beside it are read")
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise UserError(f"{folder / name}: missing; fetch the whole model again")
     return [folder / name for name in names]
 
 
-def read_weights(
-    folder: Path, shapes: dict[str, tuple], tied: bool, dtype: torch.dtype, device
-) -> dict[str, Tensor]:
-    """The tensors of a model folder, each cast and moved as it is read; strict in name and shape.
+def tensor_places(files: list[Path], tied: bool) -> dict[str, tuple[Path, str]]:
+    """The tensors of a model's files, by their names in a causal language model -> file, name there.
 
-    tied: a lm_head.weight is not read, it is the embedding table. Raises UserError for a file that
-    is damaged and for a tensor that is missing, extra or of another shape than `shapes` has.
+    tied: a lm_head.weight is left out, it is the embedding table. Models saved without their head
+    (a LlamaModel) lack the `model.` before each name. UserError for a file that is damaged, and for
+    a name that occurs twice.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    for path in files:
+        with open_tensors(path) as file:
+            for key in file.keys():
+                if key.endswith("rotary_emb.inv_freq"):  # stored by old Llama-2 shards
+                    continue
+                if found.setdefault(key, (path, key))[0] != path:
+                    raise UserError(f"{path}: has the tensor {key}, which {found[key][0].name} has, "
+                                    f"too; fetch the whole model again")
+    if tied:
+        found.pop("lm_head.weight", None)
+    bare = not any(key.startswith("model.") for key in found)
+    return {f"model.{key}" if bare and key != "lm_head.weight" else key: place
+            for key, place in found.items()}
+
+
+def read_weights(
+    folder: Path, places: dict[str, tuple[Path, str]], shapes: dict[str, tuple],
+    dtype: torch.dtype, device
+) -> dict[str, Tensor]:
+    """The tensors at their `places`, each cast and moved as it is read; strict in name and shape.
+
+    Raises UserError for a file that is damaged and for a tensor that is missing, extra or of
+    another shape than `shapes` has.
     """
     found: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    if key.endswith("rotary_emb.inv_freq"):  # stored by old Llama-2 shards
-                        continue
-                    if key == "lm_head.weight" and tied:
-                        continue
-                    shape = tuple(file.get_slice(key).get_shape())
-                    if key not in shapes or key in found:
-                        raise UserError(f"{path}: has the tensor {key}, which config.json has no "
-                                        f"place for; is it the config of another model?")
-                    if shape != shapes[key]:
-                        raise UserError(f"{path}: {key} has the shape {shape}, config.json says "
-                                        f"{shapes[key]}")
-                    tensor = file.get_tensor(key)
-                    if not tensor.is_floating_point():
-                        raise UserError(f"{path}: {key} is {tensor.dtype}; only floating-point "
-                                        f"weights are read")
-                    found[key] = tensor.to(device=device, dtype=dtype)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or cut off ({error}); fetch it again")
+    for path in dict.fromkeys(path for path, _ in places.values()):
+        with open_tensors(path) as file:
+            for name, (_, key) in ((n, place) for n, place in places.items() if place[0] == path):
+                shape = tuple(file.get_slice(key).get_shape())
+                if name not in shapes:
+                    raise UserError(f"{path}: has the tensor {key}, which config.json has no "
+                                    f"place for; is it the config of another model?")
+                if shape != shapes[name]:
+                    raise UserError(f"{path}: {key} has the shape {shape}, config.json says "
+                                    f"{shapes[name]}")
+                tensor = file.get_tensor(key)
+                if not tensor.is_floating_point():
+                    raise UserError(f"{path}: {key} is {tensor.dtype}; only floating-point "
+                                    f"weights are read")
+                found[name] = tensor.to(device=device, dtype=dtype)
     if missing := sorted(shapes.keys() - found.keys()):
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return found
+
+
+def require_head(name: str | Path, has_head: bool):
+    """UserError if the model has no language-model head, without which nothing can be predicted."""
+    if not has_head:
+        raise UserError(f"{name}: has no language-model head (it was saved as a LlamaModel), which "
+                        f"stage 1 predicts tokens with; name the causal language model that it was "
+                        f"made of, or go on with contrastive.py")
+
+
+def read_fitting(path: Path, shapes: dict[str, tuple], fix: str) -> dict[str, Tensor]:
+    """The tensors of a file whose names are among `shapes`; nothing is read unless all fit."""
+    with open_tensors(path, fix) as file:
+        for key in sorted(file.keys()):
+            shape = tuple(file.get_slice(key).get_shape())
+            if shapes.get(key) != shape:
+                raise UserError(f"{path}: {key} has the shape {shape}, expected {shapes.get(key)}; "
+                                f"{fix}")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {key} is {tensor.dtype}, no floating-point numbers; {fix}")
+    return tensors
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype=torch.float32):
@@ -241,14 +304,15 @@ def write_adapter(folder: Path, settings: dict, tensors: dict[str, Tensor], base
     (folder / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
 
 
-def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """LoraConfig's fields and the tensors of a stored adapter.
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
-    Raises UserError for damaged files and for kinds of adapters other than plain LoRA.
-    """
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+
+def read_adapter(folder: Path) -> dict:
+    """LoraConfig's fields of a stored adapter; UserError for kinds of adapters other than LoRA."""
+    config_file = own_file(folder.parent, f"{folder.name}/{ADAPTER[0]}")
     try:
-        peft = json.loads(config_file.read_text())
+        with open_regular(config_file, MOST_JSON) as file:
+            peft = json.loads(file.read().decode())
         targets = peft["target_modules"]
         targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
         settings = {"r": int(peft["r"]), "alpha": float(peft["lora_alpha"]),
@@ -258,30 +322,27 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         if not 0 <= settings["dropout"] < 1 or not abs(settings["alpha"]) < 1e38:
             raise ValueError(f"lora_dropout is {settings['dropout']}, lora_alpha "
                              f"{settings['alpha']}")
-        tensors = load_file(weights_file)
-        for name, tensor in tensors.items():
-            if settings["r"] not in tensor.shape or not tensor.is_floating_point():
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, r "
-                                 f"{settings['r']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
-            RecursionError, SafetensorError) as error:
+            RecursionError) as error:
         raise UserError(f"{folder}: no readable LoRA adapter in adapter_config.json and "
                         f"adapter_model.safetensors ({error!r}); write it anew")
     unsupported = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
     for key in unsupported:
         if peft.get(key):
             raise UserError(f"{config_file}: {key}={peft[key]!r} is not supported; plain LoRA only")
-    return settings, tensors
+    return settings
 
 
-def check_adapter_fits(folder: Path, tensors: dict[str, Tensor], slots: dict[str, Tensor]):
-    """UserError unless an adapter's tensors have exactly the names and shapes of the slots."""
-    odd = sorted(slots.keys() ^ tensors.keys()) or sorted(
-        name for name in slots if slots[name].shape != tensors[name].shape
-    )
-    if odd:
-        raise UserError(f"{folder / 'adapter_model.safetensors'}: {odd[0]} is missing, extra or of "
-                        f"another shape; is the adapter of another base model?")
+def read_adapter_tensors(folder: Path, shapes: dict[str, tuple]) -> dict[str, Tensor]:
+    """An adapter's tensors; UserError unless they have exactly these names and shapes."""
+    path, fix = own_file(folder.parent, f"{folder.name}/{ADAPTER[1]}"), "write it anew"
+    with open_tensors(path, fix) as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    if odd := sorted(name for name in shapes.keys() | found.keys()
+                     if shapes.get(name) != found.get(name)):
+        raise UserError(f"{path}: {odd[0]} is missing, extra or of another shape; is the adapter "
+                        f"of another base model?")
+    return read_fitting(path, shapes, fix)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,6 +350,8 @@ def check_adapter_fits(folder: Path, tensors: dict[str, Tensor], slots: dict[str
 # ---------------------------------------------------------------------------------------------
 
 FORMAT = 2  # of encoder.json; in format 1 max_tokens counted the memory tokens, too
+NEWER = {"document_template": "", "kept_tokens": [], "bos": -1}  # than the first folders, results
+IDENTITY = ("weights", "config", "tokenizer", "bos", "trained_on")  # newer parts of a base's record
 
 
 def check_encoder_config(config, types: dict[str, type], poolings):
@@ -326,6 +389,23 @@ def encoder_of(name: str | Path) -> str:
     return str(inner if is_encoder(inner) else name)
 
 
+def own_file(folder: Path, name: str) -> Path:
+    """folder / name; UserError if a link leads out of the encoder's folder.
+
+    The links of the hub's cache lead to the blobs of the same repository. Any other file of this
+    machine would go into what is saved, and published, next.
+    """
+    path, home = folder / name, folder.resolve()
+    places = [home, *(snapshots.parent / "blobs" for snapshots in home.parents
+                      if snapshots.name == "snapshots"
+                      and snapshots.parent.name.startswith("models--"))]
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(place) for place in places):
+        raise UserError(f"{path}: is a link out of the encoder's folder, to {real}; put the file "
+                        f"itself there")
+    return path
+
+
 def write_encoder_json(folder: Path, about: dict):
     """Write encoder.json: EncoderConfig's fields, the base, the history."""
     (folder / "encoder.json").write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
@@ -334,31 +414,40 @@ def write_encoder_json(folder: Path, about: dict):
 def copy_adapters(earlier: Path | None, stages: list[str], folder: Path):
     """Copy the adapters of earlier stages from the encoder folder that this one started from."""
     for stage in stages:
-        shutil.copytree(Path(earlier) / stage, folder / stage)
+        (folder / stage).mkdir()
+        for name in ADAPTER:  # and nothing else that a stranger may have put there
+            source = own_file(Path(earlier), f"{stage}/{name}")
+            with open_regular(source) as old, open(folder / stage / name, "wb") as new:
+                shutil.copyfileobj(old, new)
 
 
-def read_encoder(folder: Path, make_config) -> tuple:
-    """What encoder.json says: make_config(**its fields), the base as recorded, the history.
+def read_encoder(name: str | Path, revision: str | None, make_config) -> tuple:
+    """An encoder's folder; make_config(**its fields), its base as recorded, its history.
 
     `make_config` is EncoderConfig. Raises UserError for what is missing or cannot be.
     """
-    file = folder / "encoder.json"
+    folder = find_model(encoder_of(name), revision)
+    file = own_file(folder, "encoder.json")
+    if not file.exists():
+        raise UserError(f"{file}: missing; {folder} is no encoder's folder, nor that of a run with "
+                        f"an encoder in it")
     about = read_json(file)
     if type(about.get("format")) is not int or about["format"] not in (1, FORMAT):
         raise UserError(f"{file}: format={about.get('format')!r}, this version reads 1 and "
                         f"{FORMAT}; update the code, or save the encoder anew")
-    newer = {"document_template": "", "kept_tokens": [], "bos": -1}  # than the first folders
-    about = {**newer, **about}
+    about = {**NEWER, **about}
     try:
         about["kept_tokens"] = tuple(about["kept_tokens"])
         if about["format"] == 1:
             about["max_tokens"] -= about["num_memory_tokens"]
         config = make_config(**{key: about[key] for key in make_config.__dataclass_fields__})
         base = {key: about["base"][key] for key in ("name", "revision", "sha256")}
+        base |= {key: value for key, value in about["base"].items() if key in IDENTITY}
         stages = [str(stage["stage"]) for stage in about["history"]]
-        if not stages or not all(isinstance(value, str) for key, value in base.items()
-                                 if key != "revision" or value is not None):
+        if not stages or not all(isinstance(base[key], str) for key in ("name", "sha256")):
             raise TypeError("base or history")
+        if base["revision"] is not None and not re.fullmatch(r"\w[\w.-]*", base["revision"]):
+            raise TypeError("the base's revision")
     except (KeyError, TypeError) as error:
         raise UserError(f"{file}: {error!r} is missing or odd; save it anew")
     except UserError as error:
@@ -366,7 +455,7 @@ def read_encoder(folder: Path, make_config) -> tuple:
     for stage in stages:
         if not re.fullmatch(r"[a-z]\w*", stage):
             raise UserError(f"{file}: {stage!r} is no name of a stage")
-    return config, base, about["history"]
+    return folder, config, base, about["history"]
 
 
 @contextmanager
@@ -380,30 +469,37 @@ def loading_base(folder: Path):
                         f"({reason})")
 
 
-def check_base(folder: Path, source: str, recorded: dict, found: dict):
-    """UserError unless the base found is the one that the encoder in `folder` was trained on."""
-    if found["sha256"] != recorded["sha256"]:
-        raise UserError(f"{folder}: was trained on another base than {source} (sha256 "
-                        f"{recorded['sha256'][:12]}..., found {found['sha256'][:12]}...); "
-                        f"name the right one with --base")
+def check_base(encoder, folder: Path, recorded: dict, other: bool):
+    """UserError unless the encoder's base is the one that its folder says it was trained on.
+
+    With `other` it may be another one, which is noted, and told in the record of the base.
+    """
+    found = encoder.base
+    place = encoder.tokenizer.file.parent
+    changes = base_changes(recorded, found, lambda: sha256_of_files(weight_files(place)))
+    first = {key: recorded[key] for key in ("name", "revision", "sha256")}
+    if changes and not other:
+        raise UserError(f"{folder}: was trained on another base than {found['name']} "
+                        f"({'; '.join(changes)}; sha256 {recorded['sha256'][:12]}... recorded); "
+                        f"name the right one with --base, or take this one on purpose with "
+                        f"--other-base")
+    if changes:
+        note(f"{folder} is read on another base than it was trained on: {'; '.join(changes)}")
+        encoder.base = {**found, "trained_on": first}
+    elif "trained_on" in recorded:
+        encoder.base = {**found, "trained_on": recorded["trained_on"]}
 
 
 def read_embeddings(folder: Path, shapes: dict[str, tuple]) -> dict[str, Tensor]:
     """The memory tokens, and the trained table if there is one, of an encoder folder."""
-    path = folder / "embeddings.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); save the encoder anew")
-    for key, tensor in tensors.items():
-        if shapes.get(key) != tuple(tensor.shape) or not tensor.is_floating_point():
-            raise UserError(f"{path}: {key} {tuple(tensor.shape)} of {tensor.dtype}, expected "
-                            f"{shapes.get(key)}, floating point; save the encoder anew")
+    path = own_file(folder, "embeddings.safetensors")
+    tensors = read_fitting(path, shapes, "save the encoder anew")
     if "memory_tokens" not in tensors:
         raise UserError(f"{path}: memory_tokens is missing; save the encoder anew")
     return tensors
 
 
-def encoder_hash(folder: Path) -> str:
+def encoder_hash(folder: Path, stages: list[str]) -> str:
     """sha256 over all that was trained: adapters, memory tokens, table."""
-    return sha256_of_files(sorted(folder.rglob("*.safetensors")))
+    files = {folder / "embeddings.safetensors", *(folder / stage / ADAPTER[1] for stage in stages)}
+    return sha256_of_files(sorted(files))

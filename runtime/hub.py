@@ -1,9 +1,10 @@
 """A model's name -> the local folder that holds it."""
 
+import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from runtime.errors import UserError
@@ -11,23 +12,80 @@ from runtime.errors import UserError
 # what the name `demo` stands for
 DEMO_LLAMA = Path(__file__).resolve().parents[1] / "data" / "demo" / "llama"
 
+COMPLETE = ("model.safetensors", "model.safetensors.index.json", "encoder.json")  # one is there
+SAVE = "AutoModelForCausalLM.from_pretrained({name!r}{how}).save_pretrained('NEW')"
+OTHERS = {  # files of a model without model.safetensors -> what they are, and how to go on
+    r"adapter_config\.json": "an adapter's, without its base; merge it once with peft: "
+    "AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('NEW'), "
+    "and save the base's tokenizer there",
+    r"(?:pytorch_)?model[\w.-]*\.bin|[\w.-]+\.pt": "pickled, which can run code; convert it once "
+    f"with transformers: {SAVE}, and the same with AutoTokenizer",
+    r"(?P<gguf_file>[^/]+\.gguf)": "llama.cpp's; convert it once with transformers: "
+    f"{SAVE}, and the same with AutoTokenizer",
+    r"(?:original/)?consolidated.*|(?:original/)?params\.json": "in its publisher's own format; take "
+    "the repository in Hugging Face's layout (as a rule its name ends in -hf)",
+    r"model\.(?:safetensors\.index\.)?(?P<variant>\w+)(?:-\d+-of-\d+)?\.(?:safetensors|json)":
+    f"a variant; save it once under the usual name with transformers: {SAVE}",
+    r"model-\d+-of-\d+\.safetensors": "a part; fetch model.safetensors.index.json, too",
+    r"0_\w+/.*|modules\.json": "of sentence-transformers' layout, where the model has a folder of "
+    "its own, as a rule 0_Transformer; name that (of a repository, after hf download)",
+    r"[^/]+\.(?:h5|msgpack|onnx|ot|npz)": "another framework's; take a model with *.safetensors",
+    r"[^/]+\.safetensors": "no model's file by its name; rename it to model.safetensors if it is",
+}
 
-def find_model(name: str | Path, revision: str | None = None) -> Path:
+
+def without_tensors(name: str | Path, files: list[str]) -> UserError:
+    """What to say of a model without model.safetensors: `name` as given, and the files it has."""
+    for pattern, about in OTHERS.items():
+        for match in filter(None, (re.fullmatch(pattern, file) for file in sorted(files))):
+            how = "".join(f", {key}={value!r}" for key, value in match.groupdict().items())
+            return UserError(f"{name}: has no model.safetensors, and nothing else is read; "
+                             f"{match[0]} is {about.format(name=str(name), how=how)}")
+    return UserError(f"{name}: model.safetensors is missing; fetch the whole model again")
+
+
+def note(text: str):
+    """Print a note, on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", flush=True)
+
+
+def find_model(name: str | Path, revision: str | None = None, base_of: Path | None = None) -> Path:
     """The local folder of a model: `demo`, a folder, or a hub repository (downloaded once).
 
-    Only *.safetensors and *.json are fetched. UserError says what to do if the repository is
-    gated, missing or out of reach.
+    Only *.safetensors and *.json are fetched. base_of: the encoder whose encoder.json names this
+    model; what a stranger wrote there is fetched only if it has a commit, and never in silence.
+    UserError says what to do if the repository is gated, missing, out of reach or without weights.
     """
     if str(name) == "demo":
         return DEMO_LLAMA
     if str(name) and Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+    owner, repository = str(name).partition("/")[0], r"\w[\w.-]*/\w[\w.-]*"
+    if not re.fullmatch(repository, str(name)) or base_of and not revision:
         raise UserError(f"{name}: no such folder, nor a repository's owner/name")
+    if not revision and (owner == "runs" or Path(owner).is_dir()):  # the hub is not asked for paths
+        raise UserError(f"{name}: no such folder; if the hub's repository of that name is meant, "
+                        f"add --revision main")
+    if base_of and not isinstance(
+            try_to_load_from_cache(str(name), "config.json", revision=revision), str):
+        note(f"fetching {name} at {revision}, which {base_of} names as its base")
+    folder = fetch(str(name), revision)
+    if not any((folder / file).is_file() for file in COMPLETE):
+        try:
+            files = list_repo_files(str(name), revision=folder.name)
+        except Exception:  # offline: what was fetched tells less
+            files = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+        raise without_tensors(name, files)
+    return folder
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """The snapshot of a hub repository, downloaded if need be; UserError says why it is not."""
     wanted = {"allow_patterns": ["*.safetensors", "*.json"]}
     skipped = {"ignore_patterns": ["consolidated*", "original/*"]}  # second copies of the weights
     try:
-        return Path(snapshot_download(str(name), revision=revision, **wanted, **skipped))
+        return Path(snapshot_download(name, revision=revision, **wanted, **skipped))
     except GatedRepoError:
         problem = "is gated", "Ask for access on its page, create a token, run `hf auth login`."
     except RepositoryNotFoundError:

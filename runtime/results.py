@@ -4,13 +4,16 @@ A run's folder is results/<model>[@method]/ with one <Task>.json each, which mte
 """
 
 import json
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import write_file
+from runtime.files import MOST_JSON, open_regular, write_file
+from runtime.formats import NEWER
+from runtime.identity import base_changes
 
 TABLES = Path(__file__).resolve().parents[1] / "data"
 TASKS = json.loads((TABLES / "tasks.json").read_text(encoding="utf-8"))
@@ -21,9 +24,8 @@ GROUPS = {group: [task for task in PAPER if TASKS[task]["group"] == group]
 
 FORMAT = 2  # of the settings in a result; in format 1 max_tokens counted the memory tokens, too
 
-# what a finished result must have in common with the one asked for
-SAME = ("method", "sha256", "kept_tokens", "attention", "max_tokens", "bos", "template",
-        "document_template", "dtype", "instruction", "data")
+# what a finished result must have in common with the one asked for, beside base, task and adapters
+SAME = ("method", "sha256", "attention", "max_tokens", "template", "dtype", "instruction", *NEWER)
 
 
 def label_of(model: str, method: str, instruction: str = "auto") -> str:
@@ -37,7 +39,8 @@ def label_of(model: str, method: str, instruction: str = "auto") -> str:
 def read_result(path: Path) -> dict:
     """A file that `write_result` has written; UserError if it is something else, or damaged."""
     try:
-        result = json.loads(path.read_text())
+        with open_regular(path, MOST_JSON) as file:
+            result = json.loads(file.read().decode())
         for value in (result["scores"]["test"][0]["main_score"], result["evaluation_time"]):
             if not isinstance(value, int | float) or not abs(value) < 1e38:
                 raise ValueError(f"{str(value)[:50]!r} in place of a number")
@@ -56,25 +59,53 @@ def read_result(path: Path) -> dict:
     return result
 
 
-def finished(path: Path, settings: dict) -> dict | None:
-    """The result in `path`, if there is one; UserError if it was made with other settings."""
-    if not path.is_file():
+def finished(path: Path, settings: dict, base_files: Callable[[], str], pinned: bool) -> dict | None:
+    """The result in `path`, if there is one; UserError if it was made with other settings.
+
+    settings["files"]: sha256 of the task's files, {} if they are not here. base_files: see
+    identity.base_changes. pinned: the task is one revision of a hub's repository. A note is added
+    where it is not known whether the task's files or the model are still the same.
+    """
+    if not path.exists():
         return None
     result = read_result(path)
-    before = result["settings"]
-    newer = {"document_template": "", "kept_tokens": [], "bos": -1}  # than the first results
-    before = {**newer, **before}
+    before = {**NEWER, **result["settings"]}
     lengths = [before.get(key) for key in ("max_tokens", "num_memory_tokens")]
     if "format" not in before and all(isinstance(length, int) for length in lengths):
         before["max_tokens"] -= before["num_memory_tokens"]
     changed = [f"{key}: {before.get(key)!r} -> {settings[key]!r}" for key in SAME
                if before.get(key) != settings[key]]
-    if (before.get("base") or {}).get("sha256") != settings["base"]["sha256"]:
-        changed.append("the base model")
+    if parts := base_changes(before.get("base") or {}, settings["base"], base_files):
+        changed.append(f"the base model: {', '.join(parts)}")
+    if before.get("adapters", settings["adapters"]) != settings["adapters"]:
+        changed.append("the adapters' settings")
+    changed += changed_files(before, settings)
     if changed:
         raise UserError(f"{path}: was made with other settings ({'; '.join(changed)}); evaluate "
                         f"again with --force, or name another --results folder")
+    unknown = ["config.json, tokenizer and adapters"] * ("adapters" not in before)
+    unknown += ["the task's files"] * (not pinned and not before.get("files"))
+    if unknown:
+        result["notes"] = [*result["notes"], f"an earlier version made it, without a hash of "
+                           f"{' and of '.join(unknown)}: whether these are still the same is not "
+                           f"known, --force evaluates again"]
+    elif not pinned and not settings["files"]:
+        result["notes"] = [*result["notes"], "the task's files are not all here now: whether they "
+                           "are still the same is not known"]
     return result
+
+
+def changed_files(before: dict, now: dict) -> list[str]:
+    """How the task of a result differs from the one asked for: by the hashes of its files, or by
+    its place if there are none of them."""
+    old, new = before.get("files"), now["files"]
+    if not (isinstance(old, dict) and old and new):
+        return [f"data: {before.get('data')!r} -> {now['data']!r}"
+                ] * (before.get("data") != now["data"])
+    changed = [f"kind: {before.get('kind')!r} -> {now['kind']!r}"
+               ] * (before.get("kind") != now["kind"])
+    roles = sorted(role for role in old.keys() | new.keys() if old.get(role) != new.get(role))
+    return changed + [f"the task's files: {', '.join(roles)}"] * bool(roles)
 
 
 def result_of(task: dict, scores: dict, settings: dict, seconds: float) -> dict:
@@ -122,7 +153,8 @@ def read_results(name: str, results: Path) -> tuple[str, dict[str, float], str |
     folders = [results / name, results / label_of(name, "memory"), Path(name)]
     files = next((f for folder in folders if (f := sorted(folder.glob("*.json")))), [])
     if files and files[0].parent == Path(name):  # it may be a run's folder, with other files
-        files = [path for path in files if b'"task_name"' in path.read_bytes()]
+        files = [path for path in files if path.is_file() and path.stat().st_size <= MOST_JSON
+                 and b'"task_name"' in path.read_bytes()]
     scores, notes, paper = {}, [], None
     keys = {task["name"]: key for key, task in TASKS.items()}
     for result in map(read_result, files):

@@ -29,14 +29,15 @@ from tqdm import tqdm
 from runtime.checkpoints import Checkpoints
 from runtime.devices import pick_dtype
 from runtime.errors import LostRank, UserError, escape_stdout, print_error
-from runtime.files import finish_renaming, read_json, sha256_of_json, write_file
-from runtime.formats import is_encoder
+from runtime.files import finish_renaming, read_json, sha256_of_files, sha256_of_json, write_file
+from runtime.formats import is_encoder, weight_files
 from runtime.ranks import Ranks, join_ranks
-from runtime.settings import changed_settings, stored_settings
+from runtime.settings import changed_settings, differences, stored_settings
 
 FORMAT = 2  # of a run; in format 1 lengths counted the memory tokens, rates were a step ahead
 LOCK = ".lock"  # hidden, like temporary files: hidden names do not make a folder a run's
 STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run early, after saving
+DTYPES = ("bfloat16", "float32", "float64")
 
 
 class Run:
@@ -47,6 +48,8 @@ class Run:
         self.out, self.first_rank = Path(config.out), ranks.rank == 0
         self.dtype = pick_dtype(config.dtype, ranks.device)  # of frozen weights and activations
         self.first_step = self.last_step = 0
+        self.before: dict = {}  # config.json of the run that is resumed
+        self.changes: list[dict] = []  # what was changed when it was resumed, oldest first
         self.stopped = 0  # the number of the signal that ended the run early
         self.signals: list[int] = []  # those caught so far
         self.handlers: dict = {}  # what handled them before
@@ -63,8 +66,10 @@ class Run:
         """
         trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
         self.last_step = steps
+        older = {"base": lambda: encoder.sha256 or sha256_of_files(
+            weight_files(encoder.tokenizer.file.parent))}
         self.checkpoints = Checkpoints(self.out, self.config.save_minutes, trained, optimizer,
-                                       inputs)
+                                       inputs, older)
         self.environment = environment(self.dtype, self.ranks)
         found = self.ranks.on_first(self._newest_step)
         self.first_step = self.ranks.from_first(found or 0)
@@ -72,6 +77,8 @@ class Run:
             state = self.checkpoints.load(self.first_step) if self.first_step else {}
         self._compare_ranks([inputs, state])
         self.ranks.on_first(self._write_configuration)
+        if self.changes:
+            encoder.history[-1]["changes"] = self.changes
         self.log = self.open_log("metrics.jsonl", self.first_step)
         if self.first_rank:
             self._print_header(encoder, trained, about, data)
@@ -86,10 +93,40 @@ class Run:
         if not self.resuming:
             return 0
         found = self.checkpoints.newest_step()
-        note_changes(read_environment(self.out), self.environment)
+        self._note_changes(found)
         for name in ("encoder", "best"):
             finish_renaming(self.out / name)
         return found
+
+    def _note_changes(self, step: int):
+        """Say what is another than before the interruption, and keep it for the encoder's history.
+
+        What lies elsewhere has the content that the checkpoint knows.
+        """
+        said = self.before.get("changes")
+        self.changes = said if isinstance(said, list) else []
+        if not step:  # all steps are made anew
+            self.changes = []
+            return
+        moved, computed, changes = [], [], {}
+        for name, (old, new, kind) in differences(self.config, self.before).items():
+            if kind and kind is not True:
+                changes[name] = [old, new]
+            if kind == "place":
+                moved.append(f"{name} {old} -> {new}")
+            elif kind == "bits" and name not in self.environment:  # or that has what came of it
+                computed.append(f"{name} {old} -> {new}")
+        was = read_environment(self.out)
+        computed += [f"{key} {was[key]} -> {now}" for key, now in self.environment.items()
+                     if key in was and was[key] != now]
+        if changes:
+            self.changes = [*self.changes, {"after_step": step, **changes}]
+        if moved:
+            print(f"note: {', '.join(moved)}: the same content, by its sha256", flush=True)
+        if computed:
+            print(f"note: {', '.join(computed)}: the same samples in the same steps and the same "
+                  f"gradient up to dropout and rounding, no longer the same bits as without the "
+                  f"interruption", flush=True)
 
     def _compare_ranks(self, read):
         """UserError if this rank has read something else than rank 0."""
@@ -105,8 +142,10 @@ class Run:
         """Write config.json and environment.json."""
         about = {**self.environment, "launch": self.ranks.launch}
         write_file(self.out / "environment.json", json.dumps(about) + "\n")
-        settings = json.dumps({"format": FORMAT, **stored_settings(self.config)}, indent=2)
-        write_file(self.out / "config.json", settings + "\n")
+        settings = {"format": FORMAT, **stored_settings(self.config)}
+        if self.changes:
+            settings["changes"] = self.changes
+        write_file(self.out / "config.json", json.dumps(settings, indent=2) + "\n")
 
     def _print_header(self, encoder: nn.Module, trained: dict[str, Tensor], about: str, data: str):
         """Print what the run depends on: environment, parameter counts, data, steps."""
@@ -240,16 +279,21 @@ def open_run(config, ranks: Ranks):
     it cannot be written, if another process writes to it, or if a resumed configuration differs in
     settings that are not `resumable`.
     """
-    out, resuming, lock = Path(config.out), False, None
+    out, before, lock = Path(config.out), None, None
     with ranks.fail_together():
         if ranks.rank == 0:
             try:
-                resuming = should_resume(config, ranks.launch)
+                before = stored_run(config, ranks.launch)
                 out.mkdir(parents=True, exist_ok=True)
                 lock = lock_folder(out)
             except OSError as error:
                 raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out")
-    run = Run(config, ranks, resuming)
+    run = Run(config, ranks, before is not None)
+    run.before = before or {}
+    # auto means what it meant when the run began, on any machine: the same for all ranks
+    own = began_with(out) if before and config.dtype == "auto" else ""
+    if number := ranks.from_first(DTYPES.index(own) + 1 if own else 0):
+        run.dtype = getattr(torch, DTYPES[number - 1])
     try:
         yield run
     finally:
@@ -260,8 +304,8 @@ def open_run(config, ranks: Ranks):
             os.close(lock)
 
 
-def should_resume(config, launch: str | None) -> bool:
-    """Whether the folder config.out has a run to resume; see open_run."""
+def stored_run(config, launch: str | None) -> dict | None:
+    """config.json of the run to be resumed in the folder config.out, if one is; see open_run."""
     out = Path(config.out)
     saved = out / "config.json"
     if config.resume and not saved.is_file():
@@ -273,15 +317,17 @@ def should_resume(config, launch: str | None) -> bool:
             raise UserError(f"{saved}: format={before.get('format', 1)!r}, this version resumes "
                             f"{FORMAT} (lengths, order of texts and learning rate differ); finish "
                             f"the run with the version that began it, or name another --out")
-        if changed := changed_settings(config, before):
+        if config.dtype == began_with(out):  # what auto was there
+            before = {**before, "dtype": config.dtype}
+        if changed := changed_settings(config, before, resuming=True):
             raise UserError(f"{saved}: --resume with a changed configuration ({'; '.join(changed)})"
                             f"; give the first run's values, or another --out")
-        return True
+        return before
     found = [p.name for p in out.iterdir()] if out.is_dir() else [out.name] * out.exists()
     if any(name[0] != "." and name != "environment.json" for name in found):  # of a broken start
         raise UserError(f"{out}: exists and is not an empty folder; continue that run with "
                         f"--resume, or name another folder with --out")
-    return False
+    return None
 
 
 def lock_folder(folder: Path) -> int:
@@ -325,13 +371,10 @@ def read_environment(out: Path) -> dict:
         return {}
 
 
-def note_changes(before: dict, now: dict):
-    """Print what differs from the environment in which the run was before."""
-    changed = [f"{key} {before[key]} -> {now[key]}" for key in now
-               if key in before and before[key] != now[key]]
-    if changed:
-        print(f"note: {', '.join(changed)}: the same samples in the same steps, other bits than "
-              f"without the interruption", flush=True)
+def began_with(out: Path) -> str:
+    """The dtype of the run in this folder, empty if it is not known."""
+    dtype = str(read_environment(out).get("dtype")).removeprefix("torch.")
+    return dtype if dtype in DTYPES else ""
 
 
 # ---------------------------------------------------------------------------------------------

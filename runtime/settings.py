@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 
 from runtime.errors import UserError
 
@@ -11,8 +12,9 @@ def setting(default, help: str, choices=None, *, least=None, below=None, resumab
     """A field of a stage's Config, with its sentence of help and its bounds.
 
     choices: the values allowed (a tuple, a mapping whose keys they are, or a function that returns
-    them when the command line is read). least <= value < below. resumable: may change when a run is
-    resumed.
+    them when the command line is read). least <= value < below. resumable: whether it may change
+    when a run is resumed: no; True, nothing depends on it; "place", where something lies whose
+    content the checkpoint knows by its sha256; "bits", how the same step is computed.
     """
     return field(default=default, metadata={
         "help": help, "choices": choices, "least": least, "below": below, "resumable": resumable})
@@ -24,9 +26,9 @@ class RunConfig:
 
     dtype: str = setting("auto", "dtype of frozen weights and activations",
                          ("auto", "bfloat16", "float32", "float64"))
-    device: str = setting("auto", "auto, cpu, cuda")
+    device: str = setting("auto", "auto, cpu, cuda", resumable="bits")
     threads: int = setting(0, "CPU threads per process; 0 = the cores shared among processes",
-                           least=0)
+                           least=0, resumable="bits")
     seed: int = setting(0, "seed of order, draws, initialisation and dropout", least=0)
     deterministic: bool = setting(False, "on CUDA: the same bits from the same input, slower")
     save_every: int = setting(500, "steps between checkpoints", least=1, resumable=True)
@@ -100,14 +102,26 @@ def stored_settings(config) -> dict:
             if name not in ("resume", "dry_run")}
 
 
-def changed_settings(config, before: dict) -> list[str]:
-    """What a resumed run may not change but does: 'name: old -> new' for each such setting.
+def changed_settings(config, before: dict, resuming: bool = False) -> list[str]:
+    """What differs between a configuration and a run's: 'name: old -> new' for each such setting.
 
+    Left out are settings on which nothing depends; if `resuming`, all that a resumed run may change.
     A setting that is newer than the run had its default.
     """
-    return [f"{f.name}: {old!r} -> {new!r}" for f in fields(config)
-            if (old := before.get(f.name, f.default)) != (new := getattr(config, f.name))
-            and not f.metadata["resumable"]]
+    return [f"{name}: {old!r} -> {new!r}" for name, (old, new, kind) in
+            differences(config, before).items() if not kind or kind is not True and not resuming]
+
+
+def differences(config, before: dict) -> dict[str, tuple]:
+    """The settings that are not as before: name -> old value, new value, `resumable`."""
+    found = {}
+    for f in fields(config):
+        old, new = before.get(f.name, f.default), getattr(config, f.name)
+        kind = f.metadata["resumable"]
+        same = kind == "place" and old and new and Path(str(old)) == Path(new)  # runs/a/ is runs/a
+        if old != new and not same:
+            found[f.name] = old, new, kind
+    return found
 
 
 # what a run was, not where and when it was saved

@@ -14,6 +14,7 @@ from runtime.errors import UserError
 from runtime.settings import (
     RunConfig,
     changed_settings,
+    differences,
     check_bounds,
     flag,
     parse_config,
@@ -290,8 +291,27 @@ def test_a_setting_newer_than_the_run_had_its_default():
     assert changed_settings(Config(lr=0.5), stored) == ["lr: 0.001 -> 0.5"]
 
 
-@pytest.mark.parametrize("config, resumable", [
-    (pretrain_ctkd.Config, {"recompute"}), (contrastive.Config, {"base", "data_dir", "dry_run"})])
-def test_what_a_resumed_run_may_change(config, resumable):
-    assert {f.name for f in fields(config) if f.metadata["resumable"]} == resumable | {
-        "save_every", "save_minutes", "timeout", "resume"}
+@pytest.mark.parametrize("config, kind, names", [
+    (pretrain_ctkd.Config, True, {"recompute"}),
+    (contrastive.Config, True, {"base", "data_dir", "dry_run"}),
+    (pretrain_ctkd.Config, "place", {"model", "revision", "text"}),
+    (contrastive.Config, "place", {"model", "revision", "text", "triples"}),
+    (pretrain_ctkd.Config, "bits", {"micro_batch", "chunk_rows"}),
+    (contrastive.Config, "bits", {"micro_tokens"}),
+])
+def test_what_a_resumed_run_may_change(config, kind, names):
+    every = {True: {"out", "save_every", "save_minutes", "timeout", "resume"}, "place": set(),
+             "bits": {"device", "threads"}}[kind]
+    assert {f.name for f in fields(config) if f.metadata["resumable"] == kind} == names | every
+
+
+@pytest.mark.parametrize("before, after, found", [
+    ("runs/a", "runs/a/", []), ("runs/a/", "./runs/a", []), ("runs/a", "runs/b", ["model"]),
+    ("", "runs/a", ["model"]), ("runs/a", "", ["model"]),
+])
+def test_one_place_may_be_written_in_several_ways(before, after, found):
+    old = stored_settings(contrastive.Config(model=before))
+    config = contrastive.Config(model=after)
+    assert list(differences(config, old)) == found
+    assert [text.partition(":")[0] for text in changed_settings(config, old)] == found
+    assert changed_settings(config, old, resuming=True) == []
