@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, Site, dead_url, hub_environment, hub_file, loopback, refused
+from helpers import trained_encoder
 from safetensors.torch import load_file
 
+from model import load_llama, save_encoder
 from runtime.hub import describe_source, find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -167,3 +169,140 @@ def test_an_unreachable_hub_is_one_clear_error(environment, tmp_path):
     for fragment in ["The repository o/tiny cannot be fetched", "network", "HF_HUB_OFFLINE",
                      "local folder"]:
         assert fragment in results["o/tiny@None"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Models without safetensors
+# ---------------------------------------------------------------------------------------------
+
+WITHOUT = {  # repository or folder -> its files beside config.json and tokenizer.json, what is said
+    "pickled": (["pytorch_model.bin"], [
+        "pytorch_model.bin is pickled", "AutoModelForCausalLM.from_pretrained(NAME)"
+        ".save_pretrained('NEW')", "AutoTokenizer"]),
+    "shards": (["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin",
+                "pytorch_model.bin.index.json"], ["-00001-of-00002.bin is pickled", "from_pretr"]),
+    "gguf": (["m.Q4_K_M.gguf"], ["m.Q4_K_M.gguf is llama.cpp's",
+                                 "from_pretrained(NAME, gguf_file='m.Q4_K_M.gguf')"]),
+    "meta": (["consolidated.00.pth", "params.json"], ["consolidated.00.pth is in its publisher's"]),
+    "mistral": (["consolidated.safetensors"], ["consolidated.safetensors is in its publisher's"]),
+    "original": (["original/consolidated.00.pth"], ["original/consolidated.00.pth is in its"]),
+    "adapter": (["adapter_config.json", "adapter_model.safetensors"],
+                ["an adapter's", "AutoPeftModelForCausalLM.from_pretrained(NAME)"]),
+    "sentences": (["modules.json", "0_Transformer/model.safetensors", "1_Pooling/config.json"],
+                  ["0_Transformer", "sentence-transformers' layout"]),
+    "sentences-pickled": (["modules.json", "pytorch_model.bin", "1_Pooling/config.json"],
+                          ["pytorch_model.bin is pickled"]),
+    "variant": (["model.fp16.safetensors"], ["model.fp16.safetensors is a variant",
+                                             "from_pretrained(NAME, variant='fp16')"]),
+    "variant-shards": (["model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors"],
+                       ["is a variant", "variant='fp16'"]),
+    "part": (["model-00001-of-00002.safetensors"], ["is a part", "model.safetensors.index.json"]),
+    "tf": (["tf_model.h5"], ["tf_model.h5 is another framework's"]),
+    "name": (["weights.safetensors"], ["weights.safetensors", "rename it to model.safetensors"]),
+    "nothing": ([], ["model.safetensors is missing; fetch the whole model again"]),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_a_folder_without_safetensors_is_told_how_to_go_on(kind, tiny_copy):
+    names, said = WITHOUT[kind]
+    (tiny_copy / "model.safetensors").unlink()
+    for name in names:
+        (tiny_copy / name).parent.mkdir(exist_ok=True)
+        (tiny_copy / name).write_bytes(b"weights")
+    refused(lambda: load_llama(tiny_copy), str(tiny_copy),
+            *(text.replace("NAME", repr(str(tiny_copy))) for text in said))
+
+
+class Shelf(Site):
+    """A hub with several repositories of the owner o; `answers`: name -> its files."""
+
+    def find_answer(self, path):
+        api, _, rest = path.removeprefix("/api/models").removeprefix("/o/").partition("/")
+        files = self.server.answers.get(api)
+        if files is None:
+            return refusal(404, "RepoNotFound", "Repository not found")
+        if "/resolve/" in path:
+            name = rest.removeprefix(f"resolve/{COMMIT}/")
+            return hub_file(files[name], COMMIT)
+        if rest.startswith("revision/"):
+            siblings = [{"rfilename": name} for name in files]
+            about = {"id": f"o/{api}", "modelId": f"o/{api}", "sha": COMMIT, "siblings": siblings}
+            return 200, json.dumps(about).encode(), {}
+        tree = [{"type": "file", "path": name, "size": len(data),
+                 "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()]
+        return 200, json.dumps(tree).encode(), {}
+
+
+SHELF_PROBE = """
+import json, sys
+from model import load_encoder, load_llama
+from runtime.errors import UserError
+results = {}
+for name in json.loads(sys.argv[1]):
+    try:
+        print(f"-- {name}")
+        (load_encoder if "encoder" in name else load_llama)(name)
+        results[name] = "loaded"
+    except UserError as error:
+        results[name] = str(error)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny, tmp_path_factory):
+    """What happened to each repository of WITHOUT and to encoders of foreign bases; what was
+    printed; the requests; where it happened, a folder that has one called `local`."""
+    home = tmp_path_factory.mktemp("shelf")
+    whole = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    small = {name: data for name, data in whole.items() if name != "model.safetensors"}
+    answers = {kind: {**small, **{name: b"weights" for name in names}}
+               for kind, (names, _) in WITHOUT.items()}
+    answers |= {"tiny": whole}
+    save_encoder(trained_encoder(tiny), home / "encoder")
+    files = {str(path.relative_to(home / "encoder")): path.read_bytes()
+             for path in (home / "encoder").rglob("*") if path.is_file()}
+    about = json.loads(files["encoder.json"])
+    for name, base, revision in (("encoder", "o/tiny", COMMIT), ("encoder-path", "runs/x", None),
+                                 ("encoder-path2", "local/x", None),
+                                 ("encoder-up", "o/tiny", "../../main")):
+        about["base"] |= {"name": base, "revision": revision}
+        answers[name] = {**files, "encoder.json": json.dumps(about).encode()}
+    (home / "local").mkdir()
+    names = [f"o/{name}" for name in answers if name != "tiny"]
+    with loopback(answers, Shelf) as server:
+        env = hub_environment(home, server.url) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", SHELF_PROBE, json.dumps([*names, "o/encoder", "local/y",
+                                                            "runs/y"])],
+            env=env, text=True, timeout=200, capture_output=True, cwd=home)
+    assert done.returncode == 0, done.stderr
+    *printed, last = done.stdout.splitlines()
+    return json.loads(last), "\n".join(printed), server.requests, home
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_a_repository_without_safetensors_is_told_how_to_go_on(kind, shelf):
+    for text in WITHOUT[kind][1]:
+        assert text.replace("NAME", f"'o/{kind}'") in shelf[0][f"o/{kind}"]
+    names = [name for name in WITHOUT[kind][0] if not name.endswith((".safetensors", ".json"))]
+    assert not any(request.endswith(f"/{name}") for request in shelf[2] for name in names)
+
+
+def test_what_an_encoder_names_as_its_base_is_fetched_with_a_note_and_only_once(shelf):
+    results, printed, _, _ = shelf
+    assert results["o/encoder"] == "loaded" and printed.count("note: ") == 1
+    assert f"note: fetching o/tiny at {COMMIT}, which " in printed
+    assert "names as its base" in printed
+
+
+@pytest.mark.parametrize("name, said", [
+    ("o/encoder-path", "runs/x: no such folder"), ("o/encoder-path2", "local/x: no such folder"),
+    ("o/encoder-up", "revision"), ("local/y", "local/y: no such folder"),
+    ("runs/y", "runs/y: no such folder"),
+])
+def test_the_hub_is_not_asked_for_what_looks_like_a_path(name, said, shelf):
+    results, _, requests, _ = shelf
+    assert said in results[name]
+    assert not any("/runs/" in request or "/local/" in request for request in requests)
