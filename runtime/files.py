@@ -99,6 +99,7 @@ def write_file(path: Path, text: str):
     """Write a file beside its place, sync it and rename it: at no moment is it half a file."""
     aside = path.parent / f".{path.name}.writing"
     try:
+        aside.unlink(missing_ok=True)  # a stranger's link there would be written through
         aside.write_text(text)
         sync(aside)
         os.replace(aside, path)

@@ -332,7 +332,7 @@ def stored_run(config, launch: str | None) -> dict | None:
 
 def lock_folder(folder: Path) -> int:
     """An open descriptor that keeps other processes from locking the folder; UserError if taken."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
