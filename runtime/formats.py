@@ -19,7 +19,7 @@ from torch import Tensor
 
 from runtime.errors import UserError, check_text
 from runtime.files import MOST_JSON, open_regular, open_tensors, read_json, sha256_of_files
-from runtime.hub import describe_source, find_model, note, without_tensors
+from runtime.hub import COMPLETE, describe_source, find_model, note, without_tensors
 from runtime.identity import base_changes, base_record
 
 
@@ -36,7 +36,8 @@ class ModelFolder:
         if is_encoder(encoder_of(self.folder)):
             raise UserError(f"{name}: is an encoder, a plain Llama is needed here; name its base, "
                             f"which encoder.json names")
-        if (self.folder / "environment.json").is_file():
+        run = (self.folder / "environment.json").is_file()
+        if run and not any((self.folder / file).exists() for file in COMPLETE):
             raise UserError(f"{name}: is a run that has no encoder yet; end it with --resume")
         self.files = weight_files(self.folder)
         path = self.folder / "config.json"
@@ -204,7 +205,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_places(files: list[Path], tied: bool) -> dict[str, tuple[Path, str]]:
-    """The tensors of a model's files, by their names in a causal language model -> file, name there.
+    """The tensors of a model, by their names in a causal language model -> file, name there.
 
     tied: a lm_head.weight is left out, it is the embedding table. Models saved without their head
     (a LlamaModel) lack the `model.` before each name. UserError for a file that is damaged, and for
@@ -217,8 +218,8 @@ def tensor_places(files: list[Path], tied: bool) -> dict[str, tuple[Path, str]]:
                 if key.endswith("rotary_emb.inv_freq"):  # stored by old Llama-2 shards
                     continue
                 if found.setdefault(key, (path, key))[0] != path:
-                    raise UserError(f"{path}: has the tensor {key}, which {found[key][0].name} has, "
-                                    f"too; fetch the whole model again")
+                    raise UserError(f"{path}: has the tensor {key}, which {found[key][0].name} "
+                                    f"has, too; fetch the whole model again")
     if tied:
         found.pop("lm_head.weight", None)
     bare = not any(key.startswith("model.") for key in found)

@@ -22,8 +22,8 @@ OTHERS = {  # files of a model without model.safetensors -> what they are, and h
     f"with transformers: {SAVE}, and the same with AutoTokenizer",
     r"(?P<gguf_file>[^/]+\.gguf)": "llama.cpp's; convert it once with transformers: "
     f"{SAVE}, and the same with AutoTokenizer",
-    r"(?:original/)?consolidated.*|(?:original/)?params\.json": "in its publisher's own format; take "
-    "the repository in Hugging Face's layout (as a rule its name ends in -hf)",
+    r"(?:original/)?consolidated.*|(?:original/)?params\.json": "in its publisher's own format; "
+    "take the repository in Hugging Face's layout (as a rule its name ends in -hf)",
     r"model\.(?:safetensors\.index\.)?(?P<variant>\w+)(?:-\d+-of-\d+)?\.(?:safetensors|json)":
     f"a variant; save it once under the usual name with transformers: {SAVE}",
     r"model-\d+-of-\d+\.safetensors": "a part; fetch model.safetensors.index.json, too",

@@ -59,7 +59,9 @@ def read_result(path: Path) -> dict:
     return result
 
 
-def finished(path: Path, settings: dict, base_files: Callable[[], str], pinned: bool) -> dict | None:
+def finished(
+    path: Path, settings: dict, base_files: Callable[[], str], pinned: bool
+) -> dict | None:
     """The result in `path`, if there is one; UserError if it was made with other settings.
 
     settings["files"]: sha256 of the task's files, {} if they are not here. base_files: see
@@ -142,20 +144,23 @@ def summary(scores: dict[str, float]) -> list[tuple[str, float | None]]:
     return rows
 
 
-def read_results(name: str, results: Path) -> tuple[str, dict[str, float], str | None, list[str]]:
-    """A column of --compare: its title, scores x 100 by task, the paper's row for it, its notes.
+def read_results(
+    name: str, results: Path
+) -> tuple[str, dict[str, float], str | None, list[str], dict[str, dict]]:
+    """A column of --compare: its title, scores x 100 by task, the paper's row for it, its notes,
+    the hashes of the tasks' files.
 
     `name` is a published row, or a run as a folder of results or as it was given to --model.
     """
     if name in PUBLISHED["rows"]:
         row = zip(PAPER, PUBLISHED["rows"][name])
-        return name, {task: score for task, score in row if score is not None}, None, []
+        return name, {task: score for task, score in row if score is not None}, None, [], {}
     folders = [results / name, results / label_of(name, "memory"), Path(name)]
     files = next((f for folder in folders if (f := sorted(folder.glob("*.json")))), [])
     if files and files[0].parent == Path(name):  # it may be a run's folder, with other files
         files = [path for path in files if path.is_file() and path.stat().st_size <= MOST_JSON
                  and b'"task_name"' in path.read_bytes()]
-    scores, notes, paper = {}, [], None
+    scores, notes, paper, hashes, makers = {}, [], None, {}, set()
     keys = {task["name"]: key for key, task in TASKS.items()}
     for result in map(read_result, files):
         task = keys.get(result["task_name"], result["task_name"])
@@ -164,20 +169,30 @@ def read_results(name: str, results: Path) -> tuple[str, dict[str, float], str |
         known = "format" in settings or not settings.get("history")
         paper = settings.get("paper") if known else None  # format 1 named one whatever the training
         notes += [f"{task}: {note}" for note in result["notes"]]
+        hashes[task], base = settings.get("files"), settings.get("base") or {}
+        if "weights" in base:  # earlier results know less of what made them
+            makers.add(str([base.get("sha256"), *map(settings.get, ("adapters", "sha256"))]))
+    if len(makers) > 1:
+        notes.append(f"{len(makers)} different models have made these scores; evaluate again with "
+                     f"--force")
     if not scores:
         known = [p.name for p in sorted(results.glob("*")) if p.is_dir()] + [*PUBLISHED["rows"]]
         near = get_close_matches(name, known, n=3, cutoff=0.4) or known[:8] + ["..."]
         raise UserError(f"--compare {name}: no results of that name under {results}/, nor a "
                         f"published row; there are {', '.join(near)}")
-    return files[0].parent.name, scores, paper, notes
+    return files[0].parent.name, scores, paper, notes, hashes
 
 
 def compare(names: list[str], results: Path):
     """Print runs side by side, each beside the paper's row for it, with differences."""
-    columns, notes, named = [], [], []
+    columns, notes, named, known = [], [], [], {}
     for name in names:
-        title, scores, paper, said = read_results(name, results)
+        title, scores, paper, said, hashes = read_results(name, results)
         notes += [f"{title}, {note}" for note in said]
+        for task, own in hashes.items():
+            first, before = known.setdefault(task, (title, own))
+            if before and own and before != own:
+                notes.append(f"{task}: {first} and {title} were scored on different files")
         columns.append((title, scores, ".2f"))
         if paper:
             published = read_results(paper, results)[1]

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 import torch
 import yaml
-from helpers import ROOT, TEXTS, K, edit_json, embed_with_transformers, refused
+from helpers import ROOT, TEXTS, K, edit_json, embed_with_transformers, error_line, refused
 from helpers import mteb_demo_tasks, trained_encoder
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -24,9 +24,9 @@ from transformers import AutoModel
 import contrastive
 import export
 import pretrain_ctkd
-from evaluate import evaluate_task, instruction_for
+from evaluate import evaluate_task, instruction_for, open_model
 from export import export_encoder
-from model import EncoderConfig, load_encoder, plain_encoder
+from model import EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.results import result_of, write_result
 
 SHORT = TEXTS[:-1]
@@ -298,3 +298,82 @@ def test_both_commands_export_the_same_files(command, two_stages, tmp_path):
         path.relative_to(found) for path in found.rglob("*") if path.is_file()}
     for path in files - {Path("README.md")}:  # which has the folder's name
         assert (expected / path).read_bytes() == (found / path).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------
+# A folder without a head as a model
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "weighted-mean"])
+@pytest.mark.parametrize("tokens", [300, 320])
+def test_an_encoder_without_memory_tokens_is_exported_and_read_again(
+    pooling, tokens, checkpoint, tmp_path, capsys
+):
+    config = EncoderConfig(0, pooling, "causal", max_tokens=64)
+    encoder = trained_encoder(checkpoint(tokens=tokens), config, train_table=False)
+    expected = encoder.encode(SHORT)
+    save_encoder(encoder, tmp_path / "run/encoder")
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "plain")]) == 0
+    again, method = open_model(str(tmp_path / "plain"), pooling)
+    assert method == pooling and np.abs(again.encode(SHORT) - expected).max() <= 1e-5
+    assert "was exported" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_of_an_exported_encoder_it_is_said_that_it_is_read_in_another_way(
+    two_stages, tmp_path, capsys
+):
+    export_encoder(load_encoder(two_stages[1]), tmp_path / "plain")
+    open_model(str(tmp_path / "plain"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: {tmp_path / 'plain'} was exported from an encoder (memory, "
+                           f"bidirectional, {{text}})") and "weighted-mean, causal" in line
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_model_that_transformers_saved_without_its_head_gives_its_states(
+    tied, kind, checkpoint, tmp_path
+):
+    folder = checkpoint(kind=kind, tie_word_embeddings=tied)
+    expected = plain_encoder(folder).encode(SHORT)
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "bare")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "bare")
+    assert not any(name.startswith("model.") for name in
+                   load_file(tmp_path / "bare/model.safetensors"))
+    bare = plain_encoder(tmp_path / "bare")
+    assert np.array_equal(bare.encode(SHORT), expected)
+    assert bare.base["weights"] != plain_encoder(folder).base["weights"] or tied
+
+
+def test_stage_1_needs_a_head_and_stage_2_does_not(two_stages, run, tmp_path, capsys):
+    export_encoder(load_encoder(two_stages[1]), tmp_path / "plain")
+    capsys.readouterr()
+    error_line(run("one", "--model", tmp_path / "plain", "--steps", 1), capsys,
+               f"{tmp_path / 'plain'}: has no language-model head", "LlamaModel", "contrastive.py")
+    assert run("two", "--model", tmp_path / "plain", "--steps", 1, "--pooling", "mean",
+               stage="ucl") == 0
+    assert len(load_encoder(tmp_path / "two/encoder").encode(["a text"])) == 1
+    assert export.main([str(tmp_path / "two"), str(tmp_path / "again")]) == 0
+    assert len(open_model(str(tmp_path / "again"), "mean")[0].encode(["a text"])) == 1
+
+
+@pytest.mark.parametrize("what, said", [
+    ("base", "encoder.json: missing"), ("exported", "encoder.json: missing"),
+    ("unfinished", "encoder.json: missing"), ("none", "no such folder"),
+])
+def test_what_is_no_encoder_is_not_exported(what, said, two_stages, tiny, tmp_path, capsys):
+    export_encoder(load_encoder(two_stages[1]), tmp_path / "exported")
+    (tmp_path / "unfinished").mkdir()
+    folder = tiny if what == "base" else tmp_path / what
+    error_line(export.main([str(folder), str(tmp_path / "out")]), capsys, folder, said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["run", "run/encoder", "run/"])
+def test_a_runs_folder_stands_for_its_encoder(folder, two_stages, tmp_path, monkeypatch):
+    shutil.copytree(two_stages[1], tmp_path / "run/encoder")
+    monkeypatch.chdir(tmp_path)
+    assert export.main(["merge", folder, "out"]) == 0
+    expected = load_encoder(two_stages[1]).encode(SHORT)
+    assert np.array_equal(load_encoder(folder).encode(SHORT), expected)

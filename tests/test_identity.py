@@ -98,8 +98,8 @@ def config(drop=(), **new):
 
 
 SAME = {
-    "other metadata": other_metadata, "other order": other_order, "two shards": two_shards, "transformers": by_transformers,
-    "old buffers": old_buffers,
+    "other metadata": other_metadata, "other order": other_order, "two shards": two_shards,
+    "transformers": by_transformers, "old buffers": old_buffers,
     "keys that are not read": config(use_cache=False, note="edited", eos_token_id=7),
     "rope_theta in the old place": config(["rope_parameters"], rope_theta=10000),
     "a default left out": config(["rope_parameters", "rope_scaling", "rope_theta"]),
@@ -385,6 +385,25 @@ def test_of_a_result_from_before_it_is_said_what_is_not_known(models, encoded, c
     edit_result(path, [], sha256="0" * 64)
     capsys.readouterr()
     error_line(sts17("--model", "mine"), capsys, "the base model: its weights")
+
+
+def test_what_makes_two_scores_incomparable_is_said_in_a_comparison(models, capsys):
+    assert sts17("--model", "mine") == 0 and sts17("--model", "llama") == 0
+    capsys.readouterr()
+    assert evaluate_main("--compare", "mine", "llama@weighted-mean") == 0
+    printed = capsys.readouterr().out
+    assert "different files" not in printed and "different models" not in printed
+    edit_task(models)
+    config(rms_norm_eps=1e-3)(models / "llama")
+    assert sts17("--model", "llama", "--force") == 0
+    assert evaluate_main("--task", "sickr", "--model", "mine") == 0
+    edit_json(models / "mine/ctkd/adapter_config.json", lora_alpha=64)
+    assert evaluate_main("--task", "sickr", "--model", "mine", "--force") == 0
+    capsys.readouterr()
+    assert evaluate_main("--compare", "mine", "llama@weighted-mean") == 0
+    printed = capsys.readouterr().out
+    assert "note: sts17: mine and llama@weighted-mean were scored on different files" in printed
+    assert "note: mine, 2 different models have made these scores" in printed
 
 
 def test_a_result_without_its_task_is_shown_and_said_to_be_unchecked(models, capsys):

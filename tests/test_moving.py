@@ -157,6 +157,23 @@ def test_auto_is_on_every_machine_the_dtype_that_the_run_began_with(
     assert environment["dtype"] == "torch.float64"
 
 
+@pytest.mark.parametrize("stage", ["ucl"], indirect=True)
+def test_stage_2_may_go_on_from_another_base_on_purpose(stage, command, tiny_copy, tmp_path, capsys):
+    edit_json(tiny_copy / "config.json", rms_norm_eps=1e-3)
+    error_line(command("--base", tiny_copy), capsys, "rms_norm_eps", "--other-base")
+    with signal_after(2, signal.SIGTERM):
+        assert command("--base", tiny_copy, "--other-base") == 143
+    assert "note: " in capsys.readouterr().out
+    error_line(command("--base", tiny_copy, "--resume"), capsys, "other_base: True -> False")
+    assert command("--base", tiny_copy, "--other-base", "--resume") == 0
+    base = load_encoder(tmp_path / "run").base
+    assert base["name"] == str(tiny_copy) and base["trained_on"]["sha256"] != base["sha256"]
+    edit_json(tiny_copy / "config.json", rms_norm_eps=1e-4)
+    capsys.readouterr()
+    error_line(command("--base", tiny_copy, "--other-base", "--resume"), capsys,
+               "the base of this run changed")
+
+
 @pytest.mark.parametrize("stage", ["ctkd"], indirect=True)
 def test_before_the_first_checkpoint_there_is_nothing_to_compare(
     stage, command, tmp_path, capsys
