@@ -28,6 +28,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    from runtime.errors import await_command
+
+    await_command()
+
 import numpy as np
 import torch
 
@@ -38,7 +43,7 @@ from measures import unit
 from model import Encoder, save_encoder
 from runtime.cpu import keep_freed_memory
 from runtime.devices import at_least_fp32, find_device, scoring_dtype
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError, printable, run_command
 from runtime.files import write_file
 from runtime.formats import encoder_of, is_encoder
 from runtime.hub import find_model
@@ -159,7 +164,7 @@ def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
         task = find_task(args.task)
         roles, labels, notes = read_task(task, args.data_dir)
         for note in notes:
-            print(f"note: {note}")
+            print(f"note: {printable(note)}")
         documents = roles.pop("documents", [])
         texts, pairs = [text for role in roles.values() for text in role], None
     texts = list(dict.fromkeys(texts))
@@ -180,13 +185,14 @@ def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
 
 
 def open_named(name: str, args) -> tuple[Encoder, str]:
-    """A model and how it is read; --method and --max-tokens are for untrained models."""
+    """A model and how it is read; --method, --max-tokens and --special-tokens are for untrained
+    models."""
     trained = is_encoder(find_model(encoder_of(name)))
     device = find_device(args.device)
     options = {"base": args.base, "other_base": args.other_base, "device": device,
                "dtype": scoring_dtype(args.dtype, device)}
-    return open_model(name, *((None, None) if trained else (args.method, args.max_tokens)),
-                      **options)
+    plain = (args.method, args.max_tokens, args.special_tokens)
+    return open_model(name, *(() if trained else plain), **options)
 
 
 def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
@@ -202,14 +208,16 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
         more, other = read_states(encoder, method, documents, document=True, **options)
         x, sums = np.concatenate((x, more)), sums + other
     if encoder.cut:
-        print(f"note: {name}: texts cut to {encoder.config.max_tokens} tokens: {encoder.cut:,}")
+        print(f"note: {printable(name)}: texts cut to {encoder.config.max_tokens} tokens: "
+              f"{encoder.cut:,}")
     if not np.isfinite(x).all():
         raise UserError(f"{name}: embeddings with nan or inf; its training diverged")
     random, values = np.random.default_rng(args.seed), spectrum(x)
     found = {"model": name, "method": method, "source": args.text or args.task, "texts": len(x),
              "instruction": instruction, "max_tokens": encoder.config.max_tokens,
              "dtype": str(encoder.dtype), "seed": args.seed, "base": encoder.base,
-             "sha256": encoder.sha256, "kept_tokens": list(encoder.config.kept_tokens),
+             "sha256": encoder.sha256, "special_tokens": encoder.config.special_tokens,
+             "kept_tokens": list(encoder.config.kept_tokens),
              "spectrum": values.tolist(), **dimensions(values),
              "uniformity": uniformity(x[random.permutation(len(x))[:PAIRS_OF]]),
              "alignment": alignment(*x[pairs.T]) if pairs is not None and len(pairs) else None}
@@ -238,7 +246,7 @@ def print_table(results: list[dict]):
         return "-" if value is None else format(value, form)
 
     for r in results:
-        cells = [r["model"], f"{r['entropy']:.1f}", f"{r['participation']:.1f}",
+        cells = [printable(r["model"]), f"{r['entropy']:.1f}", f"{r['participation']:.1f}",
                  str(r["above_1_percent"]), f"{r['uniformity']:.3f}", cell(r["alignment"], ".3f"),
                  cell(r.get("mean_cosine"), ".3f"),
                  f"{len(r['clusters'])} of {len(r['cosines'])}" if "clusters" in r else "-"]
@@ -317,7 +325,7 @@ def run(args: argparse.Namespace):
     folders = [find_model(encoder_of(name)) for name in args.model]
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     source = read_source(args)
-    print(f"{len(source[0]) + len(source[1]):,} texts of {args.text or args.task}")
+    print(f"{len(source[0]) + len(source[1]):,} texts of {printable(args.text or args.task)}")
     results = []
     for name in args.model:
         found, encoder = analyse(name, source, args)
@@ -335,8 +343,7 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = parse_arguments(argv)
-    return run_command(lambda: run(args))
+    return run_command(lambda: run(parse_arguments(argv)), "the same command begins anew")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,11 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    from runtime.errors import await_command
+
+    await_command()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,10 +36,8 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record  # tracebacks for torchrun
 from torch.utils.checkpoint import checkpoint
 
-from data.batches import (
-    Sentences, TripleRows, open_triples, preview, require_rows, token_batches,
-)
-from data.corpora import first_process
+from data.batches import Sentences, TripleRows, open_triples, require_rows, token_batches
+from data.batches import print_preview
 from data.tokenizer import INSTRUCTED, check_special_tokens
 from lora import TARGETS, LoraConfig, add_lora, merge_lora
 from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
@@ -121,8 +124,7 @@ class Config(RunConfig):
                          "folder, hub repository, or demo", resumable="place")
     revision: str = setting("", "branch, tag or commit of a hub model", resumable="place")
     base: str = setting("", "path of the encoder's base model, if it has moved", resumable=True)
-    other_base: bool = setting(False, "take that base even if it is another one than the encoder "
-                               "was trained on")
+    other_base: bool = setting(False, "take another base than the encoder was trained on")
     text: str = setting("wiki1m", "ucl: a .txt, a .jsonl (also .gz), wiki1m, wikitext103, or demo",
                         resumable="place")
     num_texts: int = setting(128000, "ucl: use the first N texts; 0 = all", least=0)
@@ -146,6 +148,8 @@ class Config(RunConfig):
                                "pretrain_ctkd.py", ("auto", "mean", "normal"))
     template: str = setting("", "of a plain Llama's texts, like 'query: {text}</s>'")
     document_template: str = setting("", "of a plain Llama's documents")
+    special_tokens: str = setting("auto", "of a plain Llama, see pretrain_ctkd.py; auto = literal",
+                                  ("auto", "literal", "parsed"), older="parsed")
     # the official code's 512 and 1,024 have its 8 memory tokens in them
     max_tokens: int = setting(504, "cut texts and queries to this, BOS counted; the K memory "
                               "tokens come on top", least=10)
@@ -263,16 +267,15 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
         shape = EncoderConfig(
             (config.memory_tokens or 8) if pooling == "memory" else 0, pooling,
             "bidirectional" if config.attention == "auto" else config.attention,
-            config.max_tokens, config.template or "{text}", config.document_template)
+            config.max_tokens, config.template or "{text}", config.document_template,
+            special_tokens="literal" if config.special_tokens == "auto" else config.special_tokens)
         encoder = plain_encoder(name, shape, config.revision or None, *place)
         check_special_tokens(encoder.tokenizer, (shape.template, shape.document_template))
         return encoder.requires_grad_(False), None
     encoder = load_encoder(folder, config.base or None, *place, other_base=config.other_base)
-    own = {"pooling": encoder.config.pooling, "attention": encoder.config.attention,
-           "memory_tokens": encoder.config.num_memory_tokens,
-           "memory_init": "memory rows of its own",
-           "template": encoder.config.template,
-           "document_template": encoder.config.document_template}
+    alike = ("pooling", "attention", "template", "document_template", "special_tokens")
+    own = {key: getattr(encoder.config, key) for key in alike} | {
+        "memory_tokens": encoder.config.num_memory_tokens, "memory_init": "memory rows of its own"}
     for key, trained in own.items():
         if getattr(config, key) not in ("", "auto", 0, trained):
             raise UserError(f"{flag(key)} {getattr(config, key)}: {name} was trained with "
@@ -316,13 +319,6 @@ def open_data(config: Config, encoder: Encoder, progress: bool) -> Sentences | T
                           one_file=config.batches == "single-dataset")
     require_rows(data.sizes, config.batch_size)
     return data
-
-
-def dry_run(config: Config):
-    """Read all data, without a model, and print the header and five rows; nothing is written."""
-    check(config)
-    if first_process():
-        print(f"data   {preview(config)}")
 
 
 def prepare(config: Config, run: Run) -> tuple[Encoder, Path | None, Sentences | TripleRows]:
@@ -469,15 +465,15 @@ def report(config: Config, device: torch.device):
     from evaluate import demo_sts, open_model
 
     folder = Path(config.out)
-    options = {"dtype": scoring_dtype(None, device), "device": str(device)}
+    options = {"dtype": scoring_dtype(None, device), "device": str(device),
+               "base": config.base or None, "other_base": config.other_base,
+               "revision": config.revision or None}
     print("\nembedded STS set (325 pairs), Spearman x 100")
     rows = {"before": config.model, config.stage: folder / "encoder"}
     if is_encoder(folder / "best"):
         rows[f"{config.stage}, best"] = folder / "best"
     for name, model in rows.items():
-        encoder, method = open_model(str(model), base=config.base or None,
-                                     revision=config.revision or None,
-                                     other_base=config.other_base, **options)
+        encoder, method = open_model(str(model), **options)
         if not encoder.history:  # a plain Llama, cut like what was trained from it
             encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
         stages = " + ".join(entry["stage"] for entry in encoder.history) or f"untrained, {method}"
@@ -496,7 +492,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a contrastive stage from its command line; returns the exit code (see run_stage)."""
     config = parse_arguments(argv)
     if config.dry_run:
-        return run_command(lambda: dry_run(config))
+        return run_command(lambda: check(config) or print_preview(config))
     return run_stage(config, check, train, report)
 
 

@@ -16,22 +16,28 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    from runtime.errors import await_command
+
+    await_command()
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.corpora import read_lines
+from data.lines import list_unread, parse_json, read_lines
 from evaluate import add_reading_flags, encoding, open_model, over_ranks
 from measures import unit
 from runtime.devices import scoring_dtype
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError, printable, run_command
 from runtime.files import read_json, write_file
+from runtime.identity import identity
 from runtime.ranks import Ranks, join_ranks
 
 BLOCK = 1024  # texts between two notes of how far it is
@@ -120,9 +126,9 @@ class Embeddings:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, fields: list[str]) -> Iterator[str]:
+def read_file(path: Path, fields: list[str], unread: Counter | None = None) -> Iterator[str]:
     """The texts of a file, one at a time, an empty line of a .txt among them; UserError with file
-    and line."""
+    and line. `unread` counts the fields that are not read."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("txt", "jsonl"):
         raise UserError(f"{path}: unknown kind of file; name a .txt or a .jsonl (or .gz of them)")
@@ -131,15 +137,17 @@ def read_file(path: Path, fields: list[str]) -> Iterator[str]:
             yield line.rstrip("\r\n")
         elif line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 found = [row[name] for name in fields]
-            except (ValueError, RecursionError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: no object with the fields "
                                 f"{', '.join(fields)} ({error!r}); name its own with --field")
             for name, value in zip(fields, found):
                 if not isinstance(value, str):
                     raise UserError(f"{path}, line {number}: {name} is {str(value)[:50]!r}, a "
                                     f"text is expected")
+            if unread is not None:
+                unread.update(row.keys() - set(fields))
             yield found[0] if len(found) == 1 else " ".join(filter(None, found))
 
 
@@ -186,17 +194,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, ranks: Ranks):
     """Embed what is not there yet."""
     encoder, method = open_model(
-        args.model, args.method, args.max_tokens, base=args.base, device=ranks.device,
+        args.model, args.method, args.max_tokens, args.special_tokens, base=args.base,
+        other_base=args.other_base, device=ranks.device,
         dtype=scoring_dtype(args.dtype, ranks.device))
     encode = over_ranks(partial(
         encoding(encoder, method), instruction=args.instruction, document=args.document,
         batch_tokens=args.batch_tokens), ranks)
-    out, path = Path(args.out), Path(args.texts)
-    n, digest = count(read_file(path, args.field))
+    out, path, unread = Path(args.out), Path(args.texts), Counter()
+    n, digest = count(read_file(path, args.field, unread))
+    for line in list_unread(unread) if ranks.rank == 0 else ():
+        print(f"note: {printable(args.texts)}: {line}", flush=True)
     if not n:
         raise UserError(f"{path}: no text in it; name a file with at least one")
     about = {"shape": [n, encoder.table.shape[1]], "texts": digest, "method": method,
-             "encoder": [encoder.base, encoder.sha256, asdict(encoder.config)],
+             "encoder": identity(encoder),
              "reading": [args.instruction, args.document, args.normalize, args.half,
                          str(encoder.dtype)]}
     about = json.loads(json.dumps(about))
@@ -212,20 +223,19 @@ def run(args: argparse.Namespace, ranks: Ranks):
             bar.update(len(block))
     if found:
         found.note.unlink()
-        print(f"wrote {out}: {n:,} x {about['shape'][1]}, {found.dtype}; "
+        print(f"wrote {printable(args.out)}: {n:,} x {about['shape'][1]}, {found.dtype}; "
               f"{found.state['cut']:,} texts cut to {encoder.config.max_tokens} tokens")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = parse_arguments(argv)
-
     def command():
         """What the arguments ask for."""
+        args = parse_arguments(argv)
         with join_ranks(args.device, args.threads, args.timeout) as ranks:
             run(args, ranks)
 
-    return run_command(command)
+    return run_command(command, "what is embedded is kept, the same command goes on")
 
 
 if __name__ == "__main__":

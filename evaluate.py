@@ -25,6 +25,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    from runtime.errors import await_command
+
+    await_command()
+
 import numpy as np
 import torch
 
@@ -32,22 +37,13 @@ from data.tasks import LAYOUT, TASKS, find_file, folder_task, read_task, task_pl
 from measures import KINDS
 from model import PLAIN, Encoder, load_encoder, plain_encoder
 from runtime.devices import scoring_dtype
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError, print_error, printable, run_command
 from runtime.files import sha256_of_files
 from runtime.formats import encoder_of, is_encoder, weight_files
 from runtime.hub import find_model, note
 from runtime.ranks import Ranks, join_ranks
 from runtime.results import (
-    FORMAT,
-    GROUPS,
-    PAPER,
-    PUBLISHED,
-    compare,
-    finished,
-    label_of,
-    result_of,
-    summary,
-    write_result,
+    FORMAT, GROUPS, PAPER, PUBLISHED, compare, finished, label_of, result_of, summary, write_result,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -147,20 +143,23 @@ def newest_encoder() -> str:
 
 
 def open_model(
-    name: str, method: str | None = None, max_tokens: int | None = None, **options
+    name: str, method: str | None = None, max_tokens: int | None = None,
+    special_tokens: str | None = None, **options
 ) -> tuple[Encoder, str]:
     """An encoder, and the method it is read by: `memory` if trained, else a training-free one.
 
     `name` is an encoder folder, a run's folder, a Llama's folder or a hub repository; `options` go
-    to model.load_encoder or plain_encoder. UserError if `method` or `max_tokens` (512 for a plain
-    Llama) contradicts the training.
+    to model.load_encoder or plain_encoder. UserError if `method`, `max_tokens` (512 for a plain
+    Llama) or `special_tokens` (literal for one) contradicts the training.
     """
     name = encoder_of(name)
     folder = find_model(name, options.get("revision"))
     if is_encoder(folder):
         encoder = load_encoder(name, **options)
         for flag, given, trained in (("--method", method, encoder.config.pooling),
-                                     ("--max-tokens", max_tokens, encoder.config.max_tokens)):
+                                     ("--max-tokens", max_tokens, encoder.config.max_tokens),
+                                     ("--special-tokens", special_tokens,
+                                      encoder.config.special_tokens)):
             if given not in (None, trained):
                 raise UserError(f"{flag} {given}: {name} was trained with {trained}; leave {flag} "
                                 f"out, or name its base with --model")
@@ -172,7 +171,8 @@ def open_model(
         options.pop(key, None)
     method = method or "weighted-mean"
     config = replace(PLAIN, pooling=METHODS[method]["pooling"], max_tokens=max_tokens or 512,
-                     template=METHODS[method]["prompts"][0])
+                     template=METHODS[method]["prompts"][0],
+                     special_tokens=special_tokens or PLAIN.special_tokens)
     encoder = plain_encoder(name, config, **options)
     if about := encoder.base.get("exported"):
         own = [str(about.get(key)) for key in ("pooling", "attention", "template")]
@@ -363,6 +363,9 @@ def add_reading_flags(add: Callable):
     add("--base", help="path of an encoder's base model, if it has moved")
     add("--other-base", action="store_true", help="take that base even if it is another one than "
         "the encoder was trained on; recorded with what is made")
+    add("--special-tokens", choices=["literal", "parsed"], help="for a plain Llama: </s> and the "
+        "like in a text as literal letters (default), or parsed as transformers does; an encoder "
+        "knows its own")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--dtype", choices=["float32", "bfloat16"],
         help="default: bfloat16 on cuda, float32 elsewhere")
@@ -411,9 +414,9 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
     say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
     name = args.model or newest_encoder()
     dtype = scoring_dtype(args.dtype, ranks.device)
-    encoder, method = open_model(name, args.method, args.max_tokens, base=args.base,
-                                 other_base=args.other_base, revision=args.revision,
-                                 dtype=dtype, device=ranks.device)
+    encoder, method = open_model(name, args.method, args.max_tokens, args.special_tokens,
+                                 base=args.base, other_base=args.other_base,
+                                 revision=args.revision, dtype=dtype, device=ranks.device)
     label = label_of(name, "memory" if encoder.history else method, args.instruction)
     folder = Path(args.results) / label
     common = score_settings(encoder, name, method, ranks)
@@ -428,7 +431,7 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
         jobs[key] = path, settings, result
 
     chosen = "  (the newest encoder under runs/)" if not args.model and name != "demo" else ""
-    say(f"model   {name}{'  (the embedded tiny Llama)' if name == 'demo' else chosen}\n"
+    say(f"model   {printable(name)}{'  (the embedded tiny Llama)' if name == 'demo' else chosen}\n"
         f"method  {method}, {encoder.config.attention}, {str(dtype).removeprefix('torch.')}\n\n"
         f"{'task':<26}{'main score':<17}{'x 100':>7}{'seconds':>9}")
     encode, scores, failed = encoding(encoder, method), {}, False
@@ -444,7 +447,7 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
                     batch_tokens=args.batch_tokens, progress=key if ranks.rank == 0 else "")
             except UserError as error:  # continue with the other tasks
                 failed = True
-                print(f"error: {error}", file=sys.stderr)
+                print_error(error)
                 continue
             mark, seconds = "", time.perf_counter() - start
             result = result_of(tasks[key], found, settings, seconds)
@@ -452,28 +455,28 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
                 write_result(path, result)
         if ranks.rank == 0:
             scores[key] = 100 * result["scores"]["test"][0]["main_score"]
-            say(f"{key:<26}{KINDS[tasks[key]['kind']][1]:<17}{scores[key]:>7.2f}"
+            say(f"{printable(key):<26}{KINDS[tasks[key]['kind']][1]:<17}{scores[key]:>7.2f}"
                 f"{result['evaluation_time']:>9.1f}{mark}")
             if settings["instruction"] or "{instruction}" in encoder.config.template:
-                say(f"  instruction: {settings['instruction'] or 'none'}")
+                say(f"  instruction: {printable(settings['instruction']) or 'none'}")
             for note in result["notes"]:
-                say(f"  note: {note}")
+                say(f"  note: {printable(note)}")
     for title, mean in summary(scores):
         say(f"{title:<43}{'-' if mean is None else f'{mean:.2f}':>7}")
     if common["paper_differs"] and encoder.history:
         say(f"not compared with a row of the paper: {common['paper_differs']}")
     if scores:
-        say(f"\nwritten to {folder}/")
+        say(f"\nwritten to {printable(folder)}/")
     return 2 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 2 after a UserError, or a file or folder that
-    cannot be used, 1 if another rank was lost."""
-    args = parse_arguments(argv)
+    cannot be used, 1 if another rank was lost, 128 + the number of a signal."""
 
     def command() -> int | None:
         """What the arguments ask for."""
+        args = parse_arguments(argv)
         if args.list:
             return list_tasks()
         if args.compare:
@@ -482,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
         with join_ranks(args.device, args.threads, args.timeout) as ranks:
             return run(args, tasks, ranks)
 
-    return run_command(command)
+    return run_command(command, "finished tasks are kept, the same command goes on")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    from runtime.errors import await_command
+
+    await_command()
+
 import tokenizers
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -103,7 +108,11 @@ def tokenizer_with_memory(encoder: Encoder) -> tokenizers.Tokenizer:
     UserError if the tokenizer's ids have gaps, or if it has such tokens already.
     """
     v, memory = encoder.llama.config.vocab_size, memory_names(encoder)
-    tokenizer = tokenizers.Tokenizer.from_str(encoder.tokenizer.backend.to_str())
+    about = json.loads(encoder.tokenizer.file.read_text(encoding="utf-8"))
+    # without a pad token beyond the table, whose id the first memory token has
+    about["added_tokens"] = [t for t in about.get("added_tokens", []) if t["id"] < v]
+    about |= {"truncation": None, "padding": None}
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(about))
     # every id of the table gets a token, in order: those that the tokenizer lacks, then the memory
     new = [f"<unused_{i}>" for i in range(tokenizer.get_vocab_size(), v)] + memory
     taken = [token for token in new if tokenizer.token_to_id(token) is not None]
@@ -160,8 +169,10 @@ def tokenizer_files(encoder: Encoder, tokenizer: tokenizers.Tokenizer) -> dict[s
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": first,
                 "pad_token": first, "padding_side": "right",  # the mask tells them apart
                 "model_max_length": c.max_tokens + c.num_memory_tokens}
-    if is_prompted(encoder):
+    if is_prompted(encoder):  # its own control tokens must be read as such
         settings["chat_template"] = chat_template(encoder)
+    elif c.special_tokens == "literal":
+        settings["split_special_tokens"] = True
     return {"tokenizer_config.json": settings}
 
 
@@ -237,8 +248,9 @@ def task_prompts(encoder: Encoder) -> dict[str, str]:
     if "{instruction}" not in encoder.config.template:
         return {}
     only_queries = ("retrieval", "reranking")
+    of_paper = {key: task for key, task in TASKS.items() if "group" in task}
     return {task["name"] + "-query" * (task["kind"] in only_queries):
-            instruction_for(key, "auto", encoder) for key, task in TASKS.items() if task.get("group")}
+            instruction_for(key, "auto", encoder) for key, task in of_paper.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -369,8 +381,8 @@ def results_of(name: str, encoder: Encoder, folder: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -383,19 +395,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--license", default="", help="the base's, for the card: apache-2.0, ...")
     parser.add_argument("--results", default="results", help="evaluate.py's, for the card")
-    args = parser.parse_args(argv[1:] if argv[:1] == ["merge"] else argv)
+    return parser.parse_args(argv[1:] if argv[:1] == ["merge"] else argv)
 
-    def run():
-        if Path(args.out).exists():
-            raise UserError(f"{args.out}: exists already; name a new folder")
-        dtype = getattr(torch, args.dtype)
-        encoder = load_encoder(args.encoder, args.base, dtype, other_base=args.other_base)
-        results = results_of(args.encoder, encoder, Path(args.results))
-        export_encoder(encoder, args.out, args.license, results)
-        said = f", {len(results)} score{'s'[: len(results) != 1]} in its card" * bool(results)
-        print(f"wrote {args.out}{said}")
 
-    return run_command(run)
+def run(args: argparse.Namespace):
+    """Export, and say where a reader of the folder has to take care."""
+    if Path(args.out).exists():
+        raise UserError(f"{args.out}: exists already; name a new folder")
+    dtype = getattr(torch, args.dtype)
+    encoder = load_encoder(args.encoder, args.base, dtype, other_base=args.other_base)
+    results = results_of(args.encoder, encoder, Path(args.results))
+    export_encoder(encoder, args.out, args.license, results)
+    said = f", {len(results)} score{'s'[: len(results) != 1]} in its card" * bool(results)
+    print(f"wrote {args.out}{said}")
+    if encoder.tokenizer.special and is_prompted(encoder):
+        some = ", ".join(list(encoder.tokenizer.special)[:3])
+        print(f"note: in a text, {some} are letters to this encoder, and tokens to readers of the "
+              f"folder's chat template (docs/runs.md)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(lambda: run(parse_arguments(argv)), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    from runtime.errors import await_command
+
+    await_command()
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -34,7 +39,7 @@ from measures import pack_scores, unit, unpack_scores
 from model import Encoder
 from runtime.cpu import keep_freed_memory
 from runtime.devices import find_device, scoring_dtype, to_device
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError, printable, run_command
 from runtime.files import sha256_of_json
 from runtime.identity import identity
 
@@ -277,18 +282,19 @@ def run(args: argparse.Namespace):
     keep_freed_memory()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device, out = find_device(args.device), Path(args.out)
-    encoder, method = open_model(args.model, args.method, args.max_tokens, base=args.base,
-                                 other_base=args.other_base, revision=args.revision, device=device,
+    encoder, method = open_model(args.model, args.method, args.max_tokens, args.special_tokens,
+                                 base=args.base, other_base=args.other_base,
+                                 revision=args.revision, device=device,
                                  dtype=scoring_dtype(args.dtype, device))
     rows = open_rows(args, encoder)
     pool = Pool(rows, args.corpus)
     pool.require(args.negatives)
-    print(f"model  {args.model}, {method}\ncorpus {pool.size:,} texts; it lacks "
+    print(f"model  {printable(args.model)}, {method}\ncorpus {pool.size:,} texts; it lacks "
           f"{sum(pool.pairs[:, 1] >= pool.size):,} rows' positives\nrows   {len(rows):,}, "
           f"{pool.count - len(pool.documents):,} queries; instruction: "
-          f"{' | '.join(sorted(rows.instructions)) or 'none'}", flush=True)
+          f"{printable(' | '.join(sorted(rows.instructions))) or 'none'}", flush=True)
     for note in rows.notes:
-        print(f"note: {note}", flush=True)
+        print(f"note: {printable(note)}", flush=True)
     about = {"encoder": sha256_of_json([identity(encoder), method, str(encoder.dtype)]),
              "corpus": pool.sha256(), "shape": [pool.count, encoder.table.shape[1]]}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -308,8 +314,7 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = parse_arguments(argv)
-    return run_command(lambda: run(args))
+    return run_command(lambda: run(parse_arguments(argv)), "the same command goes on where it was")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import lora
 from data.batches import token_batches
-from data.tokenizer import Tokenizer, Tokens, choose_template
-from lora import LoraConfig, LoraLinear
+from data.tokenizer import Tokenizer, Tokens, check_texts, choose_template
+from lora import LoraConfig, LoraLinear, load_adapter, merge_lora, save_adapter
 from runtime import cpu, cuda, formats
 from runtime.devices import at_least_fp32, flat_ids, pack, to_device
 from runtime.files import write_folder
@@ -288,6 +287,7 @@ class EncoderConfig:
     document_template: str = ""
     kept_tokens: tuple = ()  # memory tokens that make the embedding, empty for all (collapse.py)
     bos: int = -1  # id of the token before each text; -1: the base's own
+    special_tokens: str = "literal"  # </s> in a text: its letters; or parsed, as transformers does
 
     def __post_init__(self):
         formats.check_encoder_config(self, self.__annotations__, ("memory", *POOLINGS))
@@ -307,8 +307,7 @@ class Encoder(nn.Module):
         self.llama, self.tokenizer, self.config = llama, tokenizer, config
         self.table = llama.model.embed_tokens.weight  # (V, D), g_phi's until it is trained
         self.memory_tokens = nn.Parameter(self.table.new_zeros(0, self.table.shape[1]))
-        self.adapters = False  # whether the adapters on the Llama take part
-        self.lora_config = LoraConfig()
+        self.adapters, self.lora_config = False, LoraConfig()  # whether the adapters take part
         self.base: dict = {}  # what the Llama is: name, revision, sha256 and what it is made of
         self.sha256 = ""  # of what was trained: adapters, memory tokens, table
         self.loaded: list[list] = []  # stage, r, alpha, targets of each stored adapter
@@ -383,10 +382,10 @@ class Encoder(nn.Module):
     ) -> Tokens:
         """Each text in its template, cut to max_tokens (default: the encoder's)."""
         c, limit = self.config, max_tokens or self.config.max_tokens
-        base, window = self.tokenizer.file.parent, self.llama.config.sliding_window
-        formats.check_window(base, window, limit, c.num_memory_tokens)
+        window = self.tokenizer.file.parent, self.llama.config.sliding_window
+        formats.check_window(*window, limit, c.num_memory_tokens)
         template = choose_template(c.template, c.document_template, instruction, document)
-        return self.tokenizer.read(texts, template, limit)
+        return self.tokenizer.read(texts, template, limit, instruction)
 
     def batches(self, texts: list[str], instruction="", document=False, batch_tokens=4096,
                 progress: bool | str = False):
@@ -406,10 +405,12 @@ class Encoder(nn.Module):
                progress: bool | str = False) -> np.ndarray:
         """Texts -> (n, D) float32, in their order; long texts are cut, memory tokens never.
 
-        `instruction` goes before each text; `document` says that they are documents to be found.
-        Texts of similar length share a pass of up to `batch_tokens` tokens. `progress`: show a bar.
+        `encode(["what is an owl"], instruction="Find it")`: one instruction, before each text;
+        `document` says that they are documents to be found. Texts of similar length share a pass of
+        up to `batch_tokens` tokens. `progress`: show a bar. TextError for what is no list of texts.
         """
-        was_training, out = self.training, np.empty((len(texts), self.table.shape[1]), np.float32)
+        texts, was_training = check_texts(texts), self.training
+        out = np.empty((len(texts), self.table.shape[1]), np.float32)
         self.eval()
         for batch, row, lengths, tails in self.batches(texts, instruction, document, batch_tokens,
                                                        progress):
@@ -443,8 +444,8 @@ def plain_encoder(name: str | Path, config=PLAIN, revision=None, dtype=torch.flo
     """A Llama as it is, with one of the classic poolings: the training-free methods."""
     files = formats.ModelFolder(name, revision, BASES, base_of)
     llama = build_llama(files, dtype, device)
-    sizes = llama.config.vocab_size, llama.config.bos_token_id
-    encoder = Encoder(llama, Tokenizer(files.folder, *sizes, config.bos), config)
+    sizes, reading = (llama.config.vocab_size, llama.config.bos_token_id), config.special_tokens
+    encoder = Encoder(llama, Tokenizer(files.folder, *sizes, config.bos, reading), config)
     encoder.base = files.record(encoder.tokenizer.bos)
     return encoder
 
@@ -462,14 +463,13 @@ def load_encoder(name: str | Path, base: str | None = None, dtype=torch.float32,
         encoder = plain_encoder(place[0], config, place[1], dtype, device, base_of=place[2])
     formats.check_base(encoder, folder, recorded, other_base)
     for entry in history:
-        lora.merge_lora(encoder.llama)  # the adapter before: only the last one stays apart
-        encoder.lora_config = c = lora.load_adapter(encoder.llama, folder / entry["stage"])
+        merge_lora(encoder.llama)  # the adapter before: only the last one stays apart
+        encoder.lora_config = c = load_adapter(encoder.llama, folder / entry["stage"])
         encoder.loaded.append([entry["stage"], c.r, c.alpha, *c.targets])
     (v, d), k = encoder.table.shape, config.num_memory_tokens
     rows = formats.read_embeddings(folder, {"memory_tokens": (k, d), "embed_tokens": (v, d)})
     for key, tensor in rows.items():
-        key = "table" if key == "embed_tokens" else key
-        setattr(encoder, key, nn.Parameter(tensor.to(device)))
+        setattr(encoder, "table" if key == "embed_tokens" else key, nn.Parameter(tensor.to(device)))
     encoder.adapters, encoder.history = True, history
     encoder.sha256 = formats.encoder_hash(folder, [entry["stage"] for entry in history])
     return encoder.requires_grad_(False).eval()
@@ -486,8 +486,8 @@ def save_encoder(encoder: Encoder, folder: str | Path, earlier: Path | None = No
         tensors["embed_tokens"] = encoder.table
     with write_folder(Path(folder)) as aside:
         formats.copy_adapters(earlier, stages[:-1], aside)
-        lora.save_adapter(encoder.llama, encoder.lora_config, aside / stages[-1],
-                          encoder.base["name"])
+        save_adapter(encoder.llama, encoder.lora_config, aside / stages[-1],
+                     encoder.base["name"])
         formats.write_tensors(aside / "embeddings.safetensors", tensors)
         formats.write_encoder_json(aside, {"base": encoder.base, **asdict(encoder.config),
                                            "history": encoder.history})

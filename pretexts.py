@@ -126,7 +126,7 @@ def ebae_ebar(encoder: Encoder, batch: SplitBatch, config) -> Tensor:
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[np.ndarray]:
     """The token ids of a prompt before and after its {text}."""
-    return [ids[len(tokenizer.bos) :] for ids in tokenizer.encode(prompt.split("{text}"))]
+    return [ids[len(tokenizer.bos) :] for ids in tokenizer.encode(tokenizer.frame(prompt))]
 
 
 # ---------------------------------------------------------------------------------------------

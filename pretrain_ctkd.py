@@ -24,6 +24,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    from runtime.errors import await_command
+
+    await_command()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -173,6 +178,9 @@ class Config(RunConfig):
                                "spread like its rows", ("mean", "normal"))
     attention: str = setting("bidirectional", "of the encoder", ("bidirectional", "causal"))
     bos: int = setting(-1, "id of the token before each text; -1 = the base's own", least=-1)
+    special_tokens: str = setting("literal", "</s> and the like in a text: literal letters, or "
+                                  "parsed as transformers does", ("literal", "parsed"),
+                                  older="parsed")
     train_embeddings: str = setting("all", "train the whole table, or only the K memory rows",
                                     ("all", "memory"))
     num_texts: int = setting(32000, "use the first N texts; 0 = all", least=0)
@@ -247,6 +255,7 @@ def new_encoder(config: Config, run: Run) -> Encoder:
     pretext = config.objective in pretexts.OBJECTIVES
     shape = EncoderConfig(config.memory_tokens, attention=config.attention,
                           max_tokens=config.max_tokens, bos=config.bos,
+                          special_tokens=config.special_tokens,
                           **pretexts.SHAPES.get(config.objective, {}))
     encoder = plain_encoder(config.model, shape, config.revision or None, run.dtype,
                             run.ranks.device)

@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    return run_command(lambda: run(args, argv))
+    return run_command(lambda: run(args, argv), "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,38 @@ no library version can drop or double them; anything appended after a text (EOS)
 """
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
-from runtime.errors import UserError, check_text
+from runtime.errors import TextError, UserError, check_text
 
 INSTRUCTED = "{instruction}:{text}\n"  # the one template with instructions (paper, official code)
 CHUNK = 512  # texts tokenised per call: bounds the memory of the library's Encoding objects
+
+
+def check_texts(texts) -> list[str]:
+    """The texts as a list; TextError for what is no sequence of texts, with the index of what is
+    no text.
+
+    A list, a tuple, an array or a column of texts will do; a str is not taken for its characters,
+    nor a dict for its keys, and a set has no order.
+    """
+    if (isinstance(texts, str | bytes | bytearray | Mapping) or getattr(texts, "ndim", 1) != 1
+            or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__"))):
+        raise TextError(f"texts is {repr(texts)[:60]}, of the type {type(texts).__name__}; a list "
+                        f"of texts is expected: [text] for a single one, list(texts) for others")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if isinstance(text, list | tuple):
+            raise TextError(f"texts[{i}] is {repr(text)[:60]}, a {type(text).__name__}; each text "
+                            f"is a str, and an instruction is given once beside them: "
+                            f"encode([text, ...], instruction=...)")
+        check_text(text, f"texts[{i}]")
+    return texts
 
 
 def choose_template(
@@ -23,28 +45,27 @@ def choose_template(
 ) -> str:
     """The template in which texts with (or without) an instruction, or documents, are read.
 
-    UserError if the template has no place for the instruction.
+    UserError if it has no place for the instruction.
     """
-    if document and document_template:
-        return document_template
     check_text(instruction, "instruction")
+    own = document_template if document and document_template else ""
     if not instruction:
-        return "{text}" if "{instruction}" in template else template
-    if template == "{text}":
-        template = INSTRUCTED
+        return own or ("{text}" if "{instruction}" in template else template)
+    template = own or (INSTRUCTED if template == "{text}" else template)
     if "{instruction}" not in template:
-        raise UserError(f"instruction {instruction!r}: the template {template[:60]!r} has no place "
-                        f"for one; leave the instruction out")
-    return template.replace("{instruction}", instruction)
+        raise UserError(f"instruction {instruction[:60]!r}: the template {template[:60]!r} has no "
+                        f"place for one; leave the instruction out")
+    return template
 
 
 def check_special_tokens(tokenizer: "Tokenizer", templates: tuple[str, ...]):
     """UserError if a template has a special token like </s> that the tokenizer does not know."""
     for template in templates:
         for token in re.findall(r"<[^<>\s]+>", template):
-            if tokenizer.backend.token_to_id(token) is None:
-                raise UserError(f"template {template!r}: {token} is no token of {tokenizer.file}; "
-                                f"write its own end-of-text token")
+            found = tokenizer.backend.token_to_id(token)
+            if found is None or found >= tokenizer.vocab_size:
+                raise UserError(f"template {template!r}: {token} is no token of {tokenizer.file} "
+                                f"that the model knows; write its own end-of-text token")
 
 
 class Tokens(NamedTuple):
@@ -56,16 +77,22 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """Texts -> int32 arrays of token ids that begin with BOS."""
+    """Texts -> int32 arrays of token ids that begin with BOS.
 
-    def __init__(self, folder: Path, vocab_size: int, bos_token_id: int | None = None, bos=-1):
+    A special token (`special` in tokenizer.json: </s>, <|im_end|>) in a text is `literal`, the
+    letters that it is written in, or `parsed`, the token itself, as transformers reads it. In a
+    template it is always the token.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, bos_token_id: int | None = None, bos=-1,
+                 special_tokens="literal"):
         """Read folder/tokenizer.json; `vocab_size` rows exist in the model's table.
 
         bos: the id to be put before each text in place of the checkpoint's own, if not negative.
-        Raises UserError if the file is missing or damaged, if it has ids the model lacks, or if
-        neither its post-processor nor `bos_token_id` (config.json) says what BOS is.
+        Raises UserError if the file is missing or damaged, if its vocabulary has ids that the model
+        lacks, or if neither its post-processor nor `bos_token_id` (config.json) says what BOS is.
         """
-        self.file = Path(folder) / "tokenizer.json"
+        self.file, self.vocab_size = Path(folder) / "tokenizer.json", vocab_size
         if not self.file.is_file():
             raise UserError(f"{self.file}: missing; save the fast tokenizer beside the weights")
         try:
@@ -74,22 +101,29 @@ class Tokenizer:
             raise UserError(f"{self.file}: not a tokenizer.json ({error}); fetch it again")
         self.backend.no_truncation()
         self.backend.no_padding()
-        largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        if largest >= vocab_size:
+        added = self.backend.get_added_tokens_decoder()
+        ids = set(self.backend.get_vocab(with_added_tokens=True).values())
+        if (largest := max(ids - added.keys(), default=-1)) >= vocab_size:
             raise UserError(f"{self.file}: token id {largest} is beyond the model's vocabulary of "
                             f"{vocab_size}; is it another model's tokenizer?")
+        # a pad token has often been added behind the table, and no text has it
+        self.has_ids_beyond = max(ids, default=-1) >= vocab_size
         try:
             self.bos = [bos] if bos >= 0 else self._find_bos(bos_token_id)
-        except BaseException as error:  # the library raises plain Exception, and panics
-            if isinstance(error, UserError) or not (
-                isinstance(error, Exception) or type(error).__name__ == "PanicException"
-            ):
-                raise
-            raise UserError(f"{self.file}: cannot tokenize ({error}); fetch it again")
+        except BaseException as error:
+            raise UserError(f"{self.file}: cannot tokenize ({reason_of(error)}); fetch it again")
         if any(not 0 <= i < vocab_size for i in self.bos):
             raise UserError(f"{self.file}: the BOS ids {self.bos} are not all in the model's "
                             f"vocabulary of {vocab_size}; fix them, --bos, or bos_token_id "
                             f"in config.json")
+        self.backend.encode_special_tokens = literal = special_tokens == "literal"
+        # what `frame` looks for: nothing if a text's special tokens are parsed like a template's
+        self.special = {t.content: (i, t) for i, t in added.items() if literal and t.special}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.in_template = re.compile("|".join(
+            rf"(?<!\w){re.escape(name)}(?!\w)" if self.special[name][1].single_word
+            else re.escape(name) for name in longest_first))
+        self.stand_ins: dict[int, int] = {}  # id of a stand-in -> of the special token
 
     def _find_bos(self, bos_token_id: int | None) -> list[int]:
         plain = self.backend.encode("a", add_special_tokens=False).ids
@@ -102,13 +136,17 @@ class Tokenizer:
                             f"bos_token_id; set bos_token_id in config.json")
         return [bos_token_id]
 
-    def read(self, texts: list[str], template: str, max_tokens: int) -> Tokens:
-        """Each text in its template, at most max_tokens with BOS: a longer text is cut."""
+    def read(self, texts: list[str], template: str, max_tokens: int, instruction="") -> Tokens:
+        """Each text in its template, at most max_tokens with BOS: a longer text is cut.
+
+        TextError for what is no list of texts.
+        """
+        texts = check_texts(texts)
         if max_tokens <= len(self.bos):
             raise UserError(f"{max_tokens} tokens leave no room for a text beside BOS; raise the "
                             f"limit")
         if template != "{text}":
-            return self.encode_prompted(texts, template, max_tokens)
+            return self.encode_prompted(texts, template, max_tokens, instruction)
         ids = self.encode(texts)
         cut = [len(i) > max_tokens for i in ids]
         ids = [i[:max_tokens].copy() if long else i for i, long in zip(ids, cut)]
@@ -119,46 +157,104 @@ class Tokenizer:
         arrays = []
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
-            for encoding in self.backend.encode_batch_fast(chunk, add_special_tokens=False):
-                arrays.append(np.array(self.bos + encoding.ids, dtype=np.int32))
+            encodings = self._encode(self.backend.encode_batch_fast, chunk, start)
+            arrays += [self._ids(e, text, start + i)
+                       for i, (e, text) in enumerate(zip(encodings, chunk))]
         return arrays
 
-    def encode_prompted(self, texts: list[str], prompt: str, max_tokens: int) -> Tokens:
-        """The prompt with each text in place of its `{text}`s.
+    def _encode(self, encode_batch: Callable, strings: list[str], start: int) -> list:
+        """The library's encodings; UserError names the first of texts[start:] that it fails at."""
+        try:
+            return encode_batch(strings, add_special_tokens=False)
+        except BaseException as error:
+            reason = reason_of(error)
+            for i, string in enumerate(strings if len(strings) > 1 else []):
+                self._encode(encode_batch, [string], start + i)
+            raise UserError(f"{self.file}: cannot tokenize texts[{start}] {strings[0][:60]!r} "
+                            f"({reason}); change the text, or fetch the file again")
 
-        Where that makes more than max_tokens the text is cut, never the prompt. Raises UserError if
-        the prompt alone leaves no room for a text.
+    def _ids(self, encoding: tokenizers.Encoding, text: str, i: int) -> np.ndarray:
+        """BOS and the ids of a text, int32; UserError for an id that the model has no row for."""
+        ids = encoding.ids
+        if self.stand_ins:
+            ids = [self.stand_ins.get(id, id) for id in ids]
+        if self.has_ids_beyond and max(ids, default=-1) >= self.vocab_size:
+            token = next(id for id in ids if id >= self.vocab_size)
+            raise UserError(f"{self.file}: texts[{i}] {text[:60]!r} has the token "
+                            f"{self.backend.id_to_token(token)!r} of the id {token}, beyond the "
+                            f"model's vocabulary of {self.vocab_size}; take it out of the text")
+        return np.array(self.bos + ids, dtype=np.int32)
+
+    def frame(self, template: str, instruction: str = "") -> list[str]:
+        """The pieces of a template between which a text stands, with the instruction in place.
+
+        The instruction is data like the text: what it has in braces is not filled in, and special
+        tokens in it are as literal as in a text. For those of the template stand-ins are put, which
+        the backend reads even where it takes special tokens for letters.
         """
-        before_last, (arrays, tails, cut) = prompt.rpartition("{text}")[0], Tokens([], [], [])
+        if self.special:
+            template = self.in_template.sub(lambda match: self._stand_in(match[0]), template)
+        pieces = template.split("{text}")
+        return [p.replace("{instruction}", instruction) for p in pieces] if instruction else pieces
+
+    def _stand_in(self, token: str) -> str:
+        """A string that no text has (Unicode keeps U+FDD0 for a program's own use), as an added
+        token that is split off like the special token that it stands for."""
+        found, like = self.special[token]
+        name = f"\ufdd0{found}\ufdd0"
+        self.backend.add_tokens([tokenizers.AddedToken(
+            name, lstrip=like.lstrip, rstrip=like.rstrip, normalized=like.normalized)])
+        self.stand_ins[self.backend.token_to_id(name)] = found
+        return name
+
+    def encode_prompted(
+        self, texts: list[str], template: str, max_tokens: int, instruction: str = ""
+    ) -> Tokens:
+        """The template with each text in place of its `{text}`s.
+
+        Where that makes more than max_tokens the text is cut, never the template. Raises UserError
+        if the template alone leaves no room for a text.
+        """
+        pieces, (arrays, tails, cut) = self.frame(template, instruction), Tokens([], [], [])
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
-            filled = [prompt.replace("{text}", text) for text in chunk]
-            encodings = self.backend.encode_batch(filled, add_special_tokens=False)
-            for text, encoding in zip(chunk, encodings):
+            encodings = self._encode(self.backend.encode_batch,
+                                     [text.join(pieces) for text in chunk], start)
+            for i, (text, encoding) in enumerate(zip(chunk, encodings), start):
                 cut.append(len(self.bos) + len(encoding.ids) > max_tokens)
                 if cut[-1]:
-                    text, encoding = self._cut(text, prompt, max_tokens)
-                first = len(before_last.replace("{text}", text))  # character of the last text
-                arrays.append(np.array(self.bos + encoding.ids, dtype=np.int32))
+                    text, encoding = self._cut(text, pieces, max_tokens, template)
+                first = len(text.join(pieces[:-1]))  # character of the last text
+                arrays.append(self._ids(encoding, text, i))
                 tails.append(sum(end > first for _, end in encoding.offsets))
         return Tokens(arrays, tails, cut)
 
-    def _cut(self, text: str, prompt: str, max_tokens: int) -> tuple[str, tokenizers.Encoding]:
-        """The longest beginning of the text, in whole tokens, that fits the prompt."""
+    def _cut(
+        self, text: str, pieces: list[str], max_tokens: int, template: str
+    ) -> tuple[str, tokenizers.Encoding]:
+        """The longest beginning of the text, in whole tokens, that fits between the pieces."""
 
         def encode(string: str) -> tokenizers.Encoding:
             return self.backend.encode(string, add_special_tokens=False)
 
-        ends, copies = [end for _, end in encode(text).offsets], prompt.count("{text}")
-        frame = len(self.bos) + len(encode(prompt.replace("{text}", "")).ids)
+        ends, copies = [end for _, end in encode(text).offsets], len(pieces) - 1
+        frame = len(self.bos) + len(encode("".join(pieces)).ids)
         about = (max_tokens - frame) // copies + 2  # where pieces meet, tokens may merge
         for kept in range(min(len(ends), about), 0, -1):
-            encoding = encode(prompt.replace("{text}", text[: ends[kept - 1]]))
+            encoding = encode(text[: ends[kept - 1]].join(pieces))
             if len(self.bos) + len(encoding.ids) <= max_tokens:
                 return text[: ends[kept - 1]], encoding
         raise UserError(f"max_tokens={max_tokens} leaves no room for a text in the prompt "
-                        f"{prompt[:60]!r}... of {frame} tokens; use a larger one")
+                        f"{template[:60]!r}... of {frame} tokens; use a larger one")
 
     def decode(self, ids) -> str:
         """The text of a sequence of token ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def reason_of(error: BaseException) -> BaseException:
+    """What the library has to say, which raises plain Exception, and panics; all else is raised
+    again."""
+    if type(error).__name__ not in ("Exception", "PanicException"):
+        raise error
+    return error

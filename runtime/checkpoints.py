@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.errors import UserError
+from runtime.errors import UserError, printable
 from runtime.files import read_json, sha256_of_files, sha256_of_json, sync, write_folder
 from runtime.formats import read_fitting, write_tensors
 
@@ -77,7 +77,8 @@ class Checkpoints:
                 if folder == folders[0]:
                     raise UserError(f"{error}; no checkpoint before it is left, remove "
                                     f"{self.folder} to start this run from its beginning")
-                print(f"note: {error}; resuming from the checkpoint before it", flush=True)
+                print(f"note: {printable(error)}; resuming from the checkpoint before it",
+                      flush=True)
                 continue
             for key, now in self.inputs.items():
                 old = self.older.get(key, lambda: None)

@@ -1,12 +1,29 @@
-"""Errors a user can fix, and how a command ends with one: a line on stderr and an exit code."""
+"""Errors a user can fix, and how a command ends and prints: one line, an exit code, and nothing by
+which what strangers wrote could steer the terminal."""
 
 import io
+import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
+
+STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a command early
+
+# What a terminal obeys in place of showing it: control characters (ESC, and \x9b, which begins a
+# sequence, too), the marks that turn the direction of a line, and the ends of lines.
+OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
     """A mistake the user can fix: one clear line (value, file, fix) and exit code 2."""
+
+
+class TextError(UserError, TypeError, ValueError):
+    """What was given to `encode` is no list of texts. It is a TypeError and a ValueError, too, for
+    those who use the encoder as a library."""
 
 
 class LostRank(Exception):
@@ -14,19 +31,57 @@ class LostRank(Exception):
 
 
 def check_text(text: str, name: str):
-    """UserError for what no tokenizer takes: half a surrogate pair, or bytes that are not UTF-8."""
+    """TextError for what is no str, and for half a surrogate pair or bytes that are not UTF-8,
+    which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise TextError(f"{name} is {repr(text)[:60]}, of the type {type(text).__name__}; a text "
+                        f"(str) is expected")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{name} {text!r}: not a text in UTF-8 ({error.reason}); write it anew")
+        where = max(0, error.start - 30)
+        raise TextError(f"{name} {text[where : where + 60]!r}: not a text in UTF-8 "
+                        f"({error.reason}); write it anew")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is printed
+# ---------------------------------------------------------------------------------------------
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text on one line, what a terminal would obey as an escape like \x1b; `keep` as it is."""
+    return OBEYED.sub(lambda match: match[0] if match[0] in keep else
+                      match[0].encode("unicode_escape").decode(), str(text))
 
 
 def print_error(error: Exception, rank: str = "0") -> int:
-    """Print the user-facing text of a fatal error; returns the command's exit code."""
+    """Print the user-facing text of a fatal error on one line; returns the command's exit code."""
     where = f" on rank {rank}" if rank != "0" else ""
     fix = "; fix that, or name another place" if isinstance(error, OSError) else ""
-    print(f"error{where}: {error}{fix}", file=sys.stderr, flush=True)
+    line = printable(str(error).replace("\n", " "))
+    with suppress(BrokenPipeError):
+        print(f"error{where}: {line}{fix}", file=sys.stderr, flush=True)
     return 1 if isinstance(error, LostRank) else 2
+
+
+class Escaping:
+    """A stream on which nothing that is written steers the terminal but the characters `keep`.
+
+    stderr's has to let pass by what a progress bar returns to its line.
+    """
+
+    def __init__(self, stream, keep: str, moves: str = ""):
+        self.stream, self.keep, self.moves = stream, keep, moves
+
+    def write(self, text: str) -> int:
+        """Write the text, escaped."""
+        parts = text.split(self.moves) if self.moves else [text]
+        self.stream.write(self.moves.join(printable(part, self.keep) for part in parts))
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def escape_stdout():
@@ -35,10 +90,92 @@ def escape_stdout():
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def run_command(command: Callable[[], int | None]) -> int:
-    """Run a command of one process; returns its exit code, 2 after a mistake of the user's."""
+@contextmanager
+def terminal():
+    """Both streams escape what they must until the block ends; a reader that has gone is no error
+    then (`| head -1`)."""
+    streams = sys.stdout, sys.stderr
+    os.environ.setdefault("NO_COLOR", "1")  # newer Pythons colour --help by what is escaped here
     escape_stdout()
     try:
-        return command() or 0
-    except (UserError, LostRank, OSError) as error:
-        return print_error(error)
+        if sys.stdout is not None:
+            sys.stdout = Escaping(sys.stdout, "\n\t")
+        if sys.stderr is not None:
+            sys.stderr = Escaping(sys.stderr, "\n\t\r", moves="\x1b[A")
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # or the interpreter would complain when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---------------------------------------------------------------------------------------------
+# How a command ends
+# ---------------------------------------------------------------------------------------------
+
+
+def take_signals(stop: Callable) -> dict:
+    """Let Ctrl-C and SIGTERM call `stop`, unless they are ignored; returns who had them before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, stop) or signal.SIG_DFL for number in STOPS
+            if signal.getsignal(number) is not signal.SIG_IGN}
+
+
+def await_command():
+    """End the process with a line if a signal comes while the modules of a command are imported,
+    which takes seconds."""
+
+    def stop(number: int, _):
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\ninterrupted\n")
+        os._exit(128 + number)
+
+    take_signals(stop)
+
+
+@contextmanager
+def interruptible():
+    """Make SIGTERM a KeyboardInterrupt, too, with its number; a second signal ends the process."""
+
+    def stop(number: int, _):
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    before = take_signals(stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def print_interrupt(stop: KeyboardInterrupt, after: str = "") -> int:
+    """Say that a signal has ended the command; returns its exit code, 128 + the signal's number."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(BrokenPipeError):
+            print("\ninterrupted" + f"; {after}" * bool(after), file=sys.stderr, flush=True)
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+def run_command(command: Callable[[], int | None], after: str = "") -> int:
+    """Run a command of one process; returns its exit code: 2 after a mistake of the user's, 128 +
+    the number of the signal that ended it.
+
+    after: what the user is told after an interruption.
+    """
+    with terminal(), interruptible():
+        try:
+            code = command() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # whoever read the output has had enough
+            return 128 + signal.SIGPIPE
+        except (UserError, LostRank, OSError) as error:
+            return print_error(error)
+        except KeyboardInterrupt as stop:
+            return print_interrupt(stop, after)

@@ -351,7 +351,8 @@ def read_adapter_tensors(folder: Path, shapes: dict[str, tuple]) -> dict[str, Te
 # ---------------------------------------------------------------------------------------------
 
 FORMAT = 2  # of encoder.json; in format 1 max_tokens counted the memory tokens, too
-NEWER = {"document_template": "", "kept_tokens": [], "bos": -1}  # than the first folders, results
+NEWER = {"document_template": "", "kept_tokens": [], "bos": -1,  # than the first folders, results
+         "special_tokens": "parsed"}
 IDENTITY = ("weights", "config", "tokenizer", "bos", "trained_on")  # newer parts of a base's record
 
 
@@ -364,6 +365,8 @@ def check_encoder_config(config, types: dict[str, type], poolings):
         raise UserError(f"pooling={config.pooling!r}: unknown; one of {', '.join(poolings)}")
     if config.attention not in ("bidirectional", "causal"):
         raise UserError(f"attention={config.attention!r}: bidirectional or causal")
+    if config.special_tokens not in ("literal", "parsed"):
+        raise UserError(f"special_tokens={config.special_tokens!r}: literal or parsed")
     k, least = config.num_memory_tokens, int(config.pooling == "memory")
     if k < least or (k and not least):
         raise UserError(f"num_memory_tokens={k} with pooling={config.pooling}: at least 1 for "
@@ -449,10 +452,10 @@ def read_encoder(name: str | Path, revision: str | None, make_config) -> tuple:
             raise TypeError("base or history")
         if base["revision"] is not None and not re.fullmatch(r"\w[\w.-]*", base["revision"]):
             raise TypeError("the base's revision")
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file}: {error!r} is missing or odd; save it anew")
     except UserError as error:
         raise UserError(f"{file}: {error}")
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: {error!r} is missing or odd; save it anew")
     for stage in stages:
         if not re.fullmatch(r"[a-z]\w*", stage):
             raise UserError(f"{file}: {stage!r} is no name of a stage")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import UserError
+from runtime.errors import UserError, printable
 from runtime.files import MOST_JSON, open_regular, write_file
 from runtime.formats import NEWER
 from runtime.identity import base_changes
@@ -188,6 +188,7 @@ def compare(names: list[str], results: Path):
     columns, notes, named, known = [], [], [], {}
     for name in names:
         title, scores, paper, said, hashes = read_results(name, results)
+        title = printable(title)
         notes += [f"{title}, {note}" for note in said]
         for task, own in hashes.items():
             first, before = known.setdefault(task, (title, own))
@@ -196,7 +197,7 @@ def compare(names: list[str], results: Path):
         columns.append((title, scores, ".2f"))
         if paper:
             published = read_results(paper, results)[1]
-            columns.append((f"paper: {paper}", published, ".2f"))
+            columns.append((f"paper: {printable(paper)}", published, ".2f"))
             columns.append(("difference", subtract(scores, published), "+.2f"))
         if named:
             columns.append((f"against {named[0][0]}", subtract(scores, named[0][1]), "+.2f"))
@@ -205,7 +206,7 @@ def compare(names: list[str], results: Path):
     widths = [max(8, len(title)) + 2 for title, *_ in columns]
 
     def line(head: str, cells: list[str]):
-        print(f"{head:<26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
+        print(f"{printable(head):<26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
 
     line("main score x 100", [title for title, *_ in columns])
     for task in [t for t in TASKS if t in there] + sorted(there - set(TASKS)):
@@ -218,7 +219,7 @@ def compare(names: list[str], results: Path):
     line("tasks of the 14", [str(len(set(s) & set(PAPER))) for _, s, _ in columns])
     print(f"published rows: {PUBLISHED['paper']}")
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
 
 
 def subtract(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:

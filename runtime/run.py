@@ -28,15 +28,22 @@ from tqdm import tqdm
 
 from runtime.checkpoints import Checkpoints
 from runtime.devices import pick_dtype
-from runtime.errors import LostRank, UserError, escape_stdout, print_error
+from runtime.errors import (
+    STOPS,
+    LostRank,
+    UserError,
+    interruptible,
+    print_error,
+    print_interrupt,
+    terminal,
+)
 from runtime.files import finish_renaming, read_json, sha256_of_files, sha256_of_json, write_file
 from runtime.formats import is_encoder, weight_files
 from runtime.ranks import Ranks, join_ranks
-from runtime.settings import changed_settings, differences, stored_settings
+from runtime.settings import adopt_older, changed_settings, differences, stored_settings
 
 FORMAT = 2  # of a run; in format 1 lengths counted the memory tokens, rates were a step ahead
 LOCK = ".lock"  # hidden, like temporary files: hidden names do not make a folder a run's
-STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run early, after saving
 DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -281,6 +288,9 @@ def open_run(config, ranks: Ranks):
     """
     out, before, lock = Path(config.out), None, None
     with ranks.fail_together():
+        if config.resume and (out / "config.json").is_file():
+            if (older := adopt_older(config, read_json(out / "config.json"))) and ranks.rank == 0:
+                print(f"note: the run in {out} is from before {', '.join(older)}, and goes on so")
         if ranks.rank == 0:
             try:
                 before = stored_run(config, ranks.launch)
@@ -389,27 +399,28 @@ def run_stage(config, check: Callable, train: Callable, report: Callable) -> int
     Returns the exit code: 0, 2 after a UserError, or a file or folder that cannot be used, 1 if
     another rank was lost, 128 + the number of a signal.
     """
-    escape_stdout()
     rank, checked = os.environ.get("RANK", "0"), False
-    try:
-        check(config)
-        checked = True
-        with (join_ranks(config.device, config.threads, config.timeout, config.deterministic)
-              as ranks, open_run(config, ranks) as run):
-            train(config, run)
-        if run.stopped and run.first_rank:
-            print(f"\nstopped by signal {run.stopped}, saved; continue with the same command and "
-                  f"--resume", flush=True)
-        if run.first_rank and not run.stopped:
-            report(config, ranks.device)
-        return 128 + run.stopped if run.stopped else 0
-    except (UserError, LostRank, OSError) as error:
-        code = 1 if isinstance(error, LostRank) else 2
-        if checked or rank == "0":  # all ranks have the same settings, one complains
-            code = print_error(error, rank)
-        if isinstance(error, LostRank) and "TORCHELASTIC_RUN_ID" in os.environ:
-            time.sleep(2)  # torchrun shows the traceback of the rank that ends first: not this one
-        return code
-    except KeyboardInterrupt:  # before the first step, or in the report
-        print("\ninterrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    with terminal(), interruptible():
+        try:
+            check(config)
+            checked = True
+            with (join_ranks(config.device, config.threads, config.timeout, config.deterministic)
+                  as ranks, open_run(config, ranks) as run):
+                train(config, run)
+            if run.stopped and run.first_rank:
+                print(f"\nstopped by signal {run.stopped}, saved; continue with the same command "
+                      f"and --resume", flush=True)
+            if run.first_rank and not run.stopped:
+                report(config, ranks.device)
+            return 128 + run.stopped if run.stopped else 0
+        except BrokenPipeError:  # whoever read the output has had enough
+            return 128 + signal.SIGPIPE
+        except (UserError, LostRank, OSError) as error:
+            code = 1 if isinstance(error, LostRank) else 2
+            if checked or rank == "0":  # all ranks have the same settings, one complains
+                code = print_error(error, rank)
+            if isinstance(error, LostRank) and "TORCHELASTIC_RUN_ID" in os.environ:
+                time.sleep(2)  # torchrun shows the traceback of whoever ends first: not this one
+            return code
+        except KeyboardInterrupt as stop:  # before the first step, or in the report
+            return print_interrupt(stop)

@@ -5,19 +5,22 @@ import shlex
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import UserError, terminal
 
 
-def setting(default, help: str, choices=None, *, least=None, below=None, resumable=False):
+def setting(default, help: str, choices=None, *, least=None, below=None, resumable=False,
+            older=None):
     """A field of a stage's Config, with its sentence of help and its bounds.
 
     choices: the values allowed (a tuple, a mapping whose keys they are, or a function that returns
     them when the command line is read). least <= value < below. resumable: whether it may change
     when a run is resumed: no; True, nothing depends on it; "place", where something lies whose
-    content the checkpoint knows by its sha256; "bits", how the same step is computed.
+    content the checkpoint knows by its sha256; "bits", how the same step is computed. older: what
+    runs did that are from before this setting, if not the default.
     """
     return field(default=default, metadata={
-        "help": help, "choices": choices, "least": least, "below": below, "resumable": resumable})
+        "help": help, "choices": choices, "least": least, "below": below, "resumable": resumable,
+        "older": default if older is None else older})
 
 
 @dataclass
@@ -67,7 +70,8 @@ def parse_config(
         text = f.metadata["help"].replace("%", "%%")
         text += "" if f.default is MISSING or f.type is bool else f" (default {f.default!r})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
+    with terminal():
+        given = vars(parser.parse_args(argv))
     name = given.pop("preset") or ("demo" if given.get("model", "demo") == "demo" else "paper")
     stage = given.get("stage") or next(stage for stage, own in presets.items() if name in own)
     if name not in presets[stage]:
@@ -102,12 +106,20 @@ def stored_settings(config) -> dict:
             if name not in ("resume", "dry_run")}
 
 
+def adopt_older(config, before: dict) -> list[str]:
+    """Give settings that a stored run is too old to have what it did without them; 'name value' for
+    each. What it was trained with then goes on."""
+    newer = [f for f in fields(config) if f.name not in before and f.metadata["older"] != f.default]
+    for f in newer:
+        setattr(config, f.name, f.metadata["older"])
+    return [f"{f.name} {f.metadata['older']}" for f in newer]
+
+
 def changed_settings(config, before: dict, resuming: bool = False) -> list[str]:
     """What differs between a configuration and a run's: 'name: old -> new' for each such setting.
 
-    Left out are settings on which nothing depends; if `resuming`, all that a resumed run may
-    change.
-    A setting that is newer than the run had its default.
+    Left out are settings on which nothing depends; if `resuming`, all that a resumed run may change.
+    A setting that is newer than the run had its default, or what `older` says.
     """
     return [f"{name}: {old!r} -> {new!r}" for name, (old, new, kind) in
             differences(config, before).items() if not kind or kind is not True and not resuming]
@@ -117,7 +129,7 @@ def differences(config, before: dict) -> dict[str, tuple]:
     """The settings that are not as before: name -> old value, new value, `resumable`."""
     found = {}
     for f in fields(config):
-        old, new = before.get(f.name, f.default), getattr(config, f.name)
+        old, new = before.get(f.name, f.metadata["older"]), getattr(config, f.name)
         kind = f.metadata["resumable"]
         same = kind == "place" and old and new and Path(str(old)) == Path(new)  # runs/a/ is runs/a
         if old != new and not same:
@@ -133,7 +145,7 @@ def command_line(config_class, preset: dict, stored: dict) -> str:
     """The flags by which the stored settings differ from a preset, for a shell."""
     given = []
     for f in fields(config_class):
-        value = stored.get(f.name, f.default)
+        value = stored.get(f.name, f.metadata["older"])
         if f.name in OWN_PLACE or value == preset.get(f.name, f.default):
             continue
         if f.type is bool:

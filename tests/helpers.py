@@ -319,8 +319,11 @@ def trained_encoder(folder, config=MEMORY, train_table=True, dtype=torch.float32
     return encoder.eval()
 
 
-def embed_with_transformers(folder, texts, k=K) -> np.ndarray:
-    """What a reader of an exported folder has to do: embeddings (N, D) from transformers alone."""
+def embed_with_transformers(folder, texts, k=K, literal=True) -> np.ndarray:
+    """What a reader of an exported folder has to do: embeddings (N, D) from transformers alone.
+
+    literal: as the reader of an encoder that takes special tokens in a text for letters.
+    """
     reference = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = []

@@ -286,6 +286,25 @@ def test_the_uniformity_of_zero_rows_is_a_number():
     assert collapse.uniformity(x) == pytest.approx(-4)  # all squared distances count as 2
 
 
+def test_ctrl_c_is_a_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collapse, "read_states", interrupted)
+    assert run("--model", "demo", "--text", "demo", "--texts", 9, "--out", tmp_path) == 130
+    assert capsys.readouterr().err == "\ninterrupted; the same command begins anew\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_how_a_plain_llama_reads_special_tokens_can_be_said(trained, tmp_path):
+    """An encoder in the same call knows its own."""
+    for way in ("literal", "parsed"):
+        assert run("--model", "demo", trained, "--text", "demo", "--texts", 9, "--out", tmp_path,
+                   "--special-tokens", way) == 0
+        found = json.loads((tmp_path / "collapse.json").read_text())
+        assert [one["special_tokens"] for one in found] == [way, "literal"]
+
+
 def test_save_never_overwrites_an_encoder(trained, tmp_path, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
     assert run("--model", trained, "--task", "demo-sts", "--texts", 20, "--out", tmp_path / "out",

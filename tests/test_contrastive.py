@@ -17,6 +17,7 @@ import torch
 from helpers import FAST2, LONG, ONE, ROOT, WEIGHTS, contents, contrastive_step, edit_json
 from helpers import error_line, files, gradients, history, losses, metrics, names, run_of
 from helpers import same_tensors, scores, settings_of, signal_after, words, write_llama
+from helpers import write_triples
 from safetensors.torch import load_file, save_file
 
 import contrastive
@@ -24,7 +25,7 @@ import evaluate
 import pretrain_ctkd
 from contrastive import Config, diagnostics, effective_dimension, info_nce
 from data.batches import Batch, TripleRows, same_texts
-from data.tokenizer import INSTRUCTED
+from data.tokenizer import INSTRUCTED, Tokenizer
 from data.triples import INSTRUCTIONS
 from lora import LoraConfig, add_lora, lora_layers
 from model import EncoderConfig, load_encoder, plain_encoder
@@ -704,15 +705,16 @@ def test_a_preset_with_templates_stores_them_and_reads_texts_in_them(repllama):
     assert config.document_template == "passage: {text}</s>"
     assert history(repllama) == ["scl"]
     texts = ["A model", "", "the embedding of the text " * 30]
+    parsing = Tokenizer(encoder.tokenizer.file.parent, 320, special_tokens="parsed")
     for document, start in ((False, "query: "), (True, "passage: ")):
-        prefix = encoder.tokenizer.encode([start])[0].tolist()
+        prefix = parsing.encode([start])[0].tolist()
         ids, tails, cut = encoder.tokenize(texts, document=document)
         assert [len(i) for i in ids][2] == 40 and len(ids[0]) < 40
         assert cut == [False, False, True] and tails[1] == 1
         for one in ids:
             assert one[-1] == 2 and list(one).count(2) == 1 and one[0] == 1
             assert one[:4].tolist() == prefix[:4]
-        plain = [encoder.tokenizer.encode([f"{start}{text}</s>"])[0] for text in texts[:2]]
+        plain = [parsing.encode([f"{start}{text}</s>"])[0] for text in texts[:2]]
         assert [i.tolist() for i in ids[:2]] == [i.tolist() for i in plain]
         rows = encoder.encode(texts, document=document)
         for one, row in zip(ids, rows):
@@ -728,14 +730,54 @@ def test_a_batch_is_read_in_the_templates_too(repllama):
     data = contrastive.open_data(config, encoder, False)
     batch = data.read_batch(config.seed, 0, config.batch_size)
     triples = [data.triples[i] for i in batch.rows]
-    assert [i.tolist() for i in batch.queries] == [i.tolist() for i in encoder.tokenizer.encode(
+    parsing = Tokenizer(encoder.tokenizer.file.parent, 320, special_tokens="parsed")
+    assert [i.tolist() for i in batch.queries] == [i.tolist() for i in parsing.encode(
         [f"query: {t.query}</s>" for t in triples])]
-    assert [i.tolist() for i in batch.keys[:8]] == [i.tolist() for i in encoder.tokenizer.encode(
+    assert [i.tolist() for i in batch.keys[:8]] == [i.tolist() for i in parsing.encode(
         [f"passage: {t.positive}</s>" for t in triples])]
     assert len(batch.keys) == 8 + 2 * 8  # both negatives of each: the preset takes up to 15
     for i, triple in enumerate(triples):
         found = [encoder.tokenizer.decode(key) for key in batch.keys[8 + 2 * i : 10 + 2 * i]]
         assert sorted(found) == sorted(f"passage: {text}" for text in triple.negatives)
+
+
+def test_a_document_about_the_end_token_has_one_at_its_end(repllama):
+    encoder, _ = evaluate.open_model(str(repllama))
+    assert encoder.config.special_tokens == "literal"
+    for text in ("It writes </s> at the end.", "</s>", "</s></s> " * 30):
+        for document in (False, True):
+            (ids,) = encoder.tokenize([text], document=document).ids
+            assert ids.tolist().count(2) == 1 and ids[-1] == 2 and len(ids) <= 40
+    whole = encoder.tokenizer.decode(encoder.tokenize(["a </s> b"], document=True).ids[0])
+    assert whole == "passage: a </s> b"
+
+
+def test_a_run_from_before_special_tokens_were_letters_goes_on_parsing_them(
+    home, tiny, tmp_path, monkeypatch, capsys
+):
+    """The texts of stage 3 are no part of what a resumed run checks by their ids."""
+    monkeypatch.setattr(contrastive, "report", lambda *_: None)
+    path = write_triples(tmp_path / "about.jsonl", 40, 3)
+    path.write_text(path.read_text().replace(" the ", " </s> "))
+    flags = ["--preset", "repllama", "--model", tiny, "--triples", path, *FAST2,
+             "--document-tokens", 40, "--warmup", 0.5, "--save-every", 1]
+
+    def run(name, *more):
+        return contrastive.main([*map(str, flags), "--out", str(tmp_path / name), *more])
+
+    assert run("whole", "--special-tokens", "parsed") == 0
+    assert run("letters") == 0
+    with signal_after(1, signal.SIGTERM):
+        assert run("old", "--special-tokens", "parsed") == 143
+    edit_json(tmp_path / "old/config.json", drop=["special_tokens"])
+    capsys.readouterr()
+    assert run("old", "--resume") == 0
+    assert "is from before special_tokens parsed, and goes on so" in capsys.readouterr().out
+    whole, old, letters = (tmp_path / name / "encoder/scl" / WEIGHTS
+                           for name in ("whole", "old", "letters"))
+    assert same_tensors(old, whole) and not same_tensors(letters, whole)
+    assert settings_of(tmp_path / "old")["special_tokens"] == "parsed"
+    assert load_encoder(tmp_path / "old/encoder").config.special_tokens == "parsed"
 
 
 def test_documents_are_scored_in_their_template(repllama):
@@ -835,6 +877,7 @@ def test_a_template_with_its_own_place_for_an_instruction_is_kept(run, home, tin
     ("scl", ["--template", "q: {text}"], ["--template q: {text}", "'{text}'", "leave it out"]),
     ("scl", ["--document-template", "d: {text}"], ["--document-template d:", "leave it out"]),
     ("ucl", ["--memory-tokens", 8], ["--memory-tokens 8", "trained with 2", "leave it out"]),
+    ("ucl", ["--special-tokens", "parsed"], ["--special-tokens parsed", "'literal'", "leave it"]),
     ("ucl", ["--memory-init", "mean"], ["--memory-init mean", "rows of its own", "leave it"]),
     ("scl", ["--memory-init", "normal"], ["--memory-init normal", "rows of its own", "leave it"]),
     ("ucl", ["--model", "runs/nowhere"], ["--model runs/nowhere", "no encoder there", "the stage "

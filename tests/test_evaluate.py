@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -36,7 +37,7 @@ from evaluate import (
 )
 from measures import KINDS, unit
 from model import Encoder, EncoderConfig, load_encoder, plain_encoder
-from runtime.errors import UserError
+from runtime.errors import UserError, printable
 from runtime.results import PAPER, PUBLISHED
 
 # ---------------------------------------------------------------------------------------------
@@ -506,6 +507,51 @@ def test_an_instruction_is_refused_if_the_prompt_has_no_place_for_it(tiny, here,
     assert sts17(*flags, "--method", "last") == 0
 
 
+@pytest.mark.parametrize("instruction", ["Sort {text} by topic", "{instruction}", "{", "a\nb"])
+def test_an_instruction_of_the_command_line_is_no_template(instruction, tiny, here, encoded, capsys):
+    assert sts17("--model", tiny, "--instruction", instruction, "--method", "last") == 0
+    assert [told for _, told in encoded] == [instruction]
+    assert capsys.readouterr().out.count("instruction: " + instruction.replace("\n", r"\n")) == 1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_is_a_line_and_keeps_the_finished_tasks(
+    number, code, tiny, here, encoded, capsys, monkeypatch
+):
+    names = ["sts17", "sprint", "scifact"]
+    tasks, score = iter(names), evaluate.score_task
+
+    def interrupted(task, *arguments):
+        if next(tasks) == "sprint":
+            signal.raise_signal(number)
+        return score(task, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score_task", interrupted)
+        assert evaluate_main("--task", *names, "--model", tiny) == code
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == (
+        "interrupted; finished tasks are kept, the same command goes on")
+    assert "Traceback" not in printed.err and "sts17" in printed.out
+    assert [path.name for path in here.glob("results/*/*")] == ["STS17.json"]
+    encoded.clear()
+    assert evaluate_main("--task", *names, "--model", tiny) == 0
+    assert len(encoded) == 3 and capsys.readouterr().out.count("finished before") == 1
+
+
+def test_names_and_notes_of_strangers_do_not_steer_the_terminal(tiny, here, capsys):
+    name = "a\x1b[31m\x9b2J\nnote: b\u202e"
+    write_task(here / name, "sts")
+    assert evaluate_main("--task-dir", name, "--kind", "sts", "--model", tiny) == 0
+    (path,) = here.glob("results/*/*.json")
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "task_name": name, "notes": [name, {"\x1b": name}]}))
+    assert evaluate_main("--compare", path.parent.name) == 0
+    printed = capsys.readouterr().out
+    assert printable(printed, keep="\n") == printed and "\nnote: b" not in printed
+    assert printed.count(printable(name)) >= 3
+
+
 def test_the_default_model_is_the_newest_encoder(tiny, here, capsys):
     for i, name in enumerate("cba"):
         where = write_encoder(tiny, here / "runs" / name / "encoder", seed=i)
@@ -537,6 +583,8 @@ def test_a_runs_folder_stands_for_its_encoder(tiny, here, capsys):
     (["--model", "mine", "--method", "mean"], ["--method mean", "trained with memory"]),
     (["--model", "TINY", "--method", "memory"], ["--method memory", "plain Llama"]),
     (["--model", "mine", "--max-tokens", "32"], ["--max-tokens 32", "trained with 64"]),
+    (["--model", "mine", "--special-tokens", "parsed"],
+     ["--special-tokens parsed", "trained with literal"]),
     (["--model", "nowhere"], ["nowhere: no such folder"]),
     (["--model", "mine", "--base", "nowhere"], ["base model cannot be loaded", "--base"]),
     (["--model", "mine", "--data-dir", "nowhere"], ["nowhere/sts17", "--data-dir"]),

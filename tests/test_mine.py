@@ -140,6 +140,23 @@ def rows(tmp_path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", found)
 
 
+def test_ctrl_c_is_a_line_and_the_same_command_goes_on(
+    encoder, rows, tmp_path, monkeypatch, capsys
+):
+    set_blocks(monkeypatch, 7)
+    assert mined(encoder, rows, tmp_path / "whole.jsonl") == 0
+    append = mine.Embeddings.append
+    with monkeypatch.context() as patch:
+        patch.setattr(mine.Embeddings, "append", lambda *arguments: (
+            append(*arguments), signal.raise_signal(signal.SIGINT)))
+        assert mined(encoder, rows, tmp_path / "out.jsonl") == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "interrupted; the same command goes on where it was"
+    assert json.loads((tmp_path / "out.npy.json").read_text())["done"] == 7
+    assert mined(encoder, rows, tmp_path / "out.jsonl") == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def by_loop(folder: Path, triples: Path, corpus: list[str], k: int, margin: float) -> list[dict]:
     """What mine.py has to write, each text encoded alone and each pair of texts looked at."""
     encoder, data = load_encoder(folder), Triples(triples)

@@ -272,7 +272,7 @@ def test_the_command_named_at_the_end_works(run, tmp_path, capsys):
 @pytest.mark.parametrize("flags", [
     {"objective": "nll"}, {"objective": "rc", "dtype": "bfloat16"},
     {"attention": "causal", "clip": 0.0, "warmup": 0.0},
-    {"train_embeddings": "memory", "bos": 5},
+    {"train_embeddings": "memory", "bos": 5}, {"special_tokens": "parsed"},
     {"memory_init": "normal", "dtype": "float64"}, {"nll_weight": 0.5, "micro_batch": 3},
     {"batch_size": 1, "memory_tokens": 1, "lora_r": 1, "lora_dropout": 0.0, "chunk_rows": 5},
 ], ids=lambda flags: ", ".join(map(str, flags.items())))
@@ -285,6 +285,7 @@ def test_every_setting_runs_and_is_in_the_encoders_history(flags, run, tmp_path)
     assert np.isfinite(encoder.encode(["A model reads."])).all()
     assert encoder.config.attention == flags.get("attention", "bidirectional")
     assert encoder.tokenizer.bos == [flags.get("bos", 1)]
+    assert encoder.config.special_tokens == flags.get("special_tokens", "literal")
     stored = load_file(tmp_path / "run/encoder/embeddings.safetensors")
     assert ("embed_tokens" in stored) == ("train_embeddings" not in flags)
     distance = (stored["memory_tokens"][0] - stored["memory_tokens"][-1]).abs().max()
@@ -319,6 +320,18 @@ def test_dropout_is_drawn_anew_for_every_micro_batch_and_step(run, tmp_path, mon
         assert run("parts", *flags) == 143
     assert run("parts", *flags, "--resume") == 0
     assert len(draws) == 24 and draws[12:] == draws[:12] and len(set(draws)) == 12
+
+
+@pytest.mark.parametrize("way", ["literal", "parsed"])
+def test_a_corpus_is_read_as_the_encoder_reads_texts(way, tiny, tmp_path):
+    """A text about </s> has its letters, unless --special-tokens says parsed."""
+    path = tmp_path / "texts.txt"
+    path.write_text("The tokenizer writes </s> after each document of the text.\n" * 3)
+    config = pretrain_ctkd.Config(model=str(tiny), text=str(path), special_tokens=way)
+    encoder = pretrain_ctkd.new_encoder(config, run_of(config))
+    data = pretrain_ctkd.open_texts(config, encoder.tokenizer, 0)
+    read, found = encoder.tokenize([path.read_text().splitlines()[0]]).ids[0], data.texts[0]
+    assert found.tolist() == read.tolist() and (2 in found) == (way == "parsed")
 
 
 def test_a_run_leaves_the_models_folder_as_it_was(run, tiny):

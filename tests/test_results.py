@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, evaluate_main, files, sts17, write_encoder, write_task
+from helpers import edit_json, error_line, evaluate_main, files, sts17, write_encoder
+from helpers import write_task
 from safetensors.torch import load_file, save_file
 
 from data.tasks import TASKS
@@ -163,10 +164,25 @@ def test_a_result_from_before_a_setting_existed_has_its_default(tiny, here, enco
     assert sts17("--model", tiny) == 0
     (path,) = here.glob("results/*/*.json")
     result = json.loads(path.read_text())
-    for key in ("document_template", "kept_tokens"):
+    for key in ("document_template", "kept_tokens", "bos"):
         del result["settings"][key]
     path.write_text(json.dumps(result))
     assert sts17("--model", tiny) == 0
+    assert len(encoded) == 1 and "finished before" in capsys.readouterr().out
+
+
+def test_how_special_tokens_are_read_is_part_of_a_score(tiny, here, encoded, capsys):
+    """A result from before there was a choice is of an encoder that parsed them."""
+    assert sts17("--model", tiny) == 0
+    (path,) = here.glob("results/*/*.json")
+    assert json.loads(path.read_text())["settings"]["special_tokens"] == "literal"
+    capsys.readouterr()
+    error_line(sts17("--model", tiny, "--special-tokens", "parsed"), capsys,
+               "special_tokens: 'literal' -> 'parsed'", "--force")
+    edit_settings(path, drop=["special_tokens"])
+    error_line(sts17("--model", tiny), capsys, "special_tokens: 'parsed' -> 'literal'", "--force")
+    assert len(encoded) == 1
+    assert sts17("--model", tiny, "--special-tokens", "parsed") == 0
     assert len(encoded) == 1 and "finished before" in capsys.readouterr().out
 
 
@@ -199,6 +215,16 @@ def test_a_result_of_format_1_counted_the_memory_tokens_in_its_limit(
         error_line(code, capsys, f"STS17.json: was made with other settings (max_tokens: "
                                  f"{max_tokens - 2} -> 64)", "--force")
     assert result_file.read_text() == before and encoded == []
+
+
+def test_a_result_of_an_encoder_from_before_special_tokens_were_letters_stays(
+    result_file, encoded, capsys
+):
+    """It and its result have no such setting; both mean that they are parsed."""
+    edit_json(result_file.parents[2] / "mine/encoder.json", drop=["special_tokens"])
+    edit_settings(result_file, drop=["special_tokens"])
+    assert sts17("--model", "mine") == 0
+    assert encoded == [] and "finished before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("k", ["2", None, []])
