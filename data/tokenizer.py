@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from runtime.errors import TextError, UserError, check_text
+from runtime.errors import TextError, UserError, check_text, shown
 
 INSTRUCTED = "{instruction}:{text}\n"  # the one template with instructions (paper, official code)
 CHUNK = 512  # texts tokenised per call: bounds the memory of the library's Encoding objects
@@ -28,13 +28,13 @@ def check_texts(texts) -> list[str]:
     """
     if (isinstance(texts, str | bytes | bytearray | Mapping) or getattr(texts, "ndim", 1) != 1
             or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__"))):
-        raise TextError(f"texts is {repr(texts)[:60]}, of the type {type(texts).__name__}; a list "
-                        f"of texts is expected: [text] for a single one, list(texts) for others")
+        raise TextError(f"texts is {shown(texts)}, of the type {type(texts).__name__}; a list of "
+                        f"texts is expected: [text] for a single one, list(texts) for others")
     texts = list(texts)
     for i, text in enumerate(texts):
         if isinstance(text, list | tuple):
-            raise TextError(f"texts[{i}] is {repr(text)[:60]}, a {type(text).__name__}; each text "
-                            f"is a str, and an instruction is given once beside them: "
+            raise TextError(f"texts[{i}] is {shown(text)}, a {type(text).__name__}; each text is a "
+                            f"str, and an instruction is given once beside them: "
                             f"encode([text, ...], instruction=...)")
         check_text(text, f"texts[{i}]")
     return texts

@@ -4,6 +4,7 @@ which what strangers wrote could steer the terminal."""
 import io
 import os
 import re
+import reprlib
 import signal
 import sys
 import threading
@@ -30,12 +31,17 @@ class LostRank(Exception):
     """Another rank has died, or has not answered within --timeout: exit code 1."""
 
 
+def shown(value) -> str:
+    """The beginning of a value for a message, on one line."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def check_text(text: str, name: str):
     """TextError for what is no str, and for half a surrogate pair or bytes that are not UTF-8,
     which no tokenizer takes."""
     if not isinstance(text, str):
-        raise TextError(f"{name} is {repr(text)[:60]}, of the type {type(text).__name__}; a text "
-                        f"(str) is expected")
+        raise TextError(f"{name} is {shown(text)}, of the type {type(text).__name__}; a text (str) "
+                        f"is expected")
     try:
         text.encode()
     except UnicodeEncodeError as error:
