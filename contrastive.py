@@ -36,8 +36,8 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record  # tracebacks for torchrun
 from torch.utils.checkpoint import checkpoint
 
-from data.batches import Sentences, TripleRows, open_triples, require_rows, token_batches
-from data.batches import print_preview
+from data.batches import Sentences, TripleRows, open_triples, preview, require_rows, token_batches
+from data.corpora import print_once
 from data.tokenizer import INSTRUCTED, check_special_tokens
 from lora import TARGETS, LoraConfig, add_lora, merge_lora
 from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
@@ -492,7 +492,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a contrastive stage from its command line; returns the exit code (see run_stage)."""
     config = parse_arguments(argv)
     if config.dry_run:
-        return run_command(lambda: check(config) or print_preview(config))
+        return run_command(lambda: check(config) or print_once(preview(config)))
     return run_stage(config, check, train, report)
 
 

@@ -191,8 +191,8 @@ def check_ids(encoder: Encoder, tokenizer: tokenizers.Tokenizer):
             ours += [tokenizer.token_to_id(name) for name in memory_names(encoder)]
             if is_prompted(encoder):
                 filled = choose_template(c.template, c.document_template, told, document)
-                string = "".join([*bos_names(encoder), filled.replace("{text}", text),
-                                  *memory_names(encoder)])
+                filled = filled.replace("{instruction}", told).replace("{text}", text)
+                string = "".join([*bos_names(encoder), filled, *memory_names(encoder)])
                 theirs = tokenizer.encode(string, add_special_tokens=False).ids
             else:
                 theirs = tokenizer.encode(text).ids

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.corpora import digest_ids, every_text, first_process, read_texts
+from data.corpora import digest_ids, every_text, read_texts
 from data.tokenizer import Tokenizer, Tokens
 from data.triples import Triple, Triples
 from runtime.errors import UserError
@@ -297,17 +297,14 @@ def open_triples(source: str, instruction: str, progress: bool = False) -> Tripl
     return Triples(source, None if instruction == "none" else instruction, progress)
 
 
-def print_preview(config):
+def preview(config) -> str:
     """What a contrastive stage's data are read as, without a model: the header and five rows."""
     if config.stage == "scl":
         rows = open_triples(config.triples, config.instruction, progress=True)
-        lines = [rows.describe(config.batches), rows.examples()]
-    else:
-        texts = read_texts(config.text)
-        first = [f"  {text[:90]!r}{'...' * (len(text) > 90)}" for text in texts[:5]]
-        lines = [f"{config.text}: {len(texts):,} texts", *first]
-    if first_process():
-        print("data  ", "\n".join(lines))
+        return f"data   {rows.describe(config.batches)}\n{rows.examples()}"
+    texts = read_texts(config.text)
+    first = [f"  {text[:90]!r}{'...' * (len(text) > 90)}" for text in texts[:5]]
+    return "\n".join([f"data   {config.text}: {len(texts):,} texts", *first])
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:

@@ -105,10 +105,15 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def print_once(text: str):
+    """Print a text, once if there are several processes."""
+    if first_process():
+        print(text, flush=True)
+
+
 def print_note(text: str):
     """Print a note, once if there are several processes."""
-    if first_process():
-        print(f"note: {text}", flush=True)
+    print_once(f"note: {text}")
 
 
 def digest_ids(corpus: list[np.ndarray]) -> str:

@@ -118,7 +118,7 @@ def adopt_older(config, before: dict) -> list[str]:
 def changed_settings(config, before: dict, resuming: bool = False) -> list[str]:
     """What differs between a configuration and a run's: 'name: old -> new' for each such setting.
 
-    Left out are settings on which nothing depends; if `resuming`, all that a resumed run may change.
+    Left out are settings on which nothing depends; if `resuming`, what a resumed run may change.
     A setting that is newer than the run had its default, or what `older` says.
     """
     return [f"{name}: {old!r} -> {new!r}" for name, (old, new, kind) in

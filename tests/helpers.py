@@ -319,16 +319,18 @@ def trained_encoder(folder, config=MEMORY, train_table=True, dtype=torch.float32
     return encoder.eval()
 
 
-def embed_with_transformers(folder, texts, k=K, literal=True) -> np.ndarray:
+def embed_with_transformers(folder, texts, k=K, literal=None) -> np.ndarray:
     """What a reader of an exported folder has to do: embeddings (N, D) from transformers alone.
 
-    literal: as the reader of an encoder that takes special tokens in a text for letters.
+    literal: whether special tokens in a text are letters, where that is not left to the folder.
     """
     reference = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = []
+    more = {} if literal is None else {"split_special_tokens": literal}
     for text in texts:
-        ids, size = tokenizer(text, return_tensors="pt").input_ids, reference.config.vocab_size
+        ids = tokenizer(text, return_tensors="pt", **more).input_ids
+        size = reference.config.vocab_size
         assert ids[0, -k:].tolist() == list(range(size - k, size)) and ids[0, 0] == 1
         with torch.no_grad():
             rows.append(reference(ids).last_hidden_state[0, -k:].mean(0).numpy())

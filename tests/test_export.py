@@ -93,14 +93,13 @@ def test_the_exported_tokenizer_puts_bos_first_and_nothing_after_the_memory_toke
 
 @pytest.mark.parametrize("way", ["literal", "parsed"])
 def test_a_reader_reads_special_tokens_as_the_encoder_does(way, tiny, tmp_path):
-    """The one call in which transformers differs, as docs/runs.md has it."""
     texts = ["It writes </s> after each.", "</s>", "<s><unk>", "a text"]
     encoder = trained_encoder(tiny, EncoderConfig(K, max_tokens=64, special_tokens=way))
     encoder.encode(texts[:1])
     expected = encoder.encode(texts)
-    export_llama(encoder, tmp_path / "exported")
+    export_encoder(encoder, tmp_path / "exported")
     found = [embed_with_transformers(tmp_path / "exported", texts, literal=literal)
-             for literal in (way == "literal", way != "literal")]
+             for literal in (None, way != "literal")]
     assert np.abs(found[0] - expected).max() <= 1e-4
     apart = np.abs(found[1] - expected).max(axis=1)
     assert apart[:3].min() > 1e-3 and apart[3] <= 1e-4
@@ -118,7 +117,7 @@ def test_a_pad_token_beyond_the_table_is_not_exported(way, checkpoint, tmp_path)
     encoder.encode(SHORT)  # in a template with a special token, whose stand-in is not exported
     encoder.config = replace(config, template="{text}")
     expected = encoder.encode(SHORT)
-    export_llama(encoder, tmp_path / "exported")
+    export_encoder(encoder, tmp_path / "exported")
     assert np.abs(embed_with_transformers(tmp_path / "exported", SHORT) - expected).max() <= 1e-4
     exported = tokenizers.Tokenizer.from_file(str(tmp_path / "exported/tokenizer.json"))
     assert exported.get_vocab_size() == 320 + K and exported.token_to_id("[PAD]") is None

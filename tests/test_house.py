@@ -145,7 +145,8 @@ def test_the_paper_imports_the_project_only_as_a_command():
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PRINTING = {  # modules that talk to the user; all others compute
-    "pretrain_ctkd", "contrastive", "evaluate", "export", "collapse", "mine", "data.corpora",
+    "pretrain_ctkd", "contrastive", "evaluate", "export", "collapse", "embed", "mine",
+    "data.corpora",
     "runtime.checkpoints", "runtime.errors", "runtime.hub", "runtime.results", "runtime.run",
 }
 
