@@ -41,6 +41,8 @@ def without_tensors(name: str | Path, files: list[str]) -> UserError:
             how = "".join(f", {key}={value!r}" for key, value in match.groupdict().items())
             return UserError(f"{name}: has no model.safetensors, and nothing else is read; "
                              f"{match[0]} is {about.format(name=str(name), how=how)}")
+    if "config.json" not in files:
+        return UserError(f"{name}/config.json: missing; is {name} a complete model folder?")
     return UserError(f"{name}: model.safetensors is missing; fetch the whole model again")
 
 
