@@ -36,6 +36,7 @@ fuzz = settings(max_examples=CASES or 80, derandomize=not CASES, database=None, 
                 phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
 SECONDS = 60  # no case may take longer
 COUNT: Counter = Counter()  # exit codes of all cases
+SAID: list[str] = []  # what they printed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,6 +108,7 @@ def outcome(main, argv: list, *inputs: Path) -> int:
         torch.use_deterministic_algorithms(False)
     said = err.buffer.getvalue().decode()
     say(said[-2000:])
+    SAID[:] = [out.buffer.getvalue().decode() + said]
     assert code in (0, 2), code
     assert code == 0 or re.search(r"(^|[\r\n]|\.py: )error: .", said)
     assert "Traceback" not in said
@@ -492,6 +494,132 @@ def test_damaged_results(data, compared, scored, tiny):
                           "device": "cpu", "threads": 1})
             inputs = []
         outcome(evaluate.main, argv, tiny, folder / "task", *inputs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Planted fields and edited files: the generator knows what has to be said
+# ---------------------------------------------------------------------------------------------
+
+FIELDS = st.text("bcdfghjkmp", min_size=4, max_size=12).map("x{}".format)  # names nobody reads
+PASSAGES = SENTENCES | st.lists(SENTENCES, min_size=1, max_size=3) | st.fixed_dictionaries(
+    {"title": SENTENCES, "text": SENTENCES})
+few = settings(fuzz, max_examples=CASES or 25)
+
+
+def plant(draw, path: Path, values) -> str:
+    """Put a field of a new name into some rows of a .jsonl file; its name."""
+    rows, name = [json.loads(line) for line in path.read_text().splitlines()], draw(FIELDS)
+    chosen = draw(st.sets(st.integers(0, len(rows) - 1), min_size=1))
+    for i in chosen:
+        rows[i][name] = draw(values)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    say(f"planted {name} in {path.name}: {[rows[i][name] for i in chosen]}")
+    return name
+
+
+@few
+@given(data=st.data(), text=st.booleans(), stage=st.sampled_from(["ucl", "scl"]))
+def test_a_planted_field_of_texts_or_triples_is_named(data, text, stage):
+    good = ("query", "positive", "negative") if stage == "scl" else ("text",)
+    with fresh() as folder:
+        path = folder / "rows.jsonl"
+        drawn = data.draw(st.lists(st.fixed_dictionaries(dict.fromkeys(good, SENTENCES)),
+                                   min_size=1, max_size=5))
+        different = [{**row, good[-2 if stage == "scl" else 0]: f"{i}"}
+                     for i, row in enumerate([*drawn, *drawn])]
+        path.write_text("".join(json.dumps(row) + "\n" for row in different))
+        name = plant(data.draw, path, PASSAGES if text else st.integers(0, 9))
+        source = {"triples": path} if stage == "scl" else {"text": path}
+        code = outcome(contrastive.main, flags({"stage": stage, **source, "dry_run": True}), folder)
+        assert name in SAID[0]
+        assert code == (2 if text and stage == "scl" else 0)
+
+
+@few
+@given(data=st.data(), kind=st.sampled_from(sorted(TASK_FILES)))
+def test_a_planted_field_of_a_task_is_named(data, kind, tiny):
+    with fresh() as folder:
+        write_task(folder / "task", kind)
+        path = data.draw(st.sampled_from(sorted(folder.glob("task/**/*.jsonl"))))
+        name = plant(data.draw, path, PASSAGES | st.integers(0, 9))
+        outcome(evaluate.main, flags({"model": tiny, "task_dir": "task", "kind": kind, "threads": 1,
+                                      "device": "cpu"}), tiny, folder / "task")
+        assert name in SAID[0]
+
+
+def edit_row(draw, folder: Path):
+    """One more character in a text of the task."""
+    path = draw(st.sampled_from(sorted(folder.glob("task/*.jsonl"))))  # not the judgements
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    row = rows[draw(st.integers(0, len(rows) - 1))]
+    keys = [key for key, value in row.items() if isinstance(value, str) and key != "_id"]
+    row[draw(st.sampled_from(keys))] += "!"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def edit_weight(draw, folder: Path):
+    """Another number in a weight."""
+    path = folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensor = tensors[draw(st.sampled_from(sorted(tensors)))].view(-1)
+    tensor[draw(st.integers(0, len(tensor) - 1))] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_config(draw, folder: Path):
+    """Another value of a key of config.json that is read."""
+    path = folder / "model" / "config.json"
+    about = json.loads(path.read_text())
+    key = draw(st.sampled_from(["rms_norm_eps", "rope_theta"]))
+    if key == "rope_theta":
+        about["rope_parameters"] = {**about["rope_parameters"], key: draw(st.integers(500, 9000))}
+    else:
+        about[key] = draw(st.floats(1e-4, 1e-2))
+    path.write_text(json.dumps(about))
+
+
+def edit_tokenizer(draw, folder: Path):
+    """Fewer merges, or another BOS."""
+    path = folder / "model" / "tokenizer.json"
+    about = json.loads(path.read_text())
+    if draw(st.booleans()):
+        merges = about["model"]["merges"]
+        about["model"]["merges"] = merges[: draw(st.integers(0, len(merges) - 1))]
+    else:
+        about["post_processor"]["special_tokens"]["<s>"]["ids"] = [draw(st.integers(3, 9))]
+    path.write_text(json.dumps(about))
+
+
+def save_again(draw, folder: Path):
+    """The same tensors, in another order of another file, and keys that nobody reads."""
+    path = folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    order = draw(st.permutations(sorted(tensors)))
+    save_file({name: tensors[name] for name in order}, path, metadata={"by": draw(SENTENCES)})
+    about = json.loads((folder / "model" / "config.json").read_text())
+    new = draw(FIELDS)
+    (folder / "model" / "config.json").write_text(json.dumps({new: 1, **about}))
+
+
+@few
+@given(data=st.data(), kind=st.sampled_from(["sts", "retrieval", "reranking"]),
+       edit=st.sampled_from([edit_row, edit_weight, edit_config, edit_tokenizer, save_again]))
+def test_an_edit_is_never_scored_as_before(data, kind, edit, tiny):
+    with fresh() as folder:
+        shutil.copytree(tiny, folder / "model")
+        write_task(folder / "task", kind)
+        argv = flags({"model": "model", "task_dir": "task", "kind": kind, "threads": 1,
+                      "device": "cpu"})
+        assert outcome(evaluate.main, argv) == 0
+        say(edit.__name__)
+        edit(data.draw, folder)
+        code = outcome(evaluate.main, argv)
+        if edit is save_again:
+            assert code == 0 and "finished before" in SAID[0]
+        else:
+            assert code == 2 and "--force" in SAID[0]
+            assert outcome(evaluate.main, [*argv, "--force"]) == 0
+            assert outcome(evaluate.main, argv) == 0 and "finished before" in SAID[0]
 
 
 # ---------------------------------------------------------------------------------------------
