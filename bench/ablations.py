@@ -57,7 +57,7 @@ from harness import device_name
 from runtime.errors import UserError, run_command
 from runtime.files import write_file
 from runtime.results import label_of, read_result
-from runtime.settings import changed_settings, flag
+from runtime.settings import adopt_older, changed_settings, flag
 
 SEEDS = [0, 1, 2]  # a verdict of bench/report.py needs three
 OBJECTIVES = ("ctkd", "nll", "rc")
@@ -156,9 +156,10 @@ def same_run(module, flags: list[str], before: dict, place: Path):
     """UserError if a run or a record was made with other settings than `flags`."""
     if module is collapse:  # keeps no settings
         return
-    config = module.parse_arguments(flags)
     own = {name: before[name] for name in ("threads", "out") if name in before}
-    if changed := changed_settings(replace(config, **own), before):
+    config = replace(module.parse_arguments(flags), **own)
+    adopt_older(config, before)
+    if changed := changed_settings(config, before):
         raise UserError(f"{place}: was run with other settings ({'; '.join(changed)}); name "
                         f"another --out and --records")
 

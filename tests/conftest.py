@@ -3,10 +3,12 @@
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; see test_hub.py for the hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
 
 import numpy as np
 import pytest

@@ -314,7 +314,7 @@ def test_save_never_overwrites_an_encoder(trained, tmp_path, capsys):
 
 
 def test_an_encoder_with_kept_tokens_is_another_encoder(trained, tmp_path, capsys):
-    """The whole encoder's results are not reused for it, and it cannot be exported."""
+    """The whole encoder's results are not reused for it, and its export weighs its own tokens."""
     whole = ["--model", str(trained), "--task", "demo-sts", "--results", str(tmp_path / "results")]
     assert evaluate.main(whole) == 0
     about = json.loads((trained / "encoder.json").read_text())
@@ -326,8 +326,9 @@ def test_an_encoder_with_kept_tokens_is_another_encoder(trained, tmp_path, capsy
         assert evaluate.main(whole) == 2
         assert fragment in capsys.readouterr().err
     (trained / "encoder.json").write_text(json.dumps(about | {"kept_tokens": [0, 2]}))
-    assert export.main(["merge", str(trained), str(tmp_path / "plain")]) == 2
-    assert "would average all 4 memory tokens" in capsys.readouterr().err
+    assert export.main(["merge", str(trained), str(tmp_path / "plain")]) == 0
+    weights = json.loads((tmp_path / "plain/1_WordWeights/config.json").read_text())
+    assert weights["word_weights"] == {"<memory_1>": 1.0, "<memory_3>": 1.0}
     (trained / "encoder.json").write_text(json.dumps(about))
 
 

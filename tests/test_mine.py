@@ -12,6 +12,7 @@ import torch
 from helpers import TEXT, error_line, files, metrics, names, trained_encoder, words
 from helpers import write_encoder, write_triples
 
+import embed
 import mine
 from data.batches import TripleRows
 from data.tokenizer import INSTRUCTED
@@ -329,8 +330,8 @@ def end(*_):
 MOMENTS = {  # owner, function, call, whether it has done its work; blocks of texts embedded then
     "before the first block": (Encoder, "encode", 1, False, 0),
     "after the note of the second": (mine.Embeddings, "append", 2, True, 2),
-    "between rows and note": (mine, "write_file", 4, False, 2),
-    "after a note, at once": (mine, "write_file", 4, True, 3),
+    "between rows and note": (embed, "write_file", 4, False, 2),
+    "after a note, at once": (embed, "write_file", 4, True, 3),
     "before the search": (mine, "mine_rows", 1, False, 8),
     "in the search": (mine, "search", 3, False, 8),
     "before the last rename": (mine, "report", 1, True, 8),

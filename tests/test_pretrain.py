@@ -456,14 +456,10 @@ sys.exit(pretrain_ctkd.main())
 """
 
 
-@pytest.mark.parametrize("name, arguments, length", [
-    ("resume", ["--resume"], 1),
-    ("text", ["--text", "nowhere.txt"], 1),
-    ("hub", ["--model", "owner/name"], 3),  # what is wrong, what to look at, the way round it
+@pytest.mark.parametrize("name, arguments", [
+    ("resume", ["--resume"]), ("text", ["--text", "nowhere.txt"]), ("hub", ["--model", "owner/name"]),
 ])
-def test_as_a_command_bad_input_is_a_clear_line_on_stderr(
-    name, arguments, length, tiny, texts, tmp_path
-):
+def test_as_a_command_bad_input_is_a_clear_line_on_stderr(name, arguments, tiny, texts, tmp_path):
     program = ["-c", IMPATIENT] if name == "hub" else [str(ROOT / "pretrain_ctkd.py")]
     done = subprocess.run(
         [sys.executable, *program, "--model", str(tiny), "--text", str(texts), "--out", "run",
@@ -473,4 +469,4 @@ def test_as_a_command_bad_input_is_a_clear_line_on_stderr(
     )
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     lines = [x for x in done.stderr.splitlines() if "thrown while" not in x and "Retrying" not in x]
-    assert lines[0].startswith("error: ") and len(lines) == length
+    assert lines[0].startswith("error: ") and len(lines) == 1
