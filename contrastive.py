@@ -43,7 +43,7 @@ from lora import TARGETS, LoraConfig, add_lora, merge_lora
 from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.devices import flat_ids, scoring_dtype, to_device
 from runtime.errors import UserError, run_command
-from runtime.formats import encoder_of, is_encoder
+from runtime.formats import encoder_of, is_encoder, read_exported, require_stage
 from runtime.hub import find_model
 from runtime.identity import identity
 from runtime.ranks import Ranks
@@ -247,21 +247,14 @@ def parse_arguments(argv: list[str] | None) -> Config:
 # ---------------------------------------------------------------------------------------------
 
 
-def missing_stage(folder: Path) -> bool:
-    """Whether this is the place of a run that has no encoder (yet)."""
-    if folder.is_dir():
-        return (folder / "environment.json").is_file() or not any(folder.iterdir())
-    return folder.parts[:1] == ("runs",)
-
-
 def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
     """An earlier stage's encoder with its adapters merged, and its folder; or a plain Llama."""
     name = encoder_of(config.model)
-    if missing_stage(Path(name)):
-        raise UserError(f"--model {name}: no encoder there; run the stage before this one first "
-                        f"(pretrain_ctkd.py, then contrastive.py; --resume continues an "
-                        f"interrupted one), or name an encoder or a Llama")
+    require_stage(Path(name))
     folder, place = find_model(name, config.revision or None), (run.dtype, run.ranks.device)
+    if read_exported(folder, EncoderConfig):
+        raise UserError(f"--model {name}: was written by export.py, with the adapters merged; name "
+                        f"the encoder or the run that it was made from")
     if not is_encoder(folder):
         pooling = "memory" if config.pooling == "auto" else config.pooling
         shape = EncoderConfig(

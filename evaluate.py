@@ -35,11 +35,11 @@ import torch
 
 from data.tasks import LAYOUT, TASKS, find_file, folder_task, read_task, task_place
 from measures import KINDS
-from model import PLAIN, Encoder, load_encoder, plain_encoder
+from model import PLAIN, Encoder, EncoderConfig, load_encoder, plain_encoder
 from runtime.devices import scoring_dtype
 from runtime.errors import UserError, print_error, printable, run_command
 from runtime.files import sha256_of_files
-from runtime.formats import encoder_of, is_encoder, weight_files
+from runtime.formats import encoder_of, is_encoder, read_exported, weight_files
 from runtime.hub import find_model, note
 from runtime.ranks import Ranks, join_ranks
 from runtime.results import (
@@ -148,8 +148,8 @@ def open_model(
 ) -> tuple[Encoder, str]:
     """An encoder, and the method it is read by: `memory` if trained, else a training-free one.
 
-    `name` is an encoder folder, a run's folder, a Llama's folder or a hub repository; `options` go
-    to model.load_encoder or plain_encoder. UserError if `method`, `max_tokens` (512 for a plain
+    `name` is an encoder's, a run's, an exported or a Llama's folder or a hub repository; `options`
+    go to model.load_encoder or plain_encoder. UserError if `method`, `max_tokens` (512 for a plain
     Llama) or `special_tokens` (literal for one) contradicts the training.
     """
     name = encoder_of(name)
@@ -164,23 +164,27 @@ def open_model(
                 raise UserError(f"{flag} {given}: {name} was trained with {trained}; leave {flag} "
                                 f"out, or name its base with --model")
         return encoder, encoder.config.pooling
+    for key in ("base", "other_base"):
+        options.pop(key, None)
+    if (about := read_exported(folder, EncoderConfig)) and method is None:
+        if max_tokens or special_tokens:
+            raise UserError(f"--max-tokens, --special-tokens: {name} was exported from an encoder, "
+                            f"which knows its own; leave them out")
+        encoder, k = plain_encoder(name, about[0], **options), about[0].num_memory_tokens
+        encoder.memory_tokens = torch.nn.Parameter(encoder.table[len(encoder.table) - k :].detach())
+        encoder.history = about[1]
+        return encoder, about[0].pooling
     if method == "memory":
         raise UserError(f"--method memory: {name} is a plain Llama without memory tokens; train an "
                         f"encoder with pretrain_ctkd.py, or take {', '.join(METHODS)}")
-    for key in ("base", "other_base"):
-        options.pop(key, None)
     method = method or "weighted-mean"
     config = replace(PLAIN, pooling=METHODS[method]["pooling"], max_tokens=max_tokens or 512,
                      template=METHODS[method]["prompts"][0],
                      special_tokens=special_tokens or PLAIN.special_tokens)
-    encoder = plain_encoder(name, config, **options)
-    if about := encoder.base.get("exported"):
-        own = [str(about.get(key)) for key in ("pooling", "attention", "template")]
-        if own != [config.pooling, config.attention, config.template]:
-            note(f"{name} was exported from an encoder ({', '.join(own)}); it is read as a plain "
-                 f"Llama here ({config.pooling}, {config.attention}, {config.template}): name the "
-                 f"encoder for its own embeddings")
-    return encoder, method
+    if about:
+        note(f"{name} was exported from an encoder; under --method {method} it is read as a plain "
+             f"Llama (without: as that encoder)")
+    return plain_encoder(name, config, **options), method
 
 
 def as_sentence(text: str) -> str:

@@ -69,7 +69,7 @@ def export_encoder(encoder: Encoder, folder: str | Path, license: str = "", resu
     config.pop("dtype", None)  # the newer name of torch_dtype, which would win over it
     config |= {"vocab_size": encoder.llama.config.vocab_size + c.num_memory_tokens,
                "torch_dtype": str(encoder.dtype).removeprefix("torch."),
-               "llm2comp": asdict(c)}  # how the encoder reads
+               "llm2comp": asdict(c) | {"history": encoder.history}}  # for evaluate.py
     if c.attention == "bidirectional":
         config["is_causal"] = False
     tokenizer = tokenizer_with_memory(encoder)

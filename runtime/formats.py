@@ -42,8 +42,6 @@ class ModelFolder:
         self.files = weight_files(self.folder)
         path = self.folder / "config.json"
         self.config = read_llama_config(path, model_types)
-        exported = read_json(path).get("llm2comp")  # how export.py's encoder was read
-        self.exported = {"exported": exported} if isinstance(exported, dict) else {}
         self.source, self.revision = describe_source(name, self.folder)
         self.places = tensor_places(self.files, self.config["tie_word_embeddings"])
         # saved without a head (a LlamaModel) all names lack what they have in common otherwise
@@ -64,7 +62,7 @@ class ModelFolder:
         told = ("bos_token_id", "has_head")  # by `bos` and by the tensors' names
         config = {key: value for key, value in self.config.items() if key not in told}
         about = base_record(self.places, config, self.folder / "tokenizer.json", bos)
-        return {"name": self.source, "revision": self.revision, **about, **self.exported}
+        return {"name": self.source, "revision": self.revision, **about}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -460,6 +458,38 @@ def read_encoder(name: str | Path, revision: str | None, make_config) -> tuple:
         if not re.fullmatch(r"[a-z]\w*", stage):
             raise UserError(f"{file}: {stage!r} is no name of a stage")
     return folder, config, base, about["history"]
+
+
+def require_stage(folder: Path):
+    """UserError for the place of a run that has no encoder (yet), given as the one to start from."""
+    missing = folder.parts[:1] == ("runs",)
+    if folder.is_dir():
+        missing = (folder / "environment.json").is_file() or not any(folder.iterdir())
+    if missing:
+        raise UserError(f"--model {folder}: no encoder there; run the stage before this one first "
+                        f"(pretrain_ctkd.py, then contrastive.py; --resume continues an "
+                        f"interrupted one), or name an encoder or a Llama")
+
+
+def read_exported(folder: Path, make_config) -> tuple | None:
+    """make_config(**its fields) and the history of the encoder that export.py made the folder of.
+
+    None for other folders. `make_config` is EncoderConfig. UserError for what cannot be.
+    """
+    path = folder / "config.json"
+    about = read_json(path).get("llm2comp") if path.is_file() else None
+    if about is None:
+        return None
+    try:
+        fields = {key: about[key] for key in make_config.__dataclass_fields__}
+        config = make_config(**fields | {"kept_tokens": tuple(fields["kept_tokens"])})
+        history = [{**stage, "stage": str(stage["stage"])} for stage in about["history"]]
+        if not history:
+            raise TypeError("no history")
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: llm2comp, which export.py wrote, is damaged ({error}); export "
+                        f"the encoder again")
+    return config, history
 
 
 @contextmanager

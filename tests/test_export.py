@@ -349,17 +349,31 @@ def test_an_encoder_without_memory_tokens_is_exported_and_read_again(
     assert export.main([str(tmp_path / "run"), str(tmp_path / "plain")]) == 0
     again, method = open_model(str(tmp_path / "plain"), pooling)
     assert method == pooling and np.abs(again.encode(SHORT) - expected).max() <= 1e-5
-    assert "was exported" not in capsys.readouterr().out.splitlines()[-1]
+    assert "wrote" in capsys.readouterr().out
 
 
-def test_of_an_exported_encoder_it_is_said_that_it_is_read_in_another_way(
-    two_stages, tmp_path, capsys
-):
-    export_encoder(load_encoder(two_stages[1]), tmp_path / "plain")
-    open_model(str(tmp_path / "plain"))
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"note: {tmp_path / 'plain'} was exported from an encoder (memory, "
-                           f"bidirectional, {{text}})") and "weighted-mean, causal" in line
+@pytest.mark.parametrize("case", ENCODERS)
+def test_the_folder_is_read_here_as_the_encoder_was(case, tiny, tmp_path, capsys):
+    encoder = an_encoder(tiny, case)
+    takes = "{instruction}" in encoder.config.template
+    expected = [encoder.encode(TEXTS), encoder.encode(TEXTS, document=True),
+                encoder.encode(TEXTS, TOLD) if takes else None]
+    export_encoder(encoder, tmp_path / "out")
+    again, method = open_model(str(tmp_path / "out"))
+    assert (method, again.history) == (encoder.config.pooling, encoder.history)
+    assert again.config == encoder.config and capsys.readouterr().out == ""
+    found = [again.encode(TEXTS), again.encode(TEXTS, document=True),
+             again.encode(TEXTS, TOLD) if takes else None]
+    for ours, theirs in zip(found, expected):
+        assert ours is theirs is None or np.abs(ours - theirs).max() <= 1e-5
+    open_model(str(tmp_path / "out"), "last")
+    assert "under --method last it is read as a plain Llama" in capsys.readouterr().out
+    refused(lambda: open_model(str(tmp_path / "out"), None, 30), "--max-tokens", "leave them out")
+    for damage in ({"history": None}, {"pooling": "best"}, {"kept_tokens": 5}, {"max_tokens": "9"}):
+        about = json.loads((tmp_path / "out/config.json").read_text())["llm2comp"]
+        shutil.copytree(tmp_path / "out", tmp_path / "damaged", dirs_exist_ok=True)
+        edit_json(tmp_path / "damaged/config.json", llm2comp={**about, **damage})
+        refused(lambda: open_model(str(tmp_path / "damaged")), "config.json", "llm2comp")
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
@@ -378,16 +392,19 @@ def test_a_model_that_transformers_saved_without_its_head_gives_its_states(
     assert bare.base["weights"] != plain_encoder(folder).base["weights"] or tied
 
 
-def test_stage_1_needs_a_head_and_stage_2_does_not(two_stages, run, tmp_path, capsys):
-    export_encoder(load_encoder(two_stages[1]), tmp_path / "plain")
-    capsys.readouterr()
+def test_stage_1_needs_a_head_and_stage_2_does_not(tiny, two_stages, run, tmp_path, capsys):
+    AutoModel.from_pretrained(tiny).save_pretrained(tmp_path / "plain")
+    shutil.copy(tiny / "tokenizer.json", tmp_path / "plain")
     error_line(run("one", "--model", tmp_path / "plain", "--steps", 1), capsys,
                f"{tmp_path / 'plain'}: has no language-model head", "LlamaModel", "contrastive.py")
     assert run("two", "--model", tmp_path / "plain", "--steps", 1, "--pooling", "mean",
                stage="ucl") == 0
-    assert len(load_encoder(tmp_path / "two/encoder").encode(["a text"])) == 1
-    assert export.main([str(tmp_path / "two"), str(tmp_path / "again")]) == 0
-    assert len(open_model(str(tmp_path / "again"), "mean")[0].encode(["a text"])) == 1
+    expected = load_encoder(tmp_path / "two/encoder").encode(["a text"])
+    assert export.main([str(tmp_path / "two"), str(tmp_path / "out")]) == 0
+    assert np.abs(open_model(str(tmp_path / "out"))[0].encode(["a text"]) - expected).max() < 1e-5
+    capsys.readouterr()
+    error_line(run("three", "--model", tmp_path / "out", "--steps", 1, stage="ucl"), capsys,
+               str(tmp_path / "out"), "was written by export.py", "the run that it was made from")
 
 
 @pytest.mark.parametrize("what, said", [
