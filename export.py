@@ -260,8 +260,7 @@ def task_prompts(encoder: Encoder) -> dict[str, str]:
 CARD = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
-base_model: {base}{license}
-tags: [sentence-transformers, feature-extraction, sentence-similarity, mteb, llm2comp]{results}
+tags: [sentence-transformers, feature-extraction, sentence-similarity, mteb, llm2comp]{base_model}{license}{results}
 ---
 
 # {title}
@@ -335,8 +334,11 @@ def card(encoder: Encoder, title: str, license: str, results: list[dict]) -> str
             f"                          for h, n in zip(states, mask.sum(1).tolist())])"
     scores = [(r["task_name"], 100 * r["scores"]["test"][0]["main_score"]) for r in results]
     rows = "".join(f"| {name} | {score:.2f} |\n" for name, score in scores)
+    base = encoder.base["name"]
+    local = Path(base).is_absolute()  # nobody else has that folder
     return CARD.format(
-        base=encoder.base["name"], title=title, how=how, D=encoder.table.shape[1],
+        base=Path(base).name if local else base,
+        base_model=f"\nbase_model: {base}" * (not local), title=title, how=how, D=encoder.table.shape[1],
         license=f"\nlicense: {license}" * bool(license), max_tokens=c.max_tokens,
         prompt=', prompt="Retrieve semantically similar text"' * bool(task_prompts(encoder)),
         fits=", for texts that need not be cut" * prompted, read=CHAT if prompted else BATCH,

@@ -284,7 +284,10 @@ def test_the_card_has_the_scores_of_these_weights(two_stages, tmp_path, capsys, 
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| STS17 | 71.00 |" in card and "SICK-R" not in card
     about = yaml.safe_load(card.split("---")[1])
-    assert about["license"] == "apache-2.0" and about["base_model"] == encoder.base["name"]
+    assert about["license"] == "apache-2.0" and "base_model" not in about  # a folder of ours
+    assert Path(encoder.base["name"]).name in card and encoder.base["name"] not in card
+    encoder.base["name"] = "owner/name"
+    assert "\nbase_model: owner/name\n" in export.card(encoder, "title", "", [])
     [result] = about["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "main_score", "value": 0.71}]
     assert result["dataset"]["config"] == "en-en" and result["dataset"]["name"] == "STS17"
