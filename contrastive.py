@@ -37,12 +37,11 @@ from torch.distributed.elastic.multiprocessing.errors import record  # traceback
 from torch.utils.checkpoint import checkpoint
 
 from data.batches import Sentences, TripleRows, open_triples, preview, require_rows, token_batches
-from data.corpora import print_once
 from data.tokenizer import INSTRUCTED, check_special_tokens
 from lora import TARGETS, LoraConfig, add_lora, merge_lora
 from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.devices import flat_ids, scoring_dtype, to_device
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError, print_once, run_command
 from runtime.formats import encoder_of, is_encoder, read_exported, require_stage
 from runtime.hub import find_model
 from runtime.identity import identity

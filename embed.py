@@ -31,11 +31,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.lines import list_unread, parse_json, read_lines
+from data.corpora import json_texts, require_no_json
+from data.lines import list_unread, read_lines
 from evaluate import add_reading_flags, encoding, open_model, over_ranks
 from measures import unit
 from runtime.devices import scoring_dtype
-from runtime.errors import UserError, printable, run_command
+from runtime.errors import UserError, note, printable, run_command
 from runtime.files import read_json, write_file
 from runtime.identity import identity
 from runtime.ranks import Ranks, join_ranks
@@ -126,7 +127,7 @@ class Embeddings:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, fields: list[str], unread: Counter | None = None) -> Iterator[str]:
+def read_file(path: Path, fields: list[str], unread: Counter) -> Iterator[str]:
     """The texts of a file, one at a time, an empty line of a .txt among them; UserError with file
     and line. `unread` counts the fields that are not read."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
@@ -134,20 +135,11 @@ def read_file(path: Path, fields: list[str], unread: Counter | None = None) -> I
         raise UserError(f"{path}: unknown kind of file; name a .txt or a .jsonl (or .gz of them)")
     for number, line in enumerate(read_lines(path), 1):
         if kind == "txt":
+            if number == 1:
+                require_no_json(path, line.strip())
             yield line.rstrip("\r\n")
         elif line.strip():
-            try:
-                row = parse_json(line)
-                found = [row[name] for name in fields]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}, line {number}: no object with the fields "
-                                f"{', '.join(fields)} ({error!r}); name its own with --field")
-            for name, value in zip(fields, found):
-                if not isinstance(value, str):
-                    raise UserError(f"{path}, line {number}: {name} is {str(value)[:50]!r}, a "
-                                    f"text is expected")
-            if unread is not None:
-                unread.update(row.keys() - set(fields))
+            found = json_texts(path, number, line, unread, fields, "name its own with --field")
             yield found[0] if len(found) == 1 else " ".join(filter(None, found))
 
 
@@ -202,8 +194,8 @@ def run(args: argparse.Namespace, ranks: Ranks):
         batch_tokens=args.batch_tokens), ranks)
     out, path, unread = Path(args.out), Path(args.texts), Counter()
     n, digest = count(read_file(path, args.field, unread))
-    for line in list_unread(unread) if ranks.rank == 0 else ():
-        print(f"note: {printable(args.texts)}: {line}", flush=True)
+    for line in list_unread(unread):
+        note(f"{args.texts}: {line}")
     if not n:
         raise UserError(f"{path}: no text in it; name a file with at least one")
     about = {"shape": [n, encoder.table.shape[1]], "texts": digest, "method": method,
@@ -213,7 +205,7 @@ def run(args: argparse.Namespace, ranks: Ranks):
     about = json.loads(json.dumps(about))
     found = ranks.on_first(Embeddings, out, about, np.float16 if args.half else np.float32)
     done = ranks.from_first(found.state["done"] if found else 0)
-    texts = islice(read_file(path, args.field), done, None)
+    texts = islice(read_file(path, args.field, unread), done, None)
     with tqdm(total=n, initial=done, unit=" texts", disable=ranks.rank > 0 or None) as bar:
         while block := list(islice(texts, BLOCK)):
             before = encoder.cut

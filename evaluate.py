@@ -37,10 +37,10 @@ from data.tasks import LAYOUT, TASKS, find_file, folder_task, read_task, task_pl
 from measures import KINDS
 from model import PLAIN, Encoder, EncoderConfig, load_encoder, plain_encoder
 from runtime.devices import scoring_dtype
-from runtime.errors import UserError, print_error, printable, run_command
+from runtime.errors import UserError, note, print_error, printable, run_command
 from runtime.files import sha256_of_files
 from runtime.formats import encoder_of, is_encoder, read_exported, weight_files
-from runtime.hub import find_model, note
+from runtime.hub import find_model
 from runtime.ranks import Ranks, join_ranks
 from runtime.results import (
     FORMAT, GROUPS, PAPER, PUBLISHED, compare, finished, label_of, result_of, summary, write_result,

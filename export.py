@@ -260,7 +260,7 @@ def task_prompts(encoder: Encoder) -> dict[str, str]:
 CARD = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction, sentence-similarity, mteb, llm2comp]{base_model}{license}{results}
+tags: [sentence-transformers, feature-extraction, sentence-similarity, mteb, llm2comp]{about}
 ---
 
 # {title}
@@ -337,13 +337,12 @@ def card(encoder: Encoder, title: str, license: str, results: list[dict]) -> str
     base = encoder.base["name"]
     local = Path(base).is_absolute()  # nobody else has that folder
     return CARD.format(
-        base=Path(base).name if local else base,
-        base_model=f"\nbase_model: {base}" * (not local), title=title, how=how, D=encoder.table.shape[1],
-        license=f"\nlicense: {license}" * bool(license), max_tokens=c.max_tokens,
+        base=Path(base).name if local else base, title=title, how=how, D=encoder.table.shape[1],
+        about=f"\nbase_model: {base}" * (not local) + f"\nlicense: {license}" * bool(license)
+              + metadata(title, results), max_tokens=c.max_tokens,
         prompt=', prompt="Retrieve semantically similar text"' * bool(task_prompts(encoder)),
         fits=", for texts that need not be cut" * prompted, read=CHAT if prompted else BATCH,
         pooled=pooled, commands="\n".join(map(command_of, encoder.history)),
-        results=metadata(title, results),
         table=f"\n## Scores\n\n| task | main score x 100 |\n|---|---|\n{rows}" * bool(rows))
 
 

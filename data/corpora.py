@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from data.lines import list_names, list_unread, parse_json, read_lines
-from runtime.errors import UserError
+from runtime.errors import UserError, note
 
 DEMO_PASSAGES = Path(__file__).parent / "demo" / "passages.jsonl.gz"
 # WikiText-103 (Merity et al. 2016), the raw zip; the first address wants a User-Agent.
@@ -59,7 +59,7 @@ def every_text(source: str) -> list[str]:
             raise UserError(f"{source}: unknown kind of file; rename it to .txt or .jsonl")
         lines = read_lines(path)
         if kind == "jsonl":
-            lines = (json_text(path, i, line, unread) if line.strip() else ""
+            lines = (json_texts(path, i, line, unread)[0] if line.strip() else ""
                      for i, line in enumerate(lines, 1))
     texts = list(map(str.strip, lines))
     first = next(filter(None, texts), None)
@@ -68,29 +68,34 @@ def every_text(source: str) -> list[str]:
     if kind == "txt":
         require_no_json(path, first)
     for line in list_unread(unread):
-        print_note(f"{source}: {line}")
+        note(f"{source}: {line}")
     return texts
 
 
-def json_text(path: Path, number: int, line: str, unread: Counter) -> str:
-    """The field `text` of one line of a .jsonl file; its other fields are counted in `unread`."""
+def json_texts(path: Path, number: int, line: str, unread: Counter, fields=("text",),
+               fix="add it, or rename a field") -> list[str]:
+    """The texts under `fields` in one line of a .jsonl file; its other fields are counted in
+    `unread`. UserError if one is missing, with the `fix`."""
     try:
         row = parse_json(line)
-        text = row.get("text") if isinstance(row, dict) else None
-        if isinstance(text, str):
-            text.encode()  # half a surrogate pair is JSON, but no text
-            unread.update(key for key in row if key != "text" and row[key] is not None)
-            return text
+        texts = [row.get(name) if isinstance(row, dict) else None for name in fields]
+        missing = [name for name, text in zip(fields, texts) if not isinstance(text, str)]
+        if not missing:
+            "".join(texts).encode()  # half a surrogate pair is JSON, but no text
+            unread.update(key for key in row if key not in fields and row[key] is not None)
+            return texts
     except UnicodeEncodeError as error:
         raise UserError(f"{path}, line {number}: not a text ({error}); fix or remove the line")
     except ValueError as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); fix or remove the line")
-    what, fix = "it is no object", "write one object per line"
     if isinstance(row, dict):
-        what, fix = f"it has {list_names(row)}", "add it, or rename a field"
+        what = f"it has {list_names(row)}"
     elif isinstance(row, list):
         what, fix = "it is a list", "write one object per line: jq -c '.[]' FILE > NEW"
-    raise UserError(f'{path}, line {number}: no field "text" that is a string ({what}); {fix}')
+    else:
+        what, fix = "it is no object", "write one object per line"
+    raise UserError(f'{path}, line {number}: no field "{missing[0]}" that is a string ({what}); '
+                    f'{fix}')
 
 
 def require_no_json(path: Path, first: str):
@@ -98,22 +103,6 @@ def require_no_json(path: Path, first: str):
     with suppress(ValueError):
         if first.startswith("{") and isinstance(parse_json(first), dict):
             raise UserError(f"{path}: its lines are JSON objects; rename it to .jsonl")
-
-
-def first_process() -> bool:
-    """Whether this is the process that talks, of several that torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def print_once(text: str):
-    """Print a text, once if there are several processes."""
-    if first_process():
-        print(text, flush=True)
-
-
-def print_note(text: str):
-    """Print a note, once if there are several processes."""
-    print_once(f"note: {text}")
 
 
 def digest_ids(corpus: list[np.ndarray]) -> str:

@@ -154,7 +154,7 @@ def parse_json(text: str):
         found = dict(pairs)
         if len(found) < len(pairs):
             name = next(name for name, n in Counter(key for key, _ in pairs).items() if n > 1)
-            raise ValueError(f"has the field {shown(name)} twice")
+            raise ValueError(f"has the field {brief(name)} twice")
         return found
 
     try:
@@ -175,7 +175,7 @@ def holds_text(value) -> bool:
     return False
 
 
-def shown(name, most: int = 40) -> str:
+def brief(name, most: int = 40) -> str:
     """A field's name for messages: shortened, and escaped if it cannot be printed."""
     name = str(name)
     name = name if len(name) <= most else name[:most] + "..."
@@ -184,13 +184,13 @@ def shown(name, most: int = 40) -> str:
 
 def list_names(names, most: int = 8) -> str:
     """Names of fields for messages, the first ones."""
-    names = list(map(shown, names))
+    names = list(map(brief, names))
     more = f" and {len(names) - most} more" * (len(names) > most)
     return (", ".join(names[:most]) or "nothing") + more
 
 
 def list_unread(unread: Counter, most: int = 8) -> list[str]:
     """A line that names the fields which were not read, with the number of their rows; or none."""
-    named = [f"{shown(name)} ({n:,} rows)" for name, n in unread.most_common(most)]
+    named = [f"{brief(name)} ({n:,} rows)" for name, n in unread.most_common(most)]
     more = f" and {len(unread) - most} more" * (len(unread) > most)
     return [f"fields not read: {', '.join(named)}{more}"] if unread else []

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.lines import MAX_JSON, list_names, list_unread, parse_json, read_lines, shown
+from data.lines import MAX_JSON, brief, list_names, list_unread, parse_json, read_lines
 from runtime.errors import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".tsv", ".tsv.gz", ".csv", ".csv.gz")
@@ -82,7 +82,7 @@ def split_rows(text: str, delimiter: str, quotes: bool) -> Iterator[tuple[int, l
         found = field.match(text, place)
         if found is None:
             where = number + text.count("\n", begin, place)
-            raise ValueError(f"line {where}: the quotes at {shown(text[place : place + 60])} do "
+            raise ValueError(f"line {where}: the quotes at {brief(text[place : place + 60])} do "
                              f"not enclose a field; double those inside it")
         inside, plain, end = found.groups()
         row.append((inside, plain))
@@ -113,7 +113,7 @@ def quotes_are_the_writers(path: Path, text: str) -> bool:
         bare = any(plain and '"' in plain for row in rows for _, plain in row)
     except ValueError:
         bare = True
-    if bare:  # no writer's, unless it is mended by hand
+    if bare:  # no writer's, unless somebody edited it
         odd = [field for row in lines for _, field in row
                if re.fullmatch(QUOTED, field) and '""' in field[1:-1]]
         doubt = odd[0] if odd else None
@@ -126,7 +126,7 @@ def quotes_are_the_writers(path: Path, text: str) -> bool:
         doubt = next((field for field in inside if re.search(r"[\t\n]", field)
                       or not whole and '""' not in field), None)
     if doubt is not None:
-        raise UserError(f"{path}: the quotes of the field {shown(doubt)} may be its text or not; "
+        raise UserError(f"{path}: the quotes of the field {brief(doubt)} may be its text or not; "
                         f"write the file as .csv or .jsonl")
     return not bare
 
@@ -143,14 +143,14 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
             if header is None:
                 header = values
                 if twice := [name for name, n in Counter(header).items() if n > 1]:
-                    raise ValueError(f"line {number}: the header has {shown(twice[0])} twice; "
+                    raise ValueError(f"line {number}: the header has {brief(twice[0])} twice; "
                                      f"rename or remove one")
                 continue
             if len(values) > len(header):
                 raise ValueError(f"line {number}: has {len(values)} fields, the header "
-                                 f"{len(header)} ({list_names(header)}); quote or mend it")
+                                 f"{len(header)} ({list_names(header)}); quote or fix it")
             if len(values) < len(header):
-                raise ValueError(f"line {number}: has no field {shown(header[len(values)])} "
+                raise ValueError(f"line {number}: has no field {brief(header[len(values)])} "
                                  f"({len(values)} fields, the header has {len(header)})")
             yield f"line {number}", dict(zip(header, values))
     except ValueError as error:
@@ -172,7 +172,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
             return
         except ValueError as error:
             if whole.lstrip()[:1] == "[":
-                raise UserError(f"{path}: not JSON ({error}); fetch the file again or mend it")
+                raise UserError(f"{path}: not JSON ({error}); fetch the file again or fix it")
             # several objects, one per line
     for i, line in enumerate(read_lines(path), 1):
         if line.strip():

@@ -18,8 +18,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.lines import CONVERT, copy_plain, holds_text, is_plain, list_names, list_unread
-from data.lines import next_line, parse_json, shown
+from data.lines import CONVERT, brief, copy_plain, holds_text, is_plain, list_names, list_unread
+from data.lines import next_line, parse_json
 from runtime.errors import UserError
 from runtime.files import open_regular
 
@@ -139,7 +139,7 @@ def note_unread(fields: dict, unread: list[str]):
             raise ValueError(f"has a field {name}, which is not read; keep the positive pairs "
                              f"only, and remove it")
         if holds_text(value) and not HARMLESS.fullmatch(name.rpartition(".")[2]):
-            raise ValueError(f"the field {shown(name)} could hold a text and is not read; rename "
+            raise ValueError(f"the field {brief(name)} could hold a text and is not read; rename "
                              f"it to query, positive, negative or instruction, or remove it")
         if value is not None:
             unread.append(name)
@@ -295,7 +295,7 @@ class Triples:
         parts = []
         for i in range(min(n, len(self))):
             row, (file, place) = self[i], self.locate(i)
-            parts.append(f"{shown(file.path.name)}, row {place + 1}\n"
+            parts.append(f"{brief(file.path.name)}, row {place + 1}\n"
                          f"  instruction  {short(filter(None, [row.instruction]))}\n"
                          f"  query        {short([row.query])}\n"
                          f"  positive     {short([row.positive, *row.others])}\n"

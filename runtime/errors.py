@@ -55,6 +55,22 @@ def check_text(text: str, name: str):
 # ---------------------------------------------------------------------------------------------
 
 
+def first_process() -> bool:
+    """Whether this is the process that talks, of several that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_once(text: str):
+    """Print a text, once if there are several processes."""
+    if first_process():
+        print(text, flush=True)
+
+
+def note(text: str):
+    """Print a note, once if there are several processes."""
+    print_once(f"note: {text}")
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""The text on one line, what a terminal would obey as an escape like \x1b; `keep` as it is."""
     return OBEYED.sub(lambda match: match[0] if match[0] in keep else
@@ -136,7 +152,7 @@ def await_command():
     which takes seconds."""
 
     def stop(number: int, _):
-        if os.environ.get("RANK", "0") == "0":
+        if first_process():
             os.write(2, b"\ninterrupted\n")
         os._exit(128 + number)
 
@@ -161,7 +177,7 @@ def interruptible():
 
 def print_interrupt(stop: KeyboardInterrupt, after: str = "") -> int:
     """Say that a signal has ended the command; returns its exit code, 128 + the signal's number."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         with suppress(BrokenPipeError):
             print("\ninterrupted" + f"; {after}" * bool(after), file=sys.stderr, flush=True)
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)

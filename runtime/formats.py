@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime.errors import UserError, check_text
+from runtime.errors import UserError, check_text, note
 from runtime.files import MOST_JSON, open_regular, open_tensors, read_json, sha256_of_files
-from runtime.hub import COMPLETE, describe_source, find_model, note, without_tensors
+from runtime.hub import COMPLETE, describe_source, find_model, without_tensors
 from runtime.identity import base_changes, base_record
 
 
@@ -461,7 +461,7 @@ def read_encoder(name: str | Path, revision: str | None, make_config) -> tuple:
 
 
 def require_stage(folder: Path):
-    """UserError for the place of a run that has no encoder (yet), given as the one to start from."""
+    """UserError for the place of a run that has no encoder (yet), given to start from."""
     missing = folder.parts[:1] == ("runs",)
     if folder.is_dir():
         missing = (folder / "environment.json").is_file() or not any(folder.iterdir())

@@ -1,13 +1,12 @@
 """A model's name -> the local folder that holds it."""
 
-import os
 import re
 from pathlib import Path
 
 from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from runtime.errors import UserError
+from runtime.errors import UserError, note
 
 # what the name `demo` stands for
 DEMO_LLAMA = Path(__file__).resolve().parents[1] / "data" / "demo" / "llama"
@@ -44,12 +43,6 @@ def without_tensors(name: str | Path, files: list[str]) -> UserError:
     if "config.json" not in files:
         return UserError(f"{name}/config.json: missing; is {name} a complete model folder?")
     return UserError(f"{name}: model.safetensors is missing; fetch the whole model again")
-
-
-def note(text: str):
-    """Print a note, on the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", flush=True)
 
 
 def find_model(name: str | Path, revision: str | None = None, base_of: Path | None = None) -> Path:

@@ -752,7 +752,7 @@ def test_a_document_about_the_end_token_has_one_at_its_end(repllama):
     assert whole == "passage: a </s> b"
 
 
-def test_a_run_from_before_special_tokens_were_letters_goes_on_parsing_them(
+def test_a_run_from_before_special_tokens_were_letters_keeps_parsing_them(
     home, tiny, tmp_path, monkeypatch, capsys
 ):
     """The texts of stage 3 are no part of what a resumed run checks by their ids."""

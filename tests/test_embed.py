@@ -105,7 +105,8 @@ def test_an_interrupted_command_resumes_with_the_same_bytes(after, two_stages, t
 
 
 @pytest.mark.parametrize("change, what", [
-    (["--instruction", "Find it"], "reading"), (["--half"], "reading"), (["--normalize"], "reading"),
+    (["--instruction", "Find it"], "reading"), (["--half"], "reading"),
+    (["--normalize"], "reading"),
     ("text", "texts"), ("encoder", "encoder"),
 ])
 def test_what_was_begun_otherwise_is_not_resumed(change, what, two_stages, tmp_path, monkeypatch,
@@ -132,8 +133,9 @@ def test_what_was_begun_otherwise_is_not_resumed(change, what, two_stages, tmp_p
 
 @pytest.mark.parametrize("file, text, flags, fragments", [
     ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', [], ["line 2", "text", "--field"]),
-    ("a.jsonl", '{"text": 5}\n', [], ["line 1", "text is '5'", "a text is expected"]),
-    ("a.jsonl", '{"text": "a"\n', [], ["line 1", "--field"]),
+    ("a.jsonl", '{"text": 5}\n', [], ["line 1", 'no field "text"', "--field"]),
+    ("a.jsonl", '{"text": "a"\n', [], ["line 1", "not JSON"]),
+    ("a.txt", '{"text": "a"}\n', [], ["a.txt", "rename it to .jsonl"]),
     ("a.csv", "text\na\n", [], ["a.csv", "unknown kind"]),
     ("a.txt", "", [], ["a.txt", "no text"]),
     ("a.txt", "a\n", ["--instruction", "x", "--method", "prompteol"], ["--method prompteol"]),

@@ -508,7 +508,9 @@ def test_an_instruction_is_refused_if_the_prompt_has_no_place_for_it(tiny, here,
 
 
 @pytest.mark.parametrize("instruction", ["Sort {text} by topic", "{instruction}", "{", "a\nb"])
-def test_an_instruction_of_the_command_line_is_no_template(instruction, tiny, here, encoded, capsys):
+def test_an_instruction_of_the_command_line_is_no_template(
+    instruction, tiny, here, encoded, capsys
+):
     assert sts17("--model", tiny, "--instruction", instruction, "--method", "last") == 0
     assert [told for _, told in encoded] == [instruction]
     assert capsys.readouterr().out.count("instruction: " + instruction.replace("\n", r"\n")) == 1

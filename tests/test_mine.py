@@ -141,7 +141,7 @@ def rows(tmp_path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", found)
 
 
-def test_ctrl_c_is_a_line_and_the_same_command_goes_on(
+def test_ctrl_c_is_a_line_and_the_same_command_continues(
     encoder, rows, tmp_path, monkeypatch, capsys
 ):
     set_blocks(monkeypatch, 7)

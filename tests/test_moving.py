@@ -158,7 +158,9 @@ def test_auto_is_on_every_machine_the_dtype_that_the_run_began_with(
 
 
 @pytest.mark.parametrize("stage", ["ucl"], indirect=True)
-def test_stage_2_may_go_on_from_another_base_on_purpose(stage, command, tiny_copy, tmp_path, capsys):
+def test_stage_2_may_start_on_another_base_on_purpose(
+    stage, command, tiny_copy, tmp_path, capsys
+):
     edit_json(tiny_copy / "config.json", rms_norm_eps=1e-3)
     error_line(command("--base", tiny_copy), capsys, "rms_norm_eps", "--other-base")
     with signal_after(2, signal.SIGTERM):

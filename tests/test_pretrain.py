@@ -457,7 +457,8 @@ sys.exit(pretrain_ctkd.main())
 
 
 @pytest.mark.parametrize("name, arguments", [
-    ("resume", ["--resume"]), ("text", ["--text", "nowhere.txt"]), ("hub", ["--model", "owner/name"]),
+    ("resume", ["--resume"]), ("text", ["--text", "nowhere.txt"]),
+    ("hub", ["--model", "owner/name"]),
 ])
 def test_as_a_command_bad_input_is_a_clear_line_on_stderr(name, arguments, tiny, texts, tmp_path):
     program = ["-c", IMPATIENT] if name == "hub" else [str(ROOT / "pretrain_ctkd.py")]
