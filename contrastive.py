@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record  # tracebacks for torchrun
-from torch.utils.checkpoint import checkpoint
 
 from data.batches import Sentences, TripleRows, open_triples, preview, require_rows, token_batches
 from data.tokenizer import INSTRUCTED, check_special_tokens
@@ -78,35 +77,43 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor
 # ---------------------------------------------------------------------------------------------
 
 
-def embed_batch(
-    encoder: Encoder, texts: list[np.ndarray], config: "Config", step: int, ranks: Ranks
-) -> Tensor:
-    """Embeddings (n, D) of all texts on every rank; only the rows embedded here carry a gradient.
+class GlobalBatch:
+    """The embeddings of a batch whose activations never have to fit (GradCache, arXiv 2101.06983).
 
-    The micro-batches are dealt out to the ranks. All but the last are checkpointed: their
-    activations are dropped, and computed again with the same dropout when backward comes to them.
-    Backward begins with the last one, which therefore keeps its own. Every rank computes the loss
-    of the whole batch and differentiates it by its own rows: the sum over ranks is the gradient.
+    The micro-batches, dealt out to the ranks, are embedded without a graph. Once the loss has been
+    differentiated by the embeddings, `backward` embeds them again, one after another, with the same
+    dropout and a graph, and carries the gradient on to the parameters. Every rank computes the loss
+    of the whole batch, and the gradient of its own rows: the sum over ranks is all of it.
     """
-    k, device = encoder.config.num_memory_tokens, encoder.device
-    parts = token_batches([len(ids) + k for ids in texts], config.micro_tokens)
-    mine, embeddings = parts[ranks.rank :: ranks.size], []
-    for part in mine:
-        seed_torch(config.seed, DROPOUT, step, part[0])
-        inputs = (flat_ids([texts[i] for i in part], device), [len(texts[i]) for i in part],
-                  config.attention_dropout)
-        if part is mine[-1]:
-            embeddings.append(encoder.embed(*inputs))
-        else:
-            embeddings.append(checkpoint(encoder.embed, *inputs, use_reentrant=False))
-    wide = torch.promote_types(encoder.dtype, torch.float32)
-    everyone = torch.zeros(len(texts), encoder.table.shape[1], dtype=wide, device=device)
-    if not mine:  # more ranks than micro-batches: a leaf, so that backward has something to do
-        return ranks.sum(everyone).requires_grad_()
-    own, places = torch.cat(embeddings), to_device(torch.tensor(sum(mine, [])), device)
-    # gather by a sum of zero-padded rows; the sum has no gradient, so the own rows go in once more
-    everyone[places] = own.detach()
-    return ranks.sum(everyone).index_copy(0, places, own)
+
+    def __init__(self, encoder: Encoder, texts: list[np.ndarray], config: "Config", step: int,
+                 ranks: Ranks):
+        """Embed the texts: `embeddings` (n, D), on every rank, is a leaf that takes a gradient."""
+        self.encoder, self.texts, self.config, self.step = encoder, texts, config, step
+        lengths = [len(ids) + encoder.config.num_memory_tokens for ids in texts]
+        self.parts = token_batches(lengths, config.micro_tokens)[ranks.rank :: ranks.size]
+        wide, width = torch.promote_types(encoder.dtype, torch.float32), encoder.table.shape[1]
+        everyone = torch.zeros(len(texts), width, dtype=wide, device=encoder.device)
+        for part in self.parts:
+            # backward begins with the last one, which therefore keeps its graph
+            with torch.set_grad_enabled(part is self.parts[-1]):
+                self.last = self.embed(part)
+            everyone[part] = self.last.detach()
+        self.embeddings = ranks.sum(everyone).requires_grad_()  # gathered: zeros are added to rows
+
+    def embed(self, part: list[int]) -> Tensor:
+        """Embeddings of these texts, with the same dropout each time."""
+        seed_torch(self.config.seed, DROPOUT, self.step, part[0])
+        texts = [self.texts[i] for i in part]
+        return self.encoder.embed(flat_ids(texts, self.encoder.device), [len(ids) for ids in texts],
+                                  self.config.attention_dropout)
+
+    def backward(self, loss: Tensor):
+        """Add to the parameters' gradients what this rank's rows contribute to the loss's."""
+        loss.backward()
+        for part in reversed(self.parts):
+            z = self.last if part is self.parts[-1] else self.embed(part)
+            z.backward(self.embeddings.grad[part])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -396,13 +403,14 @@ def train(config: Config, run: Run):
         rate = learning_rate(step, schedule, warmup, config.min_lr, config.lr)
         optimizer.param_groups[0]["lr"] = rate
         batch = data.read_batch(config.seed, step, config.batch_size)
-        z = embed_batch(encoder, batch.queries + batch.keys, config, step, ranks)  # forward
-        queries, keys = z.split([len(batch.queries), len(batch.keys)])
+        every = GlobalBatch(encoder, batch.queries + batch.keys, config, step, ranks)  # forward
+        queries, keys = every.embeddings.split([len(batch.queries), len(batch.keys)])
         loss = info_nce(queries, keys, config.temperature, batch.excluded)
-        loss.backward()
+        every.backward(loss)
         ranks.sum_gradients(parameters)  # the gradient of the global batch, on all ranks
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-        run.require_finite(step, loss, norm, z, batch.rows + batch.key_rows, data.name)
+        rows = batch.rows + batch.key_rows
+        run.require_finite(step, loss, norm, every.embeddings, rows, data.name)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         about = diagnostics(queries, keys, config.temperature, batch.excluded)

@@ -99,10 +99,10 @@ class Ours(SclStep):
     def gradient(self, prepared: tuple[Batch, Config]) -> torch.Tensor:
         batch, config = prepared
         texts = batch.queries + batch.keys
-        z = contrastive.embed_batch(self.modules, texts, config, 0, self.ranks)
-        queries, keys = z.split([len(batch.queries), len(batch.keys)])
+        every = contrastive.GlobalBatch(self.modules, texts, config, 0, self.ranks)
+        queries, keys = every.embeddings.split([len(batch.queries), len(batch.keys)])
         loss = contrastive.info_nce(queries, keys, config.temperature, batch.excluded)
-        loss.backward()
+        every.backward(loss)
         return loss.detach()
 
 

@@ -223,14 +223,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, p:
 def padded_batches(lengths: tuple[int, ...]) -> list[tuple[int, list[int]]]:
     """(padded size, which sequences) of each batch: those padded to the same multiple of 32.
 
+    Batches have 1, 2, 4, 8 ... sequences, again for few shapes: what oneDNN keeps of each is small,
+    but lies between large tensors, whose memory glibc then can't use again for larger ones.
     Sequences above LONGEST_BF16 are alone, and not padded.
     """
     def key(i: int) -> tuple[int, int]:
         n = lengths[i]
         return (n + -n % 32, 0) if n <= LONGEST_BF16 else (n, i)
 
-    order = sorted(range(len(lengths)), key=key)
-    return [(size, list(same)) for (size, _), same in groupby(order, key)]
+    batches = []
+    for (size, _), same in groupby(sorted(range(len(lengths)), key=key), key):
+        same = list(same)
+        while same:
+            n = 2 ** (len(same).bit_length() - 1)  # the largest power of two that is left
+            batches.append((size, same[:n]))
+            same = same[n:]
+    return batches
 
 
 @lru_cache(maxsize=8)

@@ -124,10 +124,10 @@ def ctkd_step(encoder, data: SplitTexts, config, step: int, ranks: Ranks = ONE):
 
 def contrastive_step(encoder, batch, config, step: int, ranks: Ranks = ONE):
     """Forward and backward of the contrastive loop: loss, queries (B, D), keys (M, D)."""
-    z = contrastive.embed_batch(encoder, batch.queries + batch.keys, config, step, ranks)
-    queries, keys = z.split([len(batch.queries), len(batch.keys)])
+    every = contrastive.GlobalBatch(encoder, batch.queries + batch.keys, config, step, ranks)
+    queries, keys = every.embeddings.split([len(batch.queries), len(batch.keys)])
     loss = contrastive.info_nce(queries, keys, config.temperature, batch.excluded)
-    loss.backward()
+    every.backward(loss)
     return loss.detach(), queries.detach(), keys.detach()
 
 

@@ -147,35 +147,33 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch(tiny, st
         assert_equal(found, expected)
 
 
-def test_with_dropout_a_recomputed_micro_batch_repeats_its_forward(tiny, monkeypatch):
+def test_with_dropout_a_recomputed_micro_batch_repeats_its_forward(tiny):
     encoder = tiny_encoder(tiny, dropout=0.1)
     batch = make_batch(encoder, "ucl", 16)
     config = Config(attention_dropout=0.2, micro_tokens=128)
+    every = contrastive.GlobalBatch(encoder, batch.queries + batch.keys, config, 3, ONE)
+    kept = [every.embed(part) for part in every.parts]  # the graphs of all at once
+    z = torch.empty_like(every.embeddings).index_copy(
+        0, torch.tensor(sum(every.parts, [])), torch.cat(kept))
+    assert len(kept) > 3 and torch.equal(z, every.embeddings)
+    loss = info_nce(z[:16], z[16:], config.temperature, batch.excluded)
+    loss.backward()
+    expected = {**gradients(encoder), "loss": loss.detach().reshape(1)}
     found = gradient(encoder, batch, config)
-    monkeypatch.setattr(contrastive, "checkpoint", lambda function, *inputs, **_: function(*inputs))
-    assert_equal(found, gradient(encoder, batch, config))
-    monkeypatch.undo()
+    assert_equal(found, expected)
     other = gradient(encoder, batch, replace(config, seed=1))
     assert abs(other["loss"] - found["loss"]) > 1e-4  # another seed, another dropout
 
 
-def test_only_the_last_micro_batch_keeps_its_activations(tiny, monkeypatch):
-    encoder, calls = tiny_encoder(tiny), []
+def test_only_the_last_micro_batch_keeps_its_activations(tiny):
+    encoder, graphs = tiny_encoder(tiny), []
     batch = make_batch(encoder, "scl", 16)
-    original = contrastive.checkpoint
-
-    def count(*inputs, **options):
-        calls.append(options)
-        return original(*inputs, **options)
-
-    monkeypatch.setattr(contrastive, "checkpoint", count)
-    forwards = []
     hook = encoder.llama.model["layers"][0].register_forward_pre_hook(
-        lambda *_: forwards.append(1))
+        lambda *_: graphs.append(torch.is_grad_enabled()))
     gradient(encoder, batch, Config(micro_tokens=256, attention_dropout=0.0))
-    assert calls and all(options == {"use_reentrant": False} for options in calls)
-    assert len(forwards) == 2 * len(calls) + 1
     hook.remove()
+    parts = (len(graphs) + 1) // 2
+    assert parts > 2 and graphs == [False] * (parts - 1) + [True] * parts
 
 
 def test_ucl_sees_two_dropout_masks_of_the_same_text(tiny):
@@ -346,14 +344,13 @@ def test_metrics_have_every_step_once_and_are_finite(ucl, scl):
 def test_the_loss_of_a_step_has_the_temperature_asked_for(
     temperature, run, tmp_path, monkeypatch
 ):
-    seen, embed_batch = [], contrastive.embed_batch
+    seen, backward = [], contrastive.GlobalBatch.backward
 
-    def note(encoder, texts, *rest):
-        z = embed_batch(encoder, texts, *rest)
-        seen.append((z.detach(), [ids.tobytes() for ids in texts]))
-        return z
+    def note(batch, loss):
+        seen.append((batch.embeddings.detach(), [ids.tobytes() for ids in batch.texts]))
+        backward(batch, loss)
 
-    monkeypatch.setattr(contrastive, "embed_batch", note)
+    monkeypatch.setattr(contrastive.GlobalBatch, "backward", note)
     flags = ["--steps", 1, "--temperature", temperature, "--dtype", "float64"]
     assert run("run", *flags, stage="scl") == 0
     [(z, texts)] = seen
@@ -642,7 +639,8 @@ def test_memory_tokens_take_no_room_from_a_text(tiny, home):
         encoder, _ = contrastive.new_encoder(config, run_of(config))
         batch = contrastive.open_data(config, encoder, False).read_batch(0, 0, 8)
         assert max(map(len, batch.queries)) == 14 and max(map(len, batch.keys)) == 12
-        z = contrastive.embed_batch(encoder, batch.queries + batch.keys, config, 0, ONE)
+        texts = batch.queries + batch.keys
+        z = contrastive.GlobalBatch(encoder, texts, config, 0, ONE).embeddings
         assert z.shape == (24, 32) and z.isfinite().all()
         read.append([ids.tolist() for ids in batch.queries + batch.keys])
     assert read[0] == read[1]
