@@ -97,8 +97,9 @@ class Tokenizer:
             raise UserError(f"{self.file}: missing; save the fast tokenizer beside the weights")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self.file))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{self.file}: not a tokenizer.json ({error}); fetch it again")
+        except BaseException as error:
+            raise UserError(f"{self.file}: not a tokenizer.json ({reason_of(error)}); fetch it "
+                            f"again")
         self.backend.no_truncation()
         self.backend.no_padding()
         added = self.backend.get_added_tokens_decoder()
