@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from data.lines import list_names, list_unread, parse_json, read_lines
-from runtime.errors import UserError, note
+from runtime.errors import UserError, note, shown
 
 DEMO_PASSAGES = Path(__file__).parent / "demo" / "passages.jsonl.gz"
 # WikiText-103 (Merity et al. 2016), the raw zip; the first address wants a User-Agent.
@@ -74,28 +74,31 @@ def every_text(source: str) -> list[str]:
 
 def json_texts(path: Path, number: int, line: str, unread: Counter, fields=("text",),
                fix="add it, or rename a field") -> list[str]:
-    """The texts under `fields` in one line of a .jsonl file; its other fields are counted in
-    `unread`. UserError if one is missing, with the `fix`."""
+    """The texts under `fields` in one line of a .jsonl file, None for one that is missing.
+
+    Its other fields are counted in `unread`. UserError, with the `fix`, if all are missing, or one
+    is no text.
+    """
     try:
         row = parse_json(line)
         texts = [row.get(name) if isinstance(row, dict) else None for name in fields]
-        missing = [name for name, text in zip(fields, texts) if not isinstance(text, str)]
-        if not missing:
-            "".join(texts).encode()  # half a surrogate pair is JSON, but no text
+        odd = [name for name, text in zip(fields, texts) if not isinstance(text, str | None)]
+        if not odd and any(text is not None for text in texts):
+            "".join(filter(None, texts)).encode()  # half a surrogate pair is JSON, but no text
             unread.update(key for key in row if key not in fields and row[key] is not None)
             return texts
     except UnicodeEncodeError as error:
         raise UserError(f"{path}, line {number}: not a text ({error}); fix or remove the line")
     except ValueError as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); fix or remove the line")
+    name = (odd or [name for name in fields if isinstance(row, dict) and name in row] or fields)[0]
     if isinstance(row, dict):
-        what = f"it has {list_names(row)}"
+        what = f"it is {shown(row[name])}" if name in row else f"it has {list_names(row)}"
     elif isinstance(row, list):
         what, fix = "it is a list", "write one object per line: jq -c '.[]' FILE > NEW"
     else:
         what, fix = "it is no object", "write one object per line"
-    raise UserError(f'{path}, line {number}: no field "{missing[0]}" that is a string ({what}); '
-                    f'{fix}')
+    raise UserError(f'{path}, line {number}: no field "{name}" that is a string ({what}); {fix}')
 
 
 def require_no_json(path: Path, first: str):

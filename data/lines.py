@@ -35,8 +35,18 @@ OTHER_FILES = {  # how files begin that lie under a name of texts by mistake
     b"<!doctype html": "a web page, not the data; fetch the file itself (on the hub, the address "
                        "has resolve in it, not blob)",
     b"<html": "a web page, not the data; fetch the file itself",
-    b"PK\x03\x04": "a zip archive; unpack it", b"BZh91AY&SY": "packed by bzip2; unpack it",
-    b"\xfd7zXZ\0": "packed by xz; unpack it", b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
+    b"PK\x03\x04": "a zip archive (or of an office program); unpack it, or save it as text",
+    b"BZh91AY&SY": "packed by bzip2; unpack it", b"\xfd7zXZ\0": "packed by xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it", b"7z\xbc\xaf\x27\x1c": "packed by 7z; unpack "
+    "it",
+    b"\x1f\x8b": "packed by gzip twice; unpack it once: gunzip",
+    b"%PDF-": "a PDF; extract its text first", b"{\\rtf": "rich text; save it as plain text",
+    b"\xd0\xcf\x11\xe0": "of an older office program; save it as text",
+    b"PAR1": "parquet; convert it: pandas.read_parquet(FILE).to_json(NEW, orient='records', "
+            "lines=True)",
+    b"ARROW1": "an Arrow table; convert it to .jsonl", b"SQLite format 3\0": "an SQLite database",
+    b"\x93NUMPY": "an array of numpy's, not texts",
+    b"\x80\x04\x95": "a pickle, which can run code; write it as .jsonl where it comes from",
 }
 
 
@@ -65,11 +75,17 @@ def open_data(path: Path):
         size, zipped = os.fstat(packed.fileno()).st_size, packed.read(2) == b"\x1f\x8b"
         packed.seek(0)
         file = gzip.GzipFile(fileobj=packed) if zipped else packed
-        head = file.read(32)
+        head = file.read(512)
         file.seek(0)
-        for start, what in OTHER_FILES.items():
-            if head.lower().startswith(start.lower()):
+        begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        for start, what in OTHER_FILES.items():  # HTML in capitals, too
+            if begins.startswith(start) or begins.lower().startswith(start):
                 raise UserError(f"{path}: is {what}")
+        if head[257:262] == b"ustar":
+            raise UserError(f"{path}: is a tar archive; unpack it: tar -xf")
+        if head.strip() == b"Entry not found":
+            raise UserError(f"{path}: is the hub's answer in place of a file; fetch it under its "
+                            f"right name")
         most = max(MAX_UNPACKED, MAX_RATIO * size)
 
         def check():
@@ -158,6 +174,9 @@ def parse_json(text: str):
         return found
 
     try:
+        if text.strip() in ("{", "["):  # the first line of a file that somebody could read well
+            raise ValueError("goes on in the next line; write one object per line: jq -c "
+                             + (". " if "{" in text else "'.[]' ") + "FILE > NEW")
         return json.loads(text, object_pairs_hook=once)
     except RecursionError:
         raise ValueError("maximum recursion depth: nested too deep")

@@ -35,20 +35,24 @@ def number(value) -> float:
         found = float(value)
     except OverflowError as error:
         raise ValueError(error)
+    if isinstance(value, str) and "_" in value:  # Python's own spelling: 1_0 is 10 to float()
+        raise ValueError("not a number")
     if not math.isfinite(found):
         raise ValueError("not a finite number")
     return found
 
 
 def label(value) -> int | str:
-    """A field that must be a whole number or a text."""
+    """A field that must be a whole number or a text that is not empty."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError("a whole number or a text is expected")
+    if not str(value).strip():
+        raise ValueError("is empty")
     return value
 
 
 def identifier(value) -> str:
-    """A field that must be an id; numbers become texts."""
+    """A field that must be an id, or a label to compare: numbers become texts, as .csv has them."""
     return str(label(value))
 
 
@@ -131,8 +135,12 @@ def quotes_are_the_writers(path: Path, text: str) -> bool:
     return not bare
 
 
-def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a .csv or .tsv by the names in its header, each with its place."""
+def read_table(path: Path, delimiter: str, wanted=()) -> Iterator[tuple[str, dict]]:
+    """The rows of a .csv or .tsv by the names in its header, each with its place.
+
+    wanted: names that the header must have. Without them it is a row like the others, or its names
+    are not separated as the file's ending says.
+    """
     text = "".join(read_lines(path))
     quotes = delimiter == "," or quotes_are_the_writers(path, text)
     header = None
@@ -142,6 +150,11 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
                       for inside, plain in row]
             if header is None:
                 header = values
+                if lacks := [name for name in wanted if name not in header]:
+                    between = "tabs" if delimiter == "\t" else "commas"
+                    raise ValueError(f"line {number}: has no {', '.join(lacks)} (it has "
+                                     f"{list_names(header)}); the first line must name the "
+                                     f"fields, with {between} between them")
                 if twice := [name for name, n in Counter(header).items() if n > 1]:
                     raise ValueError(f"line {number}: the header has {brief(twice[0])} twice; "
                                      f"rename or remove one")
@@ -157,11 +170,14 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}, {error}")
 
 
-def records(path: Path) -> Iterator[tuple[str, object]]:
-    """The rows of a file as they stand, each with its place for messages (`line 3`)."""
+def records(path: Path, wanted=()) -> Iterator[tuple[str, object]]:
+    """The rows of a file as they stand, each with its place for messages (`line 3`).
+
+    wanted: the fields that a table's header must name.
+    """
     ending = path.name.removesuffix(".gz").rpartition(".")[2]
     if ending in ("tsv", "csv"):
-        yield from read_table(path, "\t" if ending == "tsv" else ",")
+        yield from read_table(path, "\t" if ending == "tsv" else ",", wanted)
         return
     if ending == "json":
         whole = "".join(read_lines(path, MAX_JSON))
@@ -220,7 +236,7 @@ def read_blocks(path: Path, fields: dict[str, Callable], optional=(),
     notes: gets a line that names other fields and counts their rows.
     """
     blocks, unread = [], Counter()
-    for place, record in records(path):
+    for place, record in records(path, [name for name in fields if name not in optional]):
         try:
             block = [checked(row, fields) for row in flatten(record, fields, optional)]
         except ValueError as error:

@@ -7,14 +7,15 @@ folder in the layout of a kind.
 import json
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from data.rows import ENDINGS, identifier, label, number, read_blocks, read_rows, read_unique
-from data.rows import text, texts
+from data.lines import list_names
+from data.rows import ENDINGS, identifier, number, read_blocks, read_rows, read_unique, text, texts
 from runtime.errors import UserError
 
 HERE = Path(__file__).parent
@@ -63,17 +64,24 @@ def find_file(task: dict, role: str, data_dir: str | Path | None) -> Path:
     folder, _ = task_place(task, data_dir)
     if folder is None:
         return fetch(task, stems, names)
-    for name in names:
-        if (folder / name).exists():  # a pipe or a folder of that name is refused by its reader
-            return folder / name
+    # a pipe or a folder of such a name is refused by its reader
+    there = [folder / name for name in names if (folder / name).exists()]
+    if len(there) > 1 and "folder" in task:  # a repository may have its data twice
+        raise UserError(f"{folder}: has {there[0].name} and {there[1].name}; keep one of them")
+    if there:
+        return there[0]
     if parquet := sorted(folder.rglob("*.parquet")):
         raise UserError(f"{parquet[0]}: parquet is not read; convert it once with another tool, "
                         f"for example pandas.read_parquet(...).to_json('{stems[0]}.jsonl', "
                         f"orient='records', lines=True)")
-    state = "no such folder" if not folder.is_dir() else f"has no file {' or '.join(stems)}"
-    raise UserError(f"{folder}: {state} (one of {', '.join(ENDINGS)}); task {task['name']} wants "
-                    f"{LAYOUT[task['kind']]}. --data-dir takes a folder with one folder per "
-                    f"repository, as on the hub")
+    inside = sorted(str(path.relative_to(folder)) for path in islice(folder.rglob("*"), 1000)
+                    if path.is_file())
+    state = f"has no file {' or '.join(stems)} (it has {list_names(inside)})"
+    state, fix = (state if folder.is_dir() else "no such folder"), ""
+    if "folder" not in task:
+        fix = ". --data-dir takes a folder with one folder per repository, as on the hub"
+    raise UserError(f"{folder}: {state}; {task['kind']} wants {LAYOUT[task['kind']]} (each as one "
+                    f"of {', '.join(ENDINGS)}){fix}")
 
 
 def fetch(task: dict, stems: list[str], names: list[str]) -> Path:
@@ -205,13 +213,13 @@ def draw_training_sets(labels: list, samples_per_label: int, draws: int = 10) ->
 
 def read_classification(task: dict, file: Callable):
     """Only training texts that a draw picks are kept."""
-    fields, notes = {"text": text, "label": label}, []
+    fields, notes = {"text": text, "label": identifier}, []
     source, path = file("train"), file("test")
     (train, train_labels), (test, test_labels) = (
         columns(read_rows(p, fields, notes=notes), "text", "label") for p in (source, path))
     if new := set(test_labels) - set(train_labels):
-        raise UserError(f"{path}: has the label {min(map(str, new))!r}, which the training file "
-                        f"never has; are they of one task?")
+        raise UserError(f"{path}: has the label {min(new)!r}, which the training file never has "
+                        f"(it has {list_names(sorted(set(train_labels)))}); are they of one task?")
     if len(set(train_labels)) == 1:
         raise UserError(f"{source}: all {len(train):,} rows have the label {train_labels[0]!r}, "
                         f"there is nothing to tell apart; give rows of other labels")
@@ -227,7 +235,7 @@ def read_classification(task: dict, file: Callable):
 def read_clustering(task: dict, file: Callable):
     """Each columnar row is a set of its own; flat rows make one set together."""
     path, notes = file("test"), []
-    fields = {"sentences": text, "labels": label}
+    fields = {"sentences": text, "labels": identifier}
     blocks = [block for block in read_blocks(path, fields, notes=notes) if block]
     if max(map(len, blocks)) == 1:
         blocks = [[row for block in blocks for row in block]]
@@ -271,6 +279,8 @@ def read_reranking(task: dict, file: Callable):
                            for ts, row in zip(found, used)]}
     counts = {"queries": len(used), "positives": int(sum(r.sum() for r in labels["relevant"])),
               "candidates": sum(map(len, found))}
+    both = sum(not set(row["positive"]).isdisjoint(row["negative"]) for row in used)
+    notes += [f"{both:,} queries have a text that is positive and negative"] * bool(both)
     dropped = len(rows) - len(used)
     notes += [f"{dropped:,} queries without positives or negatives, dropped"] * bool(dropped)
     return {"queries": columns(used, "query")[0], "documents": list(place)}, labels, counts, notes
@@ -291,6 +301,8 @@ def read_task(task: dict, data_dir: str | Path | None = None) -> tuple[dict, dic
     """
     texts, labels, counts, notes = READERS[task["kind"]](
         task, lambda role: find_file(task, role, data_dir))
+    empty = sum(not text.strip() for column in texts.values() for text in column)
+    notes += [f"{empty:,} texts are empty"] * bool(empty)
     notes += [f"{counts[key]:,} {key}, the published task has {expected:,}"
               for key, expected in task["expected"].items() if counts[key] != expected]
     return texts, labels, notes

@@ -40,6 +40,11 @@ def check_texts(texts) -> list[str]:
     return texts
 
 
+def bare_instruction(text: str) -> str:
+    """An instruction as the files and flags give it, without the colon that the template brings."""
+    return text.strip().removesuffix(":")
+
+
 def choose_template(
     template: str, document_template: str, instruction: str = "", document: bool = False
 ) -> str:
@@ -58,9 +63,14 @@ def choose_template(
     return template
 
 
-def check_special_tokens(tokenizer: "Tokenizer", templates: tuple[str, ...]):
-    """UserError if a template has a special token like </s> that the tokenizer does not know."""
+def check_special_tokens(tokenizer: "Tokenizer", templates: tuple[str, ...], new: bool = True):
+    """UserError if a template has a special token like </s> that the tokenizer does not know, or (a
+    new one) something that looks as if it were filled in and is not."""
     for template in templates:
+        if new and (odd := re.search(r"\{(?!text\}|instruction\})\w*\}|\\n", template)):
+            raise UserError(f"template {template!r}: {odd[0]} stays as it is, only {{text}} and "
+                            f"{{instruction}} are filled in; leave it out"
+                            + ", or for the end of a line write $'...\\n...'" * (odd[0] == r"\n"))
         for token in re.findall(r"<[^<>\s]+>", template):
             found = tokenizer.backend.token_to_id(token)
             if found is None or found >= tokenizer.vocab_size:

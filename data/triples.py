@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data.lines import CONVERT, brief, copy_plain, holds_text, is_plain, list_names, list_unread
 from data.lines import next_line, parse_json
+from data.tokenizer import bare_instruction
 from runtime.errors import UserError
 from runtime.files import open_regular
 
@@ -80,6 +81,7 @@ class File:
     with_negatives: int = 0
     with_several: int = 0  # positives
     with_own: int = 0  # instruction
+    with_both: int = 0  # a text that is positive and negative
     own: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
     unread: Counter = field(default_factory=Counter)
@@ -88,6 +90,7 @@ class File:
         """Add a row to the counts."""
         self.with_negatives += bool(row.negatives)
         self.with_several += len(row.positives) > 1
+        self.with_both += not set(row.positives).isdisjoint(row.negatives)
         if row.instruction is not None:
             self.with_own += 1
             self.own.add(row.instruction)
@@ -119,7 +122,8 @@ def read_text(name: str, value, unread: list[str]) -> str:
     if value is None:
         raise ValueError(f"has no {name}")
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {str(value)[:50]!r}, a text is expected")
+        pair = "; an instruction has a field of its own" * isinstance(value, list)
+        raise ValueError(f"{name} is {str(value)[:50]!r}, a text is expected{pair}")
     if not value.strip():
         raise ValueError(f"{name} is empty")
     value.encode()  # half a surrogate pair is JSON, but no text
@@ -174,7 +178,7 @@ def parse_row(line: bytes) -> Row:
         raise ValueError(f"{instruction} is {str(own)[:50]!r}, a text is expected")
     if own is not None:
         own.encode()
-        own = own.strip().removesuffix(":")  # the template brings the colon
+        own = bare_instruction(own)
     read = [name for name in (query, positive, negative, instruction, *numbered) if name]
     note_unread({name: row[name] for name in row if name not in read}, unread)
     return Row(found, positives, negatives, own, read, list(dict.fromkeys(unread)))
@@ -195,7 +199,7 @@ class Triples:
         positives: set[str] = set()  # two of them suffice
         for path in find_files(source):
             known = {} if self.bare else INSTRUCTIONS
-            own = (instruction or "").strip().removesuffix(":")  # the template brings the colon
+            own = bare_instruction(instruction or "")
             file = File(path, known.get(stem(path), [own]), open_plain(path))
             self._index(file, digest, positives, progress)
             self.files.append(file)
@@ -263,7 +267,10 @@ class Triples:
     @property
     def notes(self) -> list[str]:
         """Lines on what a reader of the files may not expect, with counts of rows."""
-        found = []
+        read = {file.path for file in self.files}
+        place = DEMO_TRIPLES if str(self.source) == "demo" else Path(self.source)
+        others = sorted(p.name for p in place.glob("[!.]*") if p not in read)
+        found = [f"{self.source}: not read: {list_names(others)}"] * bool(others)
         for file in self.files:
             use = "not used (--instruction none)" if self.bare else "used in place of the file's"
             if file.with_own:
@@ -272,6 +279,9 @@ class Triples:
             if file.with_several:
                 found.append(f"{file.path.name}: {file.with_several:,} rows have several "
                              f"positives, of which one is drawn in each step")
+            if file.with_both:
+                found.append(f"{file.path.name}: {file.with_both:,} rows have a positive among "
+                             f"their negatives, which is no negative there")
             found += [f"{file.path.name}: {line}" for line in list_unread(file.unread)]
         return found
 
