@@ -45,7 +45,7 @@ from runtime.cpu import keep_freed_memory
 from runtime.devices import at_least_fp32, find_device, scoring_dtype
 from runtime.errors import UserError, printable, run_command
 from runtime.files import write_file
-from runtime.formats import encoder_of, is_encoder
+from runtime.formats import encoder_of, is_encoder, require_no_base
 from runtime.hub import find_model
 from runtime.results import GROUPS
 
@@ -186,13 +186,12 @@ def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
 
 def open_named(name: str, args) -> tuple[Encoder, str]:
     """A model and how it is read; --method, --max-tokens and --special-tokens are for untrained
-    models."""
-    trained = is_encoder(find_model(encoder_of(name)))
+    models, --base for the others."""
     device = find_device(args.device)
-    options = {"base": args.base, "other_base": args.other_base, "device": device,
-               "dtype": scoring_dtype(args.dtype, device)}
-    plain = (args.method, args.max_tokens, args.special_tokens)
-    return open_model(name, *(() if trained else plain), **options)
+    options = {"device": device, "dtype": scoring_dtype(args.dtype, device)}
+    if is_encoder(find_model(encoder_of(name))):
+        return open_model(name, base=args.base, other_base=args.other_base, **options)
+    return open_model(name, args.method, args.max_tokens, args.special_tokens, **options)
 
 
 def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
@@ -310,6 +309,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                      "below")
     if not -1 <= args.merge <= 1:
         parser.error(f"--merge {args.merge}: is no cosine")
+    if args.text and args.data_dir:
+        parser.error(f"--data-dir {args.data_dir}: is for --task; leave it out")
     if args.save and len(args.model) > 1:
         parser.error("--save is for one --model")
     return args
@@ -323,6 +324,12 @@ def run(args: argparse.Namespace):
     if args.save and (is_encoder(args.save) or is_encoder(Path(args.save) / "encoder")):
         raise UserError(f"--save {args.save}: exists already; name a new folder")
     folders = [find_model(encoder_of(name)) for name in args.model]
+    trained = list(map(is_encoder, folders))
+    if all(trained) and (args.method or args.max_tokens or args.special_tokens):
+        raise UserError("--method, --max-tokens, --special-tokens: are for Llamas, and no --model "
+                        "is one; leave them out")
+    if not any(trained):
+        require_no_base(" ".join(args.model), args.base, args.other_base)
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     source = read_source(args)
     print(f"{len(source[0]) + len(source[1]):,} texts of {printable(args.text or args.task)}")

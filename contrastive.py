@@ -23,6 +23,7 @@ Letters as in model.py; B rows in a batch, M keys.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
@@ -41,13 +42,15 @@ from lora import TARGETS, LoraConfig, add_lora, merge_lora
 from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.devices import flat_ids, scoring_dtype, to_device
 from runtime.errors import UserError, print_once, run_command
-from runtime.formats import encoder_of, is_encoder, read_exported, require_stage
+from runtime.formats import encoder_of, is_encoder, note_positions, read_exported
+from runtime.formats import require_no_base, require_stage
 from runtime.hub import find_model
 from runtime.identity import identity
 from runtime.ranks import Ranks
 from runtime.run import Run, run_stage
 from runtime.schedule import ADAPTER, DROPOUT, generator, learning_rate, seed_torch, warmup_steps
-from runtime.settings import RunConfig, check_bounds, flag, parse_config, setting, stored_settings
+from runtime.settings import RunConfig, check_bounds, flag, parse_config, require_unset
+from runtime.settings import setting, stored_settings
 
 # ---------------------------------------------------------------------------------------------
 # The objective
@@ -166,8 +169,7 @@ class Config(RunConfig):
     temperature: float = setting(0.05, "cosines are divided by it")
     attention_dropout: float = setting(0.2, "dropout on the attention weights", least=0, below=1)
     steps: int = setting(0, "optimiser steps; 0 = once through the data", least=0)
-    schedule_steps: int = setting(0, "length of the learning-rate schedule; 0 = steps",
-                                  least=0)
+    schedule_steps: int = setting(0, "length of the learning-rate schedule; 0 = steps", least=0)
     lr: float = setting(3e-5, "peak learning rate", least=0)
     min_lr: float = setting(1e-5, "learning rate at the start and the end", least=0)
     warmup: float = setting(0.1, "steps in which the rate rises, below 1 as a share of the "
@@ -262,14 +264,18 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
         raise UserError(f"--model {name}: was written by export.py, with the adapters merged; name "
                         f"the encoder or the run that it was made from")
     if not is_encoder(folder):
+        require_no_base(name, config.base, config.other_base and not config.resume)
         pooling = "memory" if config.pooling == "auto" else config.pooling
+        if pooling != "memory" and not config.resume:
+            require_unset("--pooling memory", config, "memory_tokens", "memory_init")
         shape = EncoderConfig(
             (config.memory_tokens or 8) if pooling == "memory" else 0, pooling,
             "bidirectional" if config.attention == "auto" else config.attention,
             config.max_tokens, config.template or "{text}", config.document_template,
             special_tokens="literal" if config.special_tokens == "auto" else config.special_tokens)
         encoder = plain_encoder(name, shape, config.revision or None, *place)
-        check_special_tokens(encoder.tokenizer, (shape.template, shape.document_template))
+        check_special_tokens(encoder.tokenizer, (shape.template, shape.document_template),
+                             new=not config.resume)
         return encoder.requires_grad_(False), None
     encoder = load_encoder(folder, config.base or None, *place, other_base=config.other_base)
     alike = ("pooling", "attention", "template", "document_template", "special_tokens")
@@ -291,6 +297,7 @@ def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
     here have never been trained, and are.
     """
     encoder, folder = open_base(config, run)
+    note_positions(encoder, config.max_tokens, config.document_tokens * (config.stage == "scl"))
     before = [entry["stage"] for entry in encoder.history]
     # every stage draws anew: an adapter that began like the merged one would repeat its directions
     random = torch.Generator()
@@ -466,26 +473,27 @@ def report(config: Config, device: torch.device):
 
     folder = Path(config.out)
     options = {"dtype": scoring_dtype(None, device), "device": str(device),
-               "base": config.base or None, "other_base": config.other_base,
-               "revision": config.revision or None}
+               "base": config.base or None, "other_base": config.other_base}
     print("\nembedded STS set (325 pairs), Spearman x 100")
     rows = {"before": config.model, config.stage: folder / "encoder"}
     if is_encoder(folder / "best"):
         rows[f"{config.stage}, best"] = folder / "best"
     for name, model in rows.items():
-        encoder, method = open_model(str(model), **options)
+        revision = config.revision or None if name == "before" else None
+        encoder, method = open_model(str(model), revision=revision, **options)
         if not encoder.history:  # a plain Llama, cut like what was trained from it
             encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
         stages = " + ".join(entry["stage"] for entry in encoder.history) or f"untrained, {method}"
         print(f"  {name:<12}{stages:<26}{demo_sts(encoder):6.2f}")
         del encoder  # before the next copy of the weights is loaded
-    flags = f" --model {folder} --triples FOLDER --out FOLDER"
+    place = quote(str(folder))  # for a shell
+    flags = f" --model {place} --triples FOLDER --out FOLDER"
     if config.text == "demo":  # stage 3's demo starts from this stage's, wherever that lies
         default = config.out == PRESETS["ucl"]["demo"]["out"]
-        flags = "" if default else f" --preset demo --model {folder} --out FOLDER"
+        flags = "" if default else f" --preset demo --model {place} --out FOLDER"
     after = f"\n  torchrun contrastive.py --stage scl{flags}" * (config.stage == "ucl")
     print(f"\nthe encoder is in {folder}/encoder; next (evaluate.py downloads 250 pairs):{after}\n"
-          f"  python evaluate.py --task sts17 --model {folder}")
+          f"  python evaluate.py --task sts17 --model {place}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ interrupted one was, with the same bits if it has as many processes.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -32,7 +33,8 @@ import torch
 from tqdm import tqdm
 
 from data.corpora import json_texts, require_no_json
-from data.lines import list_unread, read_lines
+from data.lines import brief, list_unread, read_lines
+from data.tokenizer import bare_instruction
 from evaluate import add_reading_flags, encoding, open_model, over_ranks
 from measures import unit
 from runtime.devices import scoring_dtype
@@ -62,6 +64,7 @@ class Embeddings:
         gives to have another file.
         """
         self.path, self.note, self.other = path, path.with_name(path.name + ".json"), other
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.state, self.dtype = {**about, "done": 0, "cut": 0}, np.dtype(dtype)
         if self.note.exists():
             self.state = read_json(self.note, "where the command was interrupted")
@@ -75,6 +78,20 @@ class Embeddings:
             write_file(self.note, json.dumps(self.state) + "\n")
             self._allocate(about["shape"])
         self.open("r")
+        if self.state["done"] < about["shape"][0]:
+            self._lock()
+
+    def _lock(self):
+        """Keep other processes from writing the same file as long as this one lives."""
+        self.locked = open(self.path, "rb")
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process writes it; wait for that one, or name "
+                            f"{self.other}")
+        except OSError as error:  # a file system without locks
+            note(f"{self.path} cannot be locked ({error.strerror}): make sure that no other "
+                 f"process writes it")
 
     def _allocate(self, shape: list[int]):
         """The whole file at once: a map crashes when the disk is full."""
@@ -127,9 +144,11 @@ class Embeddings:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, fields: list[str], unread: Counter) -> Iterator[str]:
+def read_file(path: Path, fields: list[str], unread: Counter,
+              lacking: Counter | None = None) -> Iterator[str]:
     """The texts of a file, one at a time, an empty line of a .txt among them; UserError with file
-    and line. `unread` counts the fields that are not read."""
+    and line. `unread` counts the fields that are not read, `lacking` those of several that a row
+    does not have."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("txt", "jsonl"):
         raise UserError(f"{path}: unknown kind of file; name a .txt or a .jsonl (or .gz of them)")
@@ -140,6 +159,8 @@ def read_file(path: Path, fields: list[str], unread: Counter) -> Iterator[str]:
             yield line.rstrip("\r\n")
         elif line.strip():
             found = json_texts(path, number, line, unread, fields, "name its own with --field")
+            if lacking is not None:
+                lacking.update(name for name, text in zip(fields, found) if text is None)
             yield found[0] if len(found) == 1 else " ".join(filter(None, found))
 
 
@@ -165,8 +186,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("model", help="an encoder, a run, an exported folder, or a plain Llama")
     add("texts", help="a .jsonl or .txt, gzipped or not")
     add("out", help="the .npy to write")
-    add("--field", nargs="+", default=["text"], help="of a .jsonl (default text)")
-    add("--instruction", default="", help="to go before each text")
+    add("--field", nargs="+", help="of a .jsonl (default text); of several, one may be missing")
+    add("--instruction", default="", help="to go before each text; none (default) for none")
     add("--document", action="store_true", help="read as documents to be found, where an encoder "
         "reads them differently")
     add("--normalize", action="store_true", help="to length 1: dot products are cosines")
@@ -178,6 +199,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_tokens < 1 or args.threads < 0 or not args.timeout > 0:
         parser.error("--batch-tokens and --timeout must be above 0, --threads not below")
+    if args.field and args.texts.removesuffix(".gz").endswith(".txt"):
+        parser.error(f"--field: {args.texts} has none; name a .jsonl")
+    if args.instruction == "auto":
+        parser.error("--instruction auto: is for tasks, in evaluate.py; give the text")
+    args.instruction = "" if args.instruction == "none" else bare_instruction(args.instruction)
     if not args.out.endswith(".npy"):
         parser.error(f"{args.out}: must end in .npy, by which numpy knows it")
     return args
@@ -192,12 +218,17 @@ def run(args: argparse.Namespace, ranks: Ranks):
     encode = over_ranks(partial(
         encoding(encoder, method), instruction=args.instruction, document=args.document,
         batch_tokens=args.batch_tokens), ranks)
-    out, path, unread = Path(args.out), Path(args.texts), Counter()
-    n, digest = count(read_file(path, args.field, unread))
-    for line in list_unread(unread):
-        note(f"{args.texts}: {line}")
+    out, path, fields = Path(args.out), Path(args.texts), args.field or ["text"]
+    unread, lacking = Counter(), Counter()
+    n, digest = count(read_file(path, fields, unread, lacking))
+    if absent := [name for name, rows in lacking.items() if rows == n]:
+        raise UserError(f"{path}: no row has the field {brief(absent[0])}; name others with "
+                        f"--field")
     if not n:
         raise UserError(f"{path}: no text in it; name a file with at least one")
+    for line in [*list_unread(unread), *(f"{rows:,} rows have no {brief(name)}"
+                                         for name, rows in lacking.items())]:
+        note(f"{args.texts}: {line}")
     about = {"shape": [n, encoder.table.shape[1]], "texts": digest, "method": method,
              "encoder": identity(encoder),
              "reading": [args.instruction, args.document, args.normalize, args.half,
@@ -205,7 +236,7 @@ def run(args: argparse.Namespace, ranks: Ranks):
     about = json.loads(json.dumps(about))
     found = ranks.on_first(Embeddings, out, about, np.float16 if args.half else np.float32)
     done = ranks.from_first(found.state["done"] if found else 0)
-    texts = islice(read_file(path, args.field, unread), done, None)
+    texts = islice(read_file(path, fields, unread), done, None)
     with tqdm(total=n, initial=done, unit=" texts", disable=ranks.rank > 0 or None) as bar:
         while block := list(islice(texts, BLOCK)):
             before = encoder.cut

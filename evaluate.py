@@ -34,12 +34,14 @@ import numpy as np
 import torch
 
 from data.tasks import LAYOUT, TASKS, find_file, folder_task, read_task, task_place
+from data.tokenizer import bare_instruction
 from measures import KINDS
 from model import PLAIN, Encoder, EncoderConfig, load_encoder, plain_encoder
 from runtime.devices import scoring_dtype
 from runtime.errors import UserError, note, print_error, printable, run_command
 from runtime.files import sha256_of_files
-from runtime.formats import encoder_of, is_encoder, read_exported, weight_files
+from runtime.formats import encoder_of, is_encoder, note_positions, read_exported
+from runtime.formats import require_no_base, weight_files
 from runtime.hub import find_model
 from runtime.ranks import Ranks, join_ranks
 from runtime.results import (
@@ -164,8 +166,7 @@ def open_model(
                 raise UserError(f"{flag} {given}: {name} was trained with {trained}; leave {flag} "
                                 f"out, or name its base with --model")
         return encoder, encoder.config.pooling
-    for key in ("base", "other_base"):
-        options.pop(key, None)
+    require_no_base(name, *(options.pop(key, None) for key in ("base", "other_base")))
     if (about := read_exported(folder, EncoderConfig)) and method is None:
         if max_tokens or special_tokens:
             raise UserError(f"--max-tokens, --special-tokens: {name} was exported from an encoder, "
@@ -184,7 +185,9 @@ def open_model(
     if about:
         note(f"{name} was exported from an encoder; under --method {method} it is read as a plain "
              f"Llama (without: as that encoder)")
-    return plain_encoder(name, config, **options), method
+    encoder = plain_encoder(name, config, **options)
+    note_positions(encoder, max_tokens or 0)
+    return encoder, method
 
 
 def as_sentence(text: str) -> str:
@@ -223,8 +226,7 @@ def instruction_for(task: str, wanted: str, encoder: Encoder) -> str:
     """The instruction of --instruction: `auto` gives the task's to encoders trained with some."""
     if wanted == "none" or wanted == "auto" and "{instruction}" not in encoder.config.template:
         return ""
-    text = INSTRUCTIONS.get(task, "") if wanted == "auto" else wanted
-    return text.strip().removesuffix(":")  # the template brings the colon
+    return bare_instruction(INSTRUCTIONS.get(task, "") if wanted == "auto" else wanted)
 
 
 def over_ranks(encode: Encode, ranks: Ranks) -> Encode:
@@ -348,8 +350,8 @@ def list_tasks():
 
 def chosen_tasks(args: argparse.Namespace) -> dict[str, dict]:
     """Name -> entry of the tasks that the command line names, each once."""
-    if args.task_dir and args.task or args.kind and not args.task_dir:
-        raise UserError("--task-dir goes with --kind and without --task; evaluate them apart")
+    if args.task_dir and (args.task or args.data_dir) or args.kind and not args.task_dir:
+        raise UserError("--task-dir goes with --kind, and without --task and --data-dir")
     if args.task_dir:
         if not args.kind:
             raise UserError(f"--task-dir {args.task_dir}: needs --kind, one of {', '.join(KINDS)}")
@@ -481,6 +483,8 @@ def main(argv: list[str] | None = None) -> int:
     def command() -> int | None:
         """What the arguments ask for."""
         args = parse_arguments(argv)
+        if sum(map(bool, (args.list, args.compare, args.task or args.task_dir))) > 1:
+            raise UserError("--list, --compare, and --task or --task-dir: one at a time")
         if args.list:
             return list_tasks()
         if args.compare:

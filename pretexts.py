@@ -24,7 +24,7 @@ from model import Encoder
 from runtime.devices import flat_ids, to_device
 from runtime.errors import UserError
 from runtime.schedule import MASKS, generator
-from runtime.settings import flag
+from runtime.settings import flag, require_unset
 
 # ---------------------------------------------------------------------------------------------
 # MNTP: masked next-token prediction
@@ -177,6 +177,8 @@ def check(config):
         if (found := getattr(config, name)) != value:
             raise UserError(f"{flag(name)} {found}: --objective {config.objective} needs "
                             f"{flag(name)} {value}; --preset {preset} has all that belongs to it")
+    if config.objective != "mntp" and not config.resume:
+        require_unset("--objective mntp", config, "mask_token", "mask_share")
     if not config.memory_tokens and config.objective != "mntp":
         raise UserError(f"--memory-tokens 0: must be at least 1 for --objective "
                         f"{config.objective}")

@@ -23,6 +23,7 @@ changes nothing; the number of ranks and the micro-batch size change only the dr
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from shlex import quote
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
@@ -43,7 +44,7 @@ from lora import TARGETS, LoraConfig, add_lora
 from model import Encoder, EncoderConfig, Llama, load_encoder, plain_encoder, save_encoder
 from runtime.devices import flat_ids, pack, scoring_dtype, to_device
 from runtime.errors import UserError
-from runtime.formats import require_head
+from runtime.formats import note_positions, require_head
 from runtime.identity import identity
 from runtime.run import Run, run_stage
 from runtime.schedule import DROPOUT, learning_rate, seed_torch, warmup_steps
@@ -260,6 +261,7 @@ def new_encoder(config: Config, run: Run) -> Encoder:
     encoder = plain_encoder(config.model, shape, config.revision or None, run.dtype,
                             run.ranks.device)
     require_head(config.model, encoder.llama.config.has_head)
+    note_positions(encoder, config.max_tokens)
     pretexts.check_tokenizer(encoder, config)
     encoder.requires_grad_(False)
     random = torch.Generator().manual_seed(config.seed)
@@ -375,13 +377,13 @@ def report(config: Config, device: torch.device):
     print(f"  {label:<25}{demo_sts(encoder):6.2f}")
     if config.objective not in pretexts.OBJECTIVES:  # g_phi does not read their memory
         show_continuations(encoder, open_texts(config, encoder.tokenizer, num_texts=2).texts)
-    flags = f" --model {config.out} --out FOLDER"
+    flags = f" --model {quote(config.out)} --out FOLDER"
     if config.text == "demo":  # stage 2's demo starts from this stage's, wherever that lies
         default = config.out == PRESETS["demo"]["out"]
         flags = "" if default else f" --preset demo{flags}"
     print(f"\nthe encoder is in {folder}; next (evaluate.py downloads 250 pairs):\n"
           f"  torchrun contrastive.py{flags}\n"
-          f"  python evaluate.py --task sts17 --model {folder}")
+          f"  python evaluate.py --task sts17 --model {quote(folder)}")
 
 
 def main(argv: list[str] | None = None) -> int:

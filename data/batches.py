@@ -294,6 +294,9 @@ class TripleRows:
 
 def open_triples(source: str, instruction: str, progress: bool = False) -> Triples:
     """The rows of --triples with --instruction, of which `none` is for no query at all."""
+    if instruction == "auto":
+        raise UserError("--instruction auto: is for mine.py and evaluate.py; here a file's own "
+                        "instruction is read without the flag")
     return Triples(source, None if instruction == "none" else instruction, progress)
 
 

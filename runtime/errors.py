@@ -119,11 +119,10 @@ def terminal():
     streams = sys.stdout, sys.stderr
     os.environ.setdefault("NO_COLOR", "1")  # newer Pythons colour --help by what is escaped here
     escape_stdout()
-    try:
-        if sys.stdout is not None:
-            sys.stdout = Escaping(sys.stdout, "\n\t")
-        if sys.stderr is not None:
-            sys.stderr = Escaping(sys.stderr, "\n\t\r", moves="\x1b[A")
+    try:  # a stream that was closed before the start (2>&-) is None, and what is printed is lost
+        out, err = (stream or open(os.devnull, "w") for stream in streams)
+        sys.stdout = Escaping(out, "\n\t")
+        sys.stderr = Escaping(err, "\n\t\r", moves="\x1b[A")
         yield
     finally:
         sys.stdout, sys.stderr = streams
@@ -149,7 +148,11 @@ def take_signals(stop: Callable) -> dict:
 
 def await_command():
     """End the process with a line if a signal comes while the modules of a command are imported,
-    which takes seconds."""
+    which takes seconds. And `~` at the beginning of a value is the home folder also where no shell
+    has seen to it (--out=~/runs)."""
+    sys.argv[1:] = [re.sub(r"^((?:--[\w-]+=)?)(~(?=/|$))",
+                           lambda match: match[1] + os.path.expanduser(match[2]), value)
+                    for value in sys.argv[1:]]
 
     def stop(number: int, _):
         if first_process():
@@ -192,8 +195,7 @@ def run_command(command: Callable[[], int | None], after: str = "") -> int:
     with terminal(), interruptible():
         try:
             code = command() or 0
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
             return code
         except BrokenPipeError:  # whoever read the output has had enough
             return 128 + signal.SIGPIPE

@@ -157,6 +157,17 @@ def check_window(folder: Path, window: int | None, max_tokens: int, memory: int)
                         f"to {window - memory} with --max-tokens")
 
 
+def note_positions(encoder, *lengths: int):
+    """Note that texts of up to such lengths, with the encoder's memory tokens, are longer than what
+    its Llama was made for."""
+    path = encoder.tokenizer.file.with_name("config.json")
+    most = read_json(path).get("max_position_embeddings")
+    tokens = max(lengths) + encoder.config.num_memory_tokens
+    if isinstance(most, int) and tokens > most:
+        note(f"{path}: max_position_embeddings={most}, and a text may have {tokens} tokens with "
+             f"its memory tokens; one that is longer is read worse")
+
+
 def read_rope(raw: dict, path: Path) -> dict:
     """The rotary settings, from the new spelling (rope_parameters) or the old (rope_scaling)."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -458,6 +469,13 @@ def read_encoder(name: str | Path, revision: str | None, make_config) -> tuple:
         if not re.fullmatch(r"[a-z]\w*", stage):
             raise UserError(f"{file}: {stage!r} is no name of a stage")
     return folder, config, base, about["history"]
+
+
+def require_no_base(name: str, base: str | None, other_base: bool):
+    """UserError for flags about an encoder's base beside a model that has none."""
+    if base or other_base:
+        raise UserError(f"--base, --other-base: {name} is no encoder's folder, which has a base, "
+                        f"but a Llama; leave them out")
 
 
 def require_stage(folder: Path):

@@ -35,6 +35,10 @@ OTHERS = {  # files of a model without model.safetensors -> what they are, and h
 
 def without_tensors(name: str | Path, files: list[str]) -> UserError:
     """What to say of a model without model.safetensors: `name` as given, and the files it has."""
+    inside = Path(name).absolute().parents[:2] if Path(name).is_dir() else []
+    for place in inside:  # it is a checkpoint or an adapter of a run
+        if (place / "encoder.json").is_file() or (place / "environment.json").is_file():
+            return UserError(f"{name}: is a part of the encoder or run in {place}; name that")
     for pattern, about in OTHERS.items():
         for match in filter(None, (re.fullmatch(pattern, file) for file in sorted(files))):
             how = "".join(f", {key}={value!r}" for key, value in match.groupdict().items())
@@ -52,10 +56,13 @@ def find_model(name: str | Path, revision: str | None = None, base_of: Path | No
     model; what a stranger wrote there is fetched only if it has a commit, and never in silence.
     UserError says what to do if the repository is gated, missing, out of reach or without weights.
     """
-    if str(name) == "demo":
-        return DEMO_LLAMA
-    if str(name) and Path(name).is_dir():
-        return Path(name)
+    if str(name) == "demo" or str(name) and Path(name).is_dir():
+        if revision and not base_of:
+            raise UserError(f"--revision {revision}: {name} is a folder here, and has none; leave "
+                            f"it out, or run this where no folder has the repository's name")
+        return DEMO_LLAMA if str(name) == "demo" else Path(name)
+    if Path(name).is_file():
+        raise UserError(f"{name}: is a file; name the folder that it is in")
     owner, repository = str(name).partition("/")[0], r"\w[\w.-]*/\w[\w.-]*"
     if not re.fullmatch(repository, str(name)) or base_of and not revision:
         raise UserError(f"{name}: no such folder, nor a repository's owner/name")

@@ -136,9 +136,12 @@ def join_ranks(device: str, threads: int, timeout_minutes: float, deterministic:
 
 def start_ranks(device: str, threads: int, timeout_minutes: float, deterministic: bool) -> Ranks:
     """Set device and threads, and connect the processes; see `join_ranks`."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, local_size = (int(os.environ.get(f"LOCAL_{k}", d)) for k, d in
-                         (("RANK", 0), ("WORLD_SIZE", 1)))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = [os.environ.get(name, "01"[i % 2]) for i, name in enumerate(names)]
+    if not all(map(str.isdecimal, given)) or 0 in map(int, given[1::2]):
+        raise UserError(f"{', '.join(names)} are {', '.join(given)} in the environment, no numbers "
+                        f"of processes; start with torchrun, or unset them")
+    rank, size, local, local_size = map(int, given)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(deterministic)

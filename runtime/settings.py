@@ -76,7 +76,18 @@ def parse_config(
     stage = given.get("stage") or next(stage for stage, own in presets.items() if name in own)
     if name not in presets[stage]:
         parser.error(f"--preset {name}: is not for {stage}, which has {', '.join(presets[stage])}")
+    for f in fields(config_class):
+        own = f.metadata["help"].partition(": ")[0]  # the stage that a setting is for
+        if f.name in given and own in presets and own != stage and not given.get("resume"):
+            parser.error(f"{flag(f.name)}: is for --stage {own}, not for {stage}; leave it out")
     return config_class(**{**presets[stage][name], **given})
+
+
+def require_unset(what: str, config, *names: str):
+    """UserError if one of these settings, which are for `what` alone, is not its default."""
+    for name in names:
+        if (value := getattr(config, name)) != getattr(type(config), name):
+            raise UserError(f"{flag(name)} {value}: is for {what}; leave it out")
 
 
 def check_bounds(config):

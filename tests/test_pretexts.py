@@ -144,7 +144,7 @@ def run(tiny, texts, tmp_path):
             "--preset", preset, "--model", str(tiny), "--text", str(texts), "--out",
             str(tmp_path / name), "--steps", "3", "--batch-size", "4", "--num-texts", "0",
             "--min-characters", "0", "--max-text-tokens", "0", "--max-tokens", "64",
-            "--mask-token", "e", *map(str, flags)])
+            *["--mask-token", "e"] * (preset == "llm2vec"), *map(str, flags)])
 
     return run
 
