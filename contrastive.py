@@ -39,6 +39,7 @@ from torch.distributed.elastic.multiprocessing.errors import record  # traceback
 from data.batches import Sentences, TripleRows, open_triples, preview, require_rows, token_batches
 from data.tokenizer import INSTRUCTED, check_special_tokens
 from lora import TARGETS, LoraConfig, add_lora, merge_lora
+from measures import effective_dimension
 from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.devices import flat_ids, scoring_dtype, to_device
 from runtime.errors import UserError, print_once, run_command
@@ -433,16 +434,6 @@ def train(config: Config, run: Run):
 # ---------------------------------------------------------------------------------------------
 # What is logged of a step's embeddings
 # ---------------------------------------------------------------------------------------------
-
-
-def effective_dimension(x: Tensor) -> float:
-    """Participation ratio (sum of eigenvalues)^2 / (sum of their squares) of the covariance of x.
-
-    x (n, D). Between 1 (all on a line) and min(n - 1, D); 0 if all rows are equal.
-    """
-    x = x - x.mean(dim=0)
-    gram = x @ x.T  # has the covariance's eigenvalues, times n
-    return float(gram.trace() ** 2 / gram.square().sum().clamp_min(1e-30))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The six kinds of score: embeddings and labels in, MTEB's numbers out (fractions).
+"""The six kinds of score: embeddings and labels in, MTEB's numbers out (fractions). And spread.
 
 Imports NumPy and torch only. Oracles of the tests: SciPy, scikit-learn, pytrec_eval, mteb. Random
 draws are those of NumPy's and scikit-learn's generators, so that the same clusters are drawn.
@@ -336,3 +336,18 @@ KINDS = {  # kind -> (its function, the main score)
     "pair-classification": (pair_classification, "max_ap"),
     "reranking": (reranking, "map"),
 }
+
+
+# ---------------------------------------------------------------------------------------------
+# Spread
+# ---------------------------------------------------------------------------------------------
+
+
+def effective_dimension(x: torch.Tensor) -> float:
+    """Participation ratio (sum of eigenvalues)^2 / (sum of their squares) of the covariance of x.
+
+    x (n, D). Between 1 (all on a line) and min(n - 1, D); 0 if all rows are equal.
+    """
+    x = x - x.mean(dim=0)
+    gram = x @ x.T  # has the covariance's eigenvalues, times n
+    return float(gram.trace() ** 2 / gram.square().sum().clamp_min(1e-30))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import contrastive
 import evaluate
 import pretrain_ctkd
-from contrastive import Config, diagnostics, effective_dimension, info_nce
+from contrastive import Config, diagnostics, info_nce
 from data.batches import Batch, TripleRows, same_texts
 from data.tokenizer import INSTRUCTED, Tokenizer
 from data.triples import INSTRUCTIONS
@@ -250,20 +250,6 @@ def test_any_number_of_processes_gives_the_gradient_of_one(
 # ---------------------------------------------------------------------------------------------
 # What is logged of a batch
 # ---------------------------------------------------------------------------------------------
-
-
-def test_the_effective_dimension_is_the_participation_ratio_of_the_eigenvalues():
-    draw = np.random.default_rng(0)
-    for n, d in ((50, 8), (8, 50), (200, 20)):
-        x = draw.normal(size=(n, d)) * draw.exponential(size=d)
-        eigenvalues = np.linalg.eigvalsh(np.cov(x.T))
-        expected = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
-        assert abs(effective_dimension(torch.from_numpy(x)) - expected) < 1e-9 * expected
-    line = torch.outer(torch.arange(5.0), torch.tensor([1.0, -2.0, 3.0]))
-    assert abs(effective_dimension(line + 7) - 1) < 1e-5
-    assert effective_dimension(torch.ones(4, 3)) == 0
-    axes = torch.cat((torch.eye(6), -torch.eye(6)))
-    assert abs(effective_dimension(axes) - 6) < 1e-5
 
 
 def test_alignment_uniformity_and_accuracy_are_the_plain_loops():

@@ -95,7 +95,7 @@ MAY_IMPORT = {  # module or package -> the modules and packages of the project t
     "head": {"runtime"},
     "pretexts": {"head", "model", "data", "runtime"},
     "pretrain_ctkd": {"pretexts", "head", "model", "lora", "data", "runtime", "evaluate"},
-    "contrastive": {"model", "lora", "data", "runtime", "evaluate"},
+    "contrastive": {"measures", "model", "lora", "data", "runtime", "evaluate"},
     "evaluate": {"measures", "model", "data", "runtime"},
     "export": {"contrastive", "pretrain_ctkd", "evaluate", "model", "lora", "data", "runtime"},
     "collapse": {"evaluate", "measures", "model", "data", "runtime"},

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+import torch
 from helpers import cosine_table, sklearn_clusters, trec_scores
 from sklearn.linear_model import LogisticRegression
 
@@ -17,6 +18,7 @@ from measures import (
     average_ranks,
     classification,
     clustering,
+    effective_dimension,
     macro_f1,
     mini_batch_k_means,
     pair_classification,
@@ -441,3 +443,22 @@ def test_labels_may_be_strings_or_numbers():
     numbers = classification(train, test, y.tolist(), truth.tolist(), draws)
     names = [[f"label {i}" for i in labels] for labels in (y, truth)]
     assert classification(train, test, *names, draws) == numbers
+
+
+# ---------------------------------------------------------------------------------------------
+# Spread
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_effective_dimension_is_the_participation_ratio_of_the_eigenvalues():
+    draw = np.random.default_rng(0)
+    for n, d in ((50, 8), (8, 50), (200, 20)):
+        x = draw.normal(size=(n, d)) * draw.exponential(size=d)
+        eigenvalues = np.linalg.eigvalsh(np.cov(x.T))
+        expected = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+        assert abs(effective_dimension(torch.from_numpy(x)) - expected) < 1e-9 * expected
+    line = torch.outer(torch.arange(5.0), torch.tensor([1.0, -2.0, 3.0]))
+    assert abs(effective_dimension(line + 7) - 1) < 1e-5
+    assert effective_dimension(torch.ones(4, 3)) == 0
+    axes = torch.cat((torch.eye(6), -torch.eye(6)))
+    assert abs(effective_dimension(axes) - 6) < 1e-5
