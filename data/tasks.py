@@ -302,7 +302,7 @@ def read_task(task: dict, data_dir: str | Path | None = None) -> tuple[dict, dic
     texts, labels, counts, notes = READERS[task["kind"]](
         task, lambda role: find_file(task, role, data_dir))
     empty = sum(not text.strip() for column in texts.values() for text in column)
-    notes += [f"{empty:,} texts are empty"] * bool(empty)
+    notes += [f"empty texts: {empty:,}"] * bool(empty)
     notes += [f"{counts[key]:,} {key}, the published task has {expected:,}"
               for key, expected in task["expected"].items() if counts[key] != expected]
     return texts, labels, notes

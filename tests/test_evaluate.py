@@ -69,7 +69,7 @@ def test_an_sts_task_scores_scipys_correlation_of_the_cosines(tmp_path):
     scores = evaluate_task(folder(tmp_path, "sts"), letters)
     assert 0.1 < expected < 1 and scores["main_score"] == pytest.approx(expected, abs=1e-9)
     assert scores["cosine_spearman"] == scores["main_score"]
-    assert scores["notes"] == ["1 texts are empty"]
+    assert scores["notes"] == ["empty texts: 1"]
 
 
 def test_a_retrieval_task_scores_pytrec_evals_ndcg_of_the_cosines(tmp_path):
@@ -441,7 +441,7 @@ def test_zero_vectors_and_unexpected_counts_are_noted_in_the_table_and_the_file(
         self, texts, *a, **o) * np.array([[text != ""] for text in texts]))
     for again in range(2):  # the second time from the file
         assert sts17("--model", tiny) == 0
-        notes = ["1 texts are empty", "4 pairs, the published task has 250",
+        notes = ["empty texts: 1", "4 pairs, the published task has 250",
                  "88 characters, the published task has 21,669",
                  "1 of 5 texts have the zero vector (cosine 0)"]
         printed = capsys.readouterr().out
@@ -454,7 +454,7 @@ def test_zero_vectors_and_unexpected_counts_are_noted_in_the_table_and_the_file(
 def test_expected_counts_are_not_noted(tiny, here, monkeypatch, capsys):
     monkeypatch.setitem(TASKS["sts17"], "expected", {"pairs": 4, "characters": 88})
     assert sts17("--model", tiny) == 0
-    assert re.findall("note: (.*)", capsys.readouterr().out) == ["1 texts are empty"]
+    assert re.findall("note: (.*)", capsys.readouterr().out) == ["empty texts: 1"]
 
 
 def test_a_non_finite_embedding_exits_with_2_and_writes_nothing(

@@ -120,7 +120,7 @@ def test_what_a_score_hides_is_counted(tmp_path):
     rows = [{"query": "", "positive": ["a", "b"], "negative": ["b", ""]},
             {"query": "x", "positive": ["a"], "negative": ["c"]}]
     notes = read(write_task(tmp_path, "reranking", test=rows), "reranking")[2]
-    assert notes == ["1 queries have a text that is positive and negative", "2 texts are empty"]
+    assert notes == ["1 queries have a text that is positive and negative", "empty texts: 2"]
 
 
 # ---------------------------------------------------------------------------------------------

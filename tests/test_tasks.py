@@ -54,7 +54,7 @@ READ = {  # kind -> texts, labels and counts of TASK_FILES
 }
 
 
-EMPTY = "1 texts are empty"
+EMPTY = "empty texts: 1"
 
 
 def plain(value):
