@@ -6,7 +6,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
+from packaging.requirements import Requirement
 
 TOP = sorted(ROOT.glob("*.py"))
 PACKAGES = [*sorted((ROOT / "runtime").glob("*.py")), *sorted((ROOT / "data").glob("*.py"))]
@@ -240,3 +242,35 @@ def test_the_network_begins_early_in_its_file():
     (norm,) = [i for i, line in enumerate(lines, 1) if line.startswith("class RMSNorm")]
     assert norm <= 60
     assert any("Eq. 1" in line for line in lines[:330])
+
+
+# ---------------------------------------------------------------------------------------------
+# What stands beside the code
+# ---------------------------------------------------------------------------------------------
+
+
+def requirements(name: str) -> dict[str, Requirement]:
+    """Package -> what a file of requirements says of it."""
+    lines = (ROOT / name).read_text().splitlines()
+    found = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {requirement.name: requirement for requirement in found}
+
+
+def test_the_pins_of_ci_lie_in_the_ranges_that_are_allowed():
+    ranges, pins = requirements("requirements.txt"), requirements("constraints.txt")
+    assert ranges.keys() == pins.keys()
+    for name, pin in pins.items():
+        [only] = pin.specifier
+        assert only.operator == "==" and only.version in ranges[name].specifier
+        assert {spec.operator for spec in ranges[name].specifier} == {">=", "<"}
+    assert "constraints.txt" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_citation_names_the_paper_and_the_licence():
+    about = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert about["cff-version"] == "1.2.0" and about["title"] and about["message"]
+    assert (ROOT / "LICENSE").read_text().startswith(f"{about['license']} License")
+    [paper] = about["references"]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert paper["title"] in readme and paper["url"] in readme
+    assert all(author["family-names"] for author in paper["authors"])
