@@ -13,6 +13,9 @@ def find_device(name: str) -> torch.device:
     """The device of a --device flag: `auto` is cuda where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"mps(:\d+)?", name):
+        raise UserError(f"--device {name}: is not supported: losses are summed in float64, which "
+                        f"Apple's GPUs do not have; use cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: unknown; auto, cpu or cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():

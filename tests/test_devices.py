@@ -23,9 +23,17 @@ def test_auto_is_cuda_where_there_is_one(there, monkeypatch):
             refused(lambda: find_device(name), f"--device {name}", "no CUDA", "use cpu")
 
 
-@pytest.mark.parametrize("name", ["banana", "", "cuda:", "cuda:x", "tpu", "mps", "cpu:0", "CPU"])
+@pytest.mark.parametrize("name", ["banana", "", "cuda:", "cuda:x", "tpu", "mps:x", "cpu:0", "CPU"])
 def test_an_unknown_device_is_refused_by_name(name):
     refused(lambda: find_device(name), f"--device {name}: unknown", "auto, cpu or cuda")
+
+
+@pytest.mark.parametrize("name", ["mps", "mps:0"])
+@pytest.mark.parametrize("there", [True, False])
+def test_apples_gpu_is_refused_by_name_and_auto_is_the_cpu_there(name, there, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there)
+    refused(lambda: find_device(name), f"--device {name}: is not supported", "float64", "use cpu")
+    assert find_device("auto") == (CUDA if torch.cuda.is_available() else CPU)
 
 
 @pytest.mark.parametrize("able, expected", [
