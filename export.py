@@ -315,6 +315,8 @@ BATCH = """batch = tokenizer(texts, padding=True, truncation=True, return_tensor
 CHAT = """messages = [[{"role": "user", "content": text}] for text in texts]
 batch = tokenizer.apply_chat_template(
     messages, padding=True, return_dict=True, return_tensors="pt")"""
+SYSTEM = """# instructed: [{"role": "system", "content": "Find it"}, ...]
+"""
 
 
 def card(encoder: Encoder, title: str, license: str, results: list[dict]) -> str:
@@ -341,7 +343,8 @@ def card(encoder: Encoder, title: str, license: str, results: list[dict]) -> str
         about=f"\nbase_model: {base}" * (not local) + f"\nlicense: {license}" * bool(license)
               + metadata(title, results), max_tokens=c.max_tokens,
         prompt=', prompt="Retrieve semantically similar text"' * bool(task_prompts(encoder)),
-        fits=", for texts that need not be cut" * prompted, read=CHAT if prompted else BATCH,
+        fits=", for texts that need not be cut" * prompted,
+        read=SYSTEM * bool(task_prompts(encoder)) + CHAT if prompted else BATCH,
         pooled=pooled, commands="\n".join(map(command_of, encoder.history)),
         table=f"\n## Scores\n\n| task | main score x 100 |\n|---|---|\n{rows}" * bool(rows))
 

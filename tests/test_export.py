@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import yaml
 from helpers import ROOT, TEXTS, K, edit_json, embed_with_transformers, error_line, refused
-from helpers import mteb_demo_tasks, trained_encoder
+from helpers import trained_encoder
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
@@ -24,10 +24,13 @@ from transformers import AutoModel
 import contrastive
 import export
 import pretrain_ctkd
-from evaluate import evaluate_task, instruction_for, open_model
+from evaluate import open_model
 from export import export_encoder
 from model import EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.results import result_of, write_result
+
+sys.path.insert(0, str(ROOT / "bench"))
+import mteb_parity
 
 SHORT = TEXTS[:-1]
 
@@ -142,7 +145,7 @@ INSTRUCTED = "{instruction}:{text}\n"
 REPLLAMA = {"template": "query: {text}</s>", "document_template": "passage: {text}</s>"}
 NO_MEMORY = {"num_memory_tokens": 0, "attention": "causal"}
 ENCODERS = {
-    "memory": {}, "causal": {"attention": "causal"}, "kept": {"kept_tokens": (1, 2)},
+    "memory": {}, "causal": {"attention": "causal"}, "kept": {"kept_tokens": (1, 5)},
     "one": {"num_memory_tokens": 1}, "instructed": {"template": INSTRUCTED},
     "instructed, documents": {"template": INSTRUCTED, "document_template": "passage: {text}"},
     "mean": {**NO_MEMORY, "attention": "bidirectional", "pooling": "mean"},
@@ -155,17 +158,26 @@ TOLD = "Find it"
 
 def an_encoder(folder: Path, case: str):
     """An encoder of random adapters of that case; texts longer than 36 tokens are cut."""
-    config = EncoderConfig(**{"num_memory_tokens": K, "max_tokens": 36} | ENCODERS[case])
+    config = EncoderConfig(**{"num_memory_tokens": 8, "max_tokens": 36} | ENCODERS[case])
     return trained_encoder(folder, config, train_table=case != "one")
 
 
-def embed_with_the_card(folder: Path) -> tuple[list[str], np.ndarray]:
-    """The texts and embeddings of the card's snippet for transformers."""
-    card = (folder / "README.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", card, re.S)[-1]
+def embed_with_the_card(folder: Path, texts=None, told="", read=None) -> np.ndarray:
+    """The embeddings of the card's snippet for transformers, of its texts or others.
+
+    told: an instruction, as the card says. read: the folder to be read, if it is not the card's.
+    """
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[-1]
+    [listed] = re.findall(r"^texts = (.*)", code, re.M)
+    code = code.replace(f'"{folder.name}"', repr(str(read or folder)))
+    code = code.replace(listed, repr(texts) if texts else listed)
+    if told:
+        [system] = re.findall(r"# instructed: \[(.*?), \.\.\.\]", code)
+        code = code.replace('[{"role": "user"', f'[{system}, {{"role": "user"')
+        code = code.replace('"Find it"', repr(told))
     found: dict = {}
-    exec(code.replace(f'"{folder.name}"', repr(str(folder))), found)
-    return found["texts"], found["embeddings"].numpy()
+    exec(code, found)
+    return found["embeddings"].numpy()
 
 
 @pytest.mark.parametrize("case, kind", [
@@ -197,29 +209,54 @@ def test_sentence_transformers_gives_the_same_embeddings(case, kind, tiny_of, tm
     reader.save(str(tmp_path / "again"))
     again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
     assert same(again.encode(texts), expected)
+    card = partial(embed_with_the_card, tmp_path / "exported")
+    templates = export.is_prompted(encoder)  # transformers cuts what they make at the wrong end
+    cut = encoder.tokenize(texts, TOLD * takes).cut
+    fit = [i for i in range(len(texts)) if not (templates and cut[i])]
+    fitting = [texts[i] for i in fit]
+    for folder in (tmp_path / "exported", tmp_path / "again"):
+        assert same(card(fitting, read=folder), expected[fit])  # one padded batch
+        assert same(np.stack([card([text], read=folder)[0] for text in fitting]), expected[fit])
+    assert not takes or same(card(fitting, TOLD), told[fit])
     probe = json.loads((tmp_path / "exported" / "probe.json").read_text())
     assert same(reader.encode(probe["texts"]), np.array(probe["embeddings"]))
-    assert same(embed_with_the_card(tmp_path / "exported")[1], snippet)
+    assert same(card(), snippet)
 
 
 @pytest.mark.parametrize("template", ["{text}", INSTRUCTED])
-def test_mteb_scores_the_folder_as_evaluate_scores_the_encoder(template, mteb, tmp_path):
-    """Under the names of two of the 14, so that mteb finds their prompts; queries have them."""
+def test_mteb_scores_the_folder_as_evaluate_scores_the_encoder(template, mteb, tmp_path, capsys):
+    """On the embedded tasks, under the names of two of the 14, by which mteb finds the prompts."""
     encoder = plain_encoder("demo", EncoderConfig(template=template))
     encoder.add_memory("normal", False, torch.Generator().manual_seed(5))
     encoder.history = [{"stage": "ctkd"}]
-    ours = {}
-    for name, task in (("sts17", "demo-sts"), ("scifact", "demo-retrieval")):
-        told = instruction_for(name, "auto", encoder)
-        assert bool(told) == (template == INSTRUCTED)
-        encode = partial(encoder.encode, instruction=told)
-        documents = encode if name == "sts17" else partial(encoder.encode, document=True)
-        ours[task] = evaluate_task(task, encode, None, documents)["main_score"]
-    export_encoder(encoder, tmp_path / "exported")
-    reader = SentenceTransformer(str(tmp_path / "exported"), device="cpu")
-    for name, task in mteb_demo_tasks(mteb, "STS17", "SciFact").items():
-        [scores] = mteb.evaluate(reader, task, cache=None).task_results[0].scores["test"]
-        assert scores["main_score"] == pytest.approx(ours[name], abs=1e-4)
+    folder, printed = tmp_path / "exported", []
+    (tmp_path / "data").mkdir()
+    export_encoder(encoder, folder)
+    for name, task in (("sts17-crosslingual-sts", "demo-sts"), ("scifact", "demo-retrieval")):
+        (tmp_path / "data" / name).symlink_to(ROOT / "data/demo" / task)
+
+    def rows(*flags, code=0) -> dict[str, list[float]]:
+        arguments = [str(folder), "--data-dir", str(tmp_path / "data"), *flags]
+        assert mteb_parity.main(arguments) == code
+        printed.append(capsys.readouterr())
+        found = re.findall(r"^(STS17|SciFact) +([\d. e+-]+)$", printed[-1].out, re.M)
+        return {name: list(map(float, cells.split())) for name, cells in found}
+
+    found = rows()
+    assert found.keys() == {"STS17", "SciFact"}
+    for theirs, ours, apart, embedding in found.values():
+        assert apart == pytest.approx(abs(theirs - ours), abs=1e-6) and apart <= 1e-4
+        assert 0.05 < ours < 0.95 and embedding <= 2e-6
+    assert ("instruction: Retrieve" in printed[0].out) == (template == INSTRUCTED)
+    if template == INSTRUCTED:
+        assert abs(rows("--task", "sts17", "--instruction", "none")["STS17"][0]
+                   - found["STS17"][0]) > 1e-4
+    else:
+        edit_json(folder / "config.json", is_causal=True)
+        rows("--task", "sts17", code=2)
+        assert "STS17: mteb and evaluate.py differ" in printed[-1].err
+    rows("--task", "banking77", code=2)
+    assert "--task banking77" in printed[-1].err
 
 
 def test_the_memory_tokens_see_what_the_encoder_lets_them(tiny, tmp_path):
