@@ -37,6 +37,7 @@ from data.lines import brief, list_unread, read_lines
 from data.tokenizer import bare_instruction
 from evaluate import add_reading_flags, encoding, open_model, over_ranks
 from measures import unit
+from runtime.cpu import give_back_freed_memory, keep_few_products
 from runtime.devices import scoring_dtype
 from runtime.errors import UserError, note, printable, run_command
 from runtime.files import read_json, write_file
@@ -44,6 +45,7 @@ from runtime.identity import identity
 from runtime.ranks import Ranks, join_ranks
 
 BLOCK = 1024  # texts between two notes of how far it is
+GIVE_BACK = 2  # blocks after which freed memory goes back: after each, short texts take longer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -211,6 +213,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, ranks: Ranks):
     """Embed what is not there yet."""
+    keep_few_products()
     encoder, method = open_model(
         args.model, args.method, args.max_tokens, args.special_tokens, base=args.base,
         other_base=args.other_base, device=ranks.device,
@@ -244,6 +247,9 @@ def run(args: argparse.Namespace, ranks: Ranks):
             cut = int(ranks.sum(torch.tensor([encoder.cut - before], device=ranks.device)))
             ranks.on_first(found and found.append, unit(x) if args.normalize else x, cut, block)
             bar.update(len(block))
+            done += len(block)
+            if done % (GIVE_BACK * BLOCK) == 0:
+                give_back_freed_memory()
     if found:
         found.note.unlink()
         print(f"wrote {printable(args.out)}: {n:,} x {about['shape'][1]}, {found.dtype}; "

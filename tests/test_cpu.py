@@ -250,8 +250,10 @@ def test_bf16_attention_does_not_depend_on_a_long_neighbour():
 
 FAULTS = """
 import resource, sys, torch
-from runtime.cpu import keep_freed_memory
+from runtime.cpu import give_back_freed_memory, keep_freed_memory
 keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for turn in range(6):
@@ -259,6 +261,10 @@ for turn in range(6):
     for mebibytes in (20, 60, 40):
         torch.ones(mebibytes << 18)
 print(faults() - before)
+held = [torch.ones(1 << 18) for _ in range(200)][::2]  # every other MiB is free
+before = resident()
+give_back_freed_memory()
+print(before - resident())
 """
 
 
@@ -266,9 +272,12 @@ print(faults() - before)
 @pytest.mark.parametrize(
     "environment, kept", [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False)]
 )
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment, kept):
+def test_freed_memory_is_kept_until_given_back_unless_the_environment_says_otherwise(
+        environment, kept):
     """120 MiB are 30,720 pages: as many faults if the system has to map them again."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, env={**clean, **environment},
                           capture_output=True, text=True, check=True)
-    assert (int(done.stdout) < 30) == kept  # 60 where pages are of 2 MiB
+    faults, given_back = map(int, done.stdout.split())
+    assert (faults < 30) == kept  # 60 where pages are of 2 MiB
+    assert (given_back > 90) == kept  # of 100 MiB in holes

@@ -173,6 +173,19 @@ def test_a_full_disk_is_one_line(two_stages, tmp_path, capsys, monkeypatch):
     assert embed.main([str(two_stages[1]), str(path), str(out)]) == 0
 
 
+def test_freed_memory_is_given_back_every_other_block(two_stages, tmp_path, monkeypatch,
+                                                      small_blocks):
+    """And few products are kept: a million texts took twice the memory of ten thousand."""
+    calls, path = [], write_texts(tmp_path, lines=LINES * 2 + ["a"])  # five blocks
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(embed, "give_back_freed_memory", lambda: calls.append(
+        json.loads((tmp_path / "out.npy.json").read_text())["done"]))
+    assert embed.main([str(two_stages[1]), str(path), str(tmp_path / "out.npy")]) == 0
+    assert calls == [6, 12]
+    assert os.environ["LRU_CACHE_CAPACITY"] == os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+
+
 def test_two_processes_share_the_work(two_stages, tmp_path):
     path = write_texts(tmp_path, lines=LINES * 4)
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2",
