@@ -1,6 +1,6 @@
 """How far embeddings and memory tokens collapse: the analysis of the paper's section 4.
 
-    python collapse.py --model runs/ctkd runs/nll --task sts17      table, JSON, figures
+    python collapse.py --model runs/ctkd runs/nll --task sts17      table, JSON
     python collapse.py --model runs/nll --text texts.jsonl.gz --save runs/nll-merged
 
 spectrum          singular values of the covariance of the embeddings (Figures 4 and 9)
@@ -252,37 +252,6 @@ def print_table(results: list[dict]):
         print(f"| {' | '.join(cells)} |")
 
 
-def draw(results: list[dict], folder: Path):
-    """spectra.svg with a line per model, and correlation.svg with two squares per model."""
-    for name in ("spectra.svg", "correlation.svg"):  # those of an earlier call would mislead
-        (folder / name).unlink(missing_ok=True)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figures: matplotlib is not installed; the numbers are in the JSON")
-        return
-    names = [r["model"].replace("$", r"\$") for r in results]
-    figure = Figure((5, 3.4), layout="constrained")
-    panel = figure.add_subplot(xlabel="index", ylabel="singular value of the covariance",
-                               xscale="log", yscale="log")
-    for name, r in zip(names, results):
-        values = np.array(r["spectrum"])
-        values = values[values > 1e-6 * values[0]]
-        panel.plot(np.arange(1, len(values) + 1), values, label=name)
-    panel.legend(frameon=False)
-    figure.savefig(folder / "spectra.svg", metadata={"Date": None})
-    with_tokens = [(name, r) for name, r in zip(names, results) if "cosines" in r]
-    if with_tokens:
-        figure = Figure((2.8 * len(with_tokens) + 0.6, 5.2), layout="constrained")
-        panels = figure.subplots(2, len(with_tokens), squeeze=False)
-        for i, (name, r) in enumerate(with_tokens):
-            for panel, key in zip(panels[:, i], ("products", "cosines")):
-                figure.colorbar(panel.imshow(r[key]), ax=panel, label=f"mean {key[:-1]}")
-            panels[0, i].set_title(name, fontsize=8)
-        figure.savefig(folder / "correlation.svg", metadata={"Date": None})
-    print(f"drawn in {folder}/")
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -302,7 +271,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, help="of a text for a plain Llama (default 512)")
     add("--data-dir", help="folder with the tasks' repositories, hub layout")
     add_reading_flags(add)
-    add("--out", default="runs/collapse", help="folder of collapse.json and the figures")
+    add("--out", default="runs/collapse", help="folder of collapse.json")
     args = parser.parse_args(argv)
     if args.texts < 2 or args.batch_tokens < 1 or min(args.threads, args.seed) < 0:
         parser.error("--texts must be above 1, --batch-tokens above 0, --threads and --seed not "
@@ -317,8 +286,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace):
-    """Analyse the models; print the table, write the JSON, the figures and, with --save, an encoder
-    of the effective tokens."""
+    """Analyse the models; print the table, write the JSON and, with --save, an encoder of the
+    effective tokens."""
     keep_freed_memory()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.save and (is_encoder(args.save) or is_encoder(Path(args.save) / "encoder")):
@@ -339,8 +308,8 @@ def run(args: argparse.Namespace):
         results.append(found)
         write_file(out / "collapse.json", json.dumps(results, indent=1) + "\n")
     print_table(results)
-    print(f"\nwritten to {out}/collapse.json")
-    draw(results, out)
+    print(f"\nwritten to {printable(args.out)}/collapse.json; to draw it: python bench/plot.py "
+          f"{printable(args.out)}/collapse.json")
     if args.save:
         encoder.config = replace(encoder.config, kept_tokens=tuple(found["drawn"]))
         save_encoder(encoder, Path(args.save) / "encoder", folders[0])

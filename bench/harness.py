@@ -56,6 +56,7 @@ SHAPES = {  # V, D, intermediate, layers, heads, key-value heads, head_dim
     "7m": LlamaConfig(8192, 256, 704, 6, 4, 4, 64, 1e-5, True),  # the embedded Llama's
     "134m": LlamaConfig(32000, 768, 2048, 12, 12, 12, 64),
     "smollm2": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, True),  # SmolLM2-135M's
+    "1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, True),  # Llama-3.2-1B's
     "7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
 }
 BOS = 1

@@ -1,12 +1,16 @@
-"""Draw the logs of one or several runs: loss, rate, speed and scores over steps, in one figure.
+"""Draw what runs have logged, over steps, and what collapse.py has found, in one figure.
 
     python bench/plot.py runs/ctkd-demo runs/second             writes plot.svg
     python bench/plot.py runs/ucl-demo runs/scl-demo --show loss accuracy effective_dimension \\
         scores --out stages.png
+    python bench/plot.py runs/collapse/collapse.json --out collapse.svg
+    python bench/plot.py bench/records/demo/ctkd-*.json --show loss spectrum
 
---show takes any number of metrics.jsonl (docs/runs.md, "What is logged"), `scores`, the mean of
---eval-tasks, and a task's name. Runs of one color have the same settings, apart from the seed.
-Needs matplotlib.
+Of a run's folder --show takes any number of metrics.jsonl (docs/runs.md, "What is logged"),
+`scores`, the mean of --eval-tasks, and a task's name; of the JSON of collapse.py `spectrum`,
+`cosines` and `products` of the memory tokens (Eq. 7), a square per model; of a record of
+bench/ablations.py `loss`, `spectrum` and `cosines`. Runs of one color have the same settings, apart
+from the seed. Needs matplotlib.
 """
 
 import argparse
@@ -18,7 +22,8 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")  # a file, no window
-matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llm2comp"}  # text stays text
+matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llm2comp",  # text stays text
+                        "path.simplify_threshold": 0.5}
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project root
@@ -28,9 +33,12 @@ from runtime.files import read_json
 
 AXES = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_second": "real tokens / s",
         "grad_norm": "norm of the gradient", "accuracy": "accuracy in the batch",
-        "effective_dimension": "effective dimension of the batch", "scores": "mean score x 100"}
-DEFAULT = ("loss", "learning_rate", "tokens_per_second", "scores")  # those that were logged
+        "effective_dimension": "effective dimension of the batch", "scores": "mean score x 100",
+        "spectrum": "singular value / first", "cosines": "mean cosine", "products": "mean product"}
+SQUARES = ("cosines", "products")  # K x K, the others are curves
+DEFAULT = ("loss", "learning_rate", "tokens_per_second", "scores", "spectrum", "cosines")
 SMOOTH = 20  # a line's points are means over at most so many parts of a run
+LEAST = 1e-4  # smaller singular values are not drawn, as shares of the first
 
 
 def read_log(path: Path) -> list[dict]:
@@ -45,11 +53,15 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def read_run(folder: Path) -> tuple[dict, dict[str, list[tuple[float, float]]]]:
-    """A run's settings without its seed and place, and (step, value) of all that it logged."""
+def comparable(settings: dict) -> dict:
+    """Settings without the seed, the place, and what changes no result."""
+    other = ("seed", "out", "threads", "device", "model", "save_every")
+    return {key: value for key, value in settings.items() if key not in other}
+
+
+def read_run(folder: Path) -> tuple[dict, dict[str, list]]:
+    """A run's settings, and (step, value) of all that it logged."""
     settings = read_json(folder / "config.json", "a run's")
-    for name in ("seed", "out", "threads", "device", "model", "save_every"):
-        settings.pop(name, None)
     found: dict[str, list] = {}
     for row in read_log(folder / "metrics.jsonl"):
         for key, value in row.items():
@@ -59,7 +71,33 @@ def read_run(folder: Path) -> tuple[dict, dict[str, list[tuple[float, float]]]]:
             found.setdefault({"mean": "scores"}.get(key, key), []).append((row["step"], value))
     if not found:
         raise UserError(f"{folder}: has no metrics.jsonl; is it a run's folder?")
-    return settings, found
+    return comparable(settings), found
+
+
+def read_analysis(result: dict) -> dict[str, list]:
+    """(index, share of the first) of a spectrum, and the squares that there are."""
+    s = np.array(result["spectrum"]) / result["spectrum"][0]
+    curve = [(i, value) for i, value in enumerate(s, 1) if value > LEAST]
+    return {"spectrum": curve, **{key: result[key] for key in SQUARES if len(result.get(key, ()))}}
+
+
+def read(name: str) -> dict[str, tuple[dict, dict[str, list]]]:
+    """Label -> settings, and what can be drawn, of a run, a record or an analysis."""
+    path = Path(name)
+    if path.suffix != ".json":
+        return {name.rstrip("/"): read_run(path)}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, list):  # of collapse.py
+            return {r["model"]: ({"of": r["model"]}, read_analysis(r)) for r in content}
+        found, loss = read_analysis(content["collapse"]), content.get("loss")
+        if loss:  # means over every so many steps, drawn in their middle
+            middle = (loss["every"] - 1) / 2
+            found["loss"] = [(loss["every"] * i + middle, x) for i, x in enumerate(loss["mean"])]
+        return {path.stem: (comparable(content.get("settings", {"of": path.stem})), found)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: neither JSON of collapse.py nor a record of bench/ablations.py "
+                        f"({error!r}); name one, or a run's folder")
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
@@ -68,33 +106,55 @@ def smooth(points: np.ndarray) -> np.ndarray:
     return np.array([part.mean(axis=0) for part in parts])
 
 
-def draw(runs: dict[str, tuple[dict, dict]], shown: list[str], out: Path):
-    """One panel per quantity, one line per run, one color per set of settings."""
+def draw_curves(panel, key: str, runs: dict[str, tuple[dict, dict]]):
+    """One quantity: a line per run, one color per set of settings."""
     kinds: list[dict] = []
-    for settings, _ in runs.values():
+    for name, (settings, found) in runs.items():
         kinds += [settings] * (settings not in kinds)
-    width = min(len(shown), 3)
-    rows = -(-len(shown) // width)
-    figure, panels = plt.subplots(rows, width, figsize=(4.6 * width, 3.2 * rows), squeeze=False,
-                                  layout="constrained")
-    for panel, key in zip(panels.flat, shown):
-        for name, (settings, found) in runs.items():
-            if key in found:
-                points, color = np.array(found[key], float), f"C{kinds.index(settings) % 10}"
-                noisy = len(points) >= 3 * SMOOTH and key != "learning_rate"
-                line = smooth(points) if noisy else points
-                if noisy:
-                    panel.plot(*points.T, color=color, alpha=0.15, linewidth=0.7)
-                panel.plot(*line.T, color=color, label=name, linewidth=1.5,
-                           marker="." if len(line) < 12 else "")
-        panel.set(xlabel="step", ylabel=AXES.get(key, key))
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels.flat[len(shown):]:
+        if key in found:
+            points, color = np.array(found[key], float), f"C{kinds.index(settings) % 10}"
+            noisy = len(points) >= 3 * SMOOTH and key not in ("learning_rate", "spectrum")
+            line = smooth(points) if noisy else points
+            if noisy:
+                panel.plot(*points.T, color=color, alpha=0.15, linewidth=0.7)
+            panel.plot(*line.T, color=color, label=name, linewidth=1.5,
+                       marker="." if len(line) < 12 else "")
+    spectrum = key == "spectrum"
+    panel.set(xlabel="index" if spectrum else "step", ylabel=AXES.get(key, key),
+              yscale="log" if spectrum else "linear")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def draw_square(figure, panel, key: str, name: str, square: list[list[float]]):
+    """The correlation of K tokens: dark where they are far from each other."""
+    limits = {"vmin": 0, "vmax": 1} if key == "cosines" else {}
+    image = panel.imshow(square, cmap=plt.get_cmap("viridis", 10), interpolation="nearest",
+                         **limits)
+    panel.set(title=name, xlabel="memory token", xticks=[], yticks=[])
+    figure.colorbar(image, ax=panel, label=AXES[key], shrink=0.8)
+
+
+def draw(runs: dict[str, tuple[dict, dict]], shown: list[str], out: Path):
+    """One panel per quantity with all runs in it, and one per square."""
+    wanted = [(key, name) for key in shown for name in
+              ([n for n in runs if key in runs[n][1]] if key in SQUARES else [""])]
+    width = len(wanted) if len(wanted) <= 4 else 3
+    rows = -(-len(wanted) // width)
+    figure, panels = plt.subplots(rows, width, squeeze=False, layout="constrained",
+                                  figsize=((4.6 if width < 4 else 3.2) * width, 3.2 * rows))
+    for panel, (key, name) in zip(panels.flat, wanted):
+        if name:
+            draw_square(figure, panel, key, name, runs[name][1][key])
+        else:
+            draw_curves(panel, key, runs)
+    for panel in panels.flat[len(wanted):]:
         panel.axis("off")
-    handles, names = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    lines = {line.get_label(): line for panel in panels.flat
+             for line in panel.get_legend_handles_labels()[0]}
+    if lines := {name: lines[name] for name in runs if name in lines}:
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     try:
-        figure.savefig(out)
+        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: cannot be written ({error}); name a .svg, .png or .pdf")
     plt.close(figure)
@@ -104,13 +164,15 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="+", help="folders of runs")
-    parser.add_argument("--show", nargs="+", help=f"default: {', '.join(DEFAULT)}")
+    parser.add_argument("run", nargs="+", help="folders of runs, records, JSON of collapse.py")
+    parser.add_argument("--show", nargs="+", help=f"default, if they are there: "
+                                                  f"{', '.join(DEFAULT)}")
     parser.add_argument("--out", default="plot.svg", help=".svg, .png or .pdf")
     args = parser.parse_args(argv)
 
     def run():
-        runs = {folder.rstrip("/"): read_run(Path(folder)) for folder in args.run}
+        runs = {label.replace("$", r"\$"): found  # a $ begins a formula
+                for name in args.run for label, found in read(name).items()}
         there = {key for _, found in runs.values() for key in found} - {"step"}
         if unknown := set(args.show or ()) - there:
             raise UserError(f"--show {' '.join(sorted(unknown))}: no run has logged it; there are "

@@ -7,11 +7,19 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+import torch
+from helpers import ROOT, run_of
+from torch.utils.flop_counter import FlopCounterMode
+
+import pretrain_ctkd as stage1
+from runtime.errors import UserError
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
+import estimate
 import harness
 import plot
 
@@ -120,6 +128,49 @@ def test_weights_depend_on_their_names_alone():
     assert all(not a.equal(b) for a, b in zip(drawn, drawn[1:]) if a.shape == b.shape)
 
 
+def test_the_estimate_counts_the_products_and_weights_of_the_model(tmp_path):
+    """Beside torch's own count, which has the adapters' small products, and lacks what the last
+    layer leaves out."""
+    config = stage1.parse_arguments(["--dtype", "float32", "--lora-dropout", "0"])
+    encoder, shape = stage1.new_encoder(config, run_of(config)), estimate.BASES["7m"]
+    adapters = sum(p.numel() for name, p in encoder.named_parameters() if "lora_" in name)
+    assert estimate.adapters(shape) == adapters
+    ids = [np.arange(1, 57, dtype=np.int32)] * 8
+    batch = stage1.SplitBatch(ids, [28] * 8, [*range(8)], [*range(8)], 8, 8 * 56, 8 * 28)
+    jobs = {"step": estimate.Job("", 1, 1, 8, 56), "pass": estimate.Job("", 0, 1, 8, 56)}
+    for name, job in jobs.items():
+        with FlopCounterMode(display=False) as counter:
+            if name == "step":
+                stage1.OBJECTIVES["ctkd"](encoder, batch, config).backward()
+            else:
+                encoder.embed(torch.arange(448) % 99, [56] * 8)
+        products = sum(n for op, n in counter.get_flop_counts()["Global"].items()
+                       if str(op).split(".")[1] in ("mm", "addmm"))
+        assert 0.8 < products / estimate.flops(shape, job) < 1.2, name
+
+
+def test_the_estimate_is_near_what_was_measured_and_stands_on_its_page(capsys):
+    assert estimate.main([]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    page = (ROOT / "docs/first-hour.md").read_text().splitlines()
+    assert [line for line in printed if line not in page] == [] and len(printed) > 20
+    measured = (ROOT / "docs/measured.md").read_text()
+    cpu = estimate.MACHINES["two CPU cores"]
+    for name, job, seconds, gib in estimate.MEASURED:
+        assert f"| {seconds} (" in measured and f"| {gib:.2f} (" in measured
+        if name != "7m":  # there the calls take most of the time
+            shape = estimate.BASES[name]
+            assert estimate.seconds(shape, job, cpu) == pytest.approx(seconds, rel=0.1)
+            assert estimate.memory(shape, job, cpu) / 2**30 == pytest.approx(gib, rel=0.15)
+
+
+def test_embed_is_measured(tmp_path):
+    command = [sys.executable, BENCH / "embedding.py", "--texts", "30"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(
+        r"^\| 30 \| 0.000 \| \d+ \| .* \| - \|$", done.stdout, re.M), done
+
+
 # ---------------------------------------------------------------------------------------------
 # plot.py
 # ---------------------------------------------------------------------------------------------
@@ -147,6 +198,49 @@ def test_plot_draws_runs_of_the_same_settings_in_one_color(tmp_path, capsys):
     assert [len(found - {"#000000"}) for found in colors] == [2, 2, 2]  # C0 twice, C1
     points = np.arange(100.0).reshape(50, 2)
     assert np.allclose(plot.smooth(points), points.reshape(10, 5, 2).mean(axis=1))
+
+
+def labels(path: Path) -> list[str]:
+    """The words in a .svg, in order."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+
+
+def test_plot_draws_what_collapse_has_found_and_what_a_record_keeps(tmp_path):
+    models = [{"model": "runs/a$b", "spectrum": [4.0, 2.0, 1e-9], "cosines": [[1.0, 0.5]] * 2,
+               "products": [[3.0, 1.0]] * 2}, {"model": "demo", "spectrum": [1.0, 0.5, 0.1]}]
+    path, out = tmp_path / "collapse.json", tmp_path / "plot.svg"
+    path.write_text(json.dumps(models))
+    read = plot.read(str(path))
+    assert read["runs/a$b"][1]["spectrum"] == [(1, 1.0), (2, 0.5)]  # the third is of rounding
+    assert "cosines" not in read["demo"][1]
+    assert plot.main([str(path), "--out", str(out)]) == 0
+    assert {"singular value / first", "index", "mean cosine", "demo"} <= set(labels(out))
+    assert labels(out).count("runs/a$b") == 2 and "mean product" not in labels(out)
+    record = ROOT / "bench/records/demo/ctkd-0.json"
+    settings, found = plot.read(str(record))["ctkd-0"]
+    assert settings["objective"] == "ctkd" and "seed" not in settings
+    every, mean = (json.loads(record.read_text())["loss"][key] for key in ("every", "mean"))
+    steps, losses = zip(*found["loss"])
+    assert losses == tuple(mean) and steps[:2] == ((every - 1) / 2, every + (every - 1) / 2)
+    for content in ("no", "[1]", '{"collapse": {"spectrum": []}}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match="neither JSON of collapse.py nor a record"):
+            plot.read(str(path))
+
+
+@pytest.mark.parametrize("page", ["README.md"])
+def test_the_figures_on_a_page_are_those_of_the_command_beside_them(page, tmp_path):
+    """To the letter where matplotlib is the pinned one; the words in them elsewhere, too."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python bench/plot\.py (\S+) (.*) --out (docs/\S+\.svg)", text, re.M)
+    assert len(commands) == 2 and all(f"]({out})" in text for *_, out in commands)
+    for runs, flags, out in commands:
+        there, start, names, end = ROOT / out, *re.fullmatch(r"(.*){(.*)}(.*)", runs).groups()
+        files = [str(ROOT / f"{start}{name}{end}") for name in names.split(",")]
+        assert plot.main([*files, *flags.split(), "--out", str(tmp_path / "new.svg")]) == 0
+        assert labels(tmp_path / "new.svg") == labels(there) and there.stat().st_size < 60_000
+        if f"matplotlib=={matplotlib.__version__}" in (ROOT / "tests/requirements.txt").read_text():
+            assert (tmp_path / "new.svg").read_text() == there.read_text()
 
 
 @pytest.mark.parametrize("flags, line", [
