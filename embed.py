@@ -106,7 +106,7 @@ class Embeddings:
             for path in (self.path, self.note):
                 path.unlink(missing_ok=True)
             size = 1e-9 * self.dtype.itemsize * np.prod(shape)
-            raise UserError(f"{self.path}: {size:.1f} GB cannot be written ({error.strerror}); "
+            raise UserError(f"{self.path}: {size:.2g} GB cannot be written ({error.strerror}); "
                             f"make room, or name {self.other}")
 
     def open(self, mode: str) -> np.ndarray:

@@ -109,8 +109,10 @@ def table(axis: str, points: list[dict], timings: list[Timing]) -> str:
 
 def draw(axes: dict[str, dict], path: str):
     """The figure: a panel for each axis, medians with their range."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["svg.fonttype"] = "none"  # text stays text
     wide, high = min(3, len(axes)), -(-len(axes) // 3)
     figure = Figure((3.6 * wide, 3 * high), layout="constrained")
     for i, (axis, found) in enumerate(axes.items(), start=1):

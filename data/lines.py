@@ -138,6 +138,8 @@ def read_lines(path: Path, most: int = 0) -> Iterator[str]:
             raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); {CONVERT}")
         raise UserError(f"{path}, after line {number - 1}: not {encoding[:6].upper()} "
                         f"({error.reason}), as which it begins; is it whole? Fetch it again")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name one that is there")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}, after line {number - 1}: cannot be read ({error}); fetch it "
                         f"again")

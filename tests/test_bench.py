@@ -152,9 +152,9 @@ def test_the_estimate_counts_the_products_and_weights_of_the_model(tmp_path):
 def test_the_estimate_is_near_what_was_measured_and_stands_on_its_page(capsys):
     assert estimate.main([]) == 0
     printed = capsys.readouterr().out.splitlines()
-    page = (ROOT / "docs/first-hour.md").read_text().splitlines()
-    assert [line for line in printed if line not in page] == [] and len(printed) > 20
-    measured = (ROOT / "docs/measured.md").read_text()
+    page, measured = ((ROOT / f"docs/{n}.md").read_text() for n in ("first-hour", "measured"))
+    there = page.splitlines() + measured.splitlines()
+    assert [line for line in printed if line not in there] == [] and len(printed) > 20
     cpu = estimate.MACHINES["two CPU cores"]
     for name, job, seconds, gib in estimate.MEASURED:
         assert f"| {seconds} (" in measured and f"| {gib:.2f} (" in measured
@@ -162,6 +162,7 @@ def test_the_estimate_is_near_what_was_measured_and_stands_on_its_page(capsys):
             shape = estimate.BASES[name]
             assert estimate.seconds(shape, job, cpu) == pytest.approx(seconds, rel=0.1)
             assert estimate.memory(shape, job, cpu) / 2**30 == pytest.approx(gib, rel=0.15)
+    assert estimate.measure(estimate.SHAPES["tiny"])[0] > 0
 
 
 def test_embed_is_measured(tmp_path):

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import io
-import json
 import os
 import re
 import shlex
@@ -42,6 +41,11 @@ def spans(page: Path) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE[page])]
 
 
+def joined(text: str) -> list[str]:
+    """The lines of a text; what a backslash goes on with is one line."""
+    return text.replace("\\\n", " ").splitlines()
+
+
 def paper_table() -> list[list[str]]:
     """The rows of README.md's table from the paper to the code, as cells."""
     table = TEXT[ROOT / "README.md"].split("\n## From the paper")[1].split("\n## ")[0]
@@ -58,7 +62,7 @@ def commands():
     """Every command line on the pages that starts Python: those in shell blocks and in prose."""
     for page in PAGES:
         shell = [line for kind, code in BLOCK.findall(TEXT[page]) if kind == "sh"
-                 for line in code.replace("\\\n", " ").splitlines()]
+                 for line in joined(code)]
         for line in shell + spans(page):
             if command := re.match(r"(?:[A-Z_]+=\S+ )*((?:python|torchrun) .*)", line):
                 words = shlex.split(command[1], comments=True)
@@ -174,7 +178,7 @@ def test_the_commands_are_found():
     found = [(page.name, words) for page, words in commands()]
     assert ("README.md", ["torchrun", "contrastive.py", "--stage", "scl"]) in found
     assert {page for page, _ in found} >= {"README.md", "runs.md", "evaluation.md", "measured.md",
-                                           "results.md", "extending.md"}
+                                           "results.md", "extending.md", "first-hour.md"}
     assert len(found) > 40
 
 
@@ -238,11 +242,13 @@ def names(tmp_path_factory):
     encoder = folder / "runs/ctkd-demo/encoder"
     save_encoder(stage1.new_encoder(config, run_of(config)), encoder)
     export.export_encoder(load_encoder(encoder), folder / "exported")
-    texts = ["Owls hunt at night.", "Herons fish by day.", "A woodpecker climbs.", "Which birds?"]
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (folder / "passages.jsonl").write_text(rows)
+    (folder / "runs/scl-demo").symlink_to(folder / "runs/ctkd-demo")
+    corpus = Path("data/demo/demo-retrieval/corpus.jsonl")
+    (folder / corpus).parent.mkdir(parents=True)
+    lines = (ROOT / corpus).read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / corpus).write_text("".join(lines[:4]), encoding="utf-8")
     with chdir(folder):
-        command = next(line for line in TEXT[ROOT / "docs/runs.md"].splitlines()
+        command = next(line for line in joined(TEXT[ROOT / "docs/runs.md"])
                        if line.startswith("python embed.py"))
         assert embed.main(shlex.split(command)[2:]) == 0
         for page, blocks in PYTHON.items():

@@ -149,6 +149,8 @@ def test_what_is_refused(file, text, flags, fragments, two_stages, tmp_path, cap
     assert error.startswith("error: ") and all(f in error for f in fragments), error
     assert not out.exists()
     out.write_text("mine")
+    assert embed.main([str(two_stages[1]), str(tmp_path / "b.txt"), str(out)]) == 2
+    assert f"{tmp_path}/b.txt: no such file" in capsys.readouterr().err
     (tmp_path / "b.txt").write_text("a\n")
     assert embed.main([str(two_stages[1]), str(tmp_path / "b.txt"), str(out)]) == 2
     assert "exists" in capsys.readouterr().err and out.read_text() == "mine"
@@ -168,6 +170,7 @@ def test_a_full_disk_is_one_line(two_stages, tmp_path, capsys, monkeypatch):
     assert embed.main([str(two_stages[1]), str(path), str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "out.npy" in error and "No space left" in error and "make room" in error
+    assert "7.7e-07 GB" in error  # 6 x 32 numbers
     assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
     monkeypatch.undo()
     assert embed.main([str(two_stages[1]), str(path), str(out)]) == 0
