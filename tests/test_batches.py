@@ -508,14 +508,16 @@ def test_a_dry_run_shows_what_is_read_without_a_model_and_writes_nothing(
     first, second, *lines = capsys.readouterr().out.splitlines()
     assert first == f"data   {several}: 8 rows, mixed; 8 of 8 rows have negatives"
     assert second.split(maxsplit=1) == ["8", "several.jsonl: no instruction"]
-    assert lines[:2] == [
+    assert lines[:3] == [
         "note: several.jsonl: 1 rows have an instruction of their own, used in place of the file's",
-        "note: several.jsonl: 4 rows have several positives, of which one is drawn in each step"]
-    assert lines[2] == "several.jsonl, row 1" and lines[22] == "several.jsonl, row 5"
-    assert lines[7:12] == [
+        "note: several.jsonl: 4 rows have several positives, of which one is drawn in each step",
+        "note: several.jsonl: 1 rows have a positive among their negatives, which is no negative "
+        "there"]
+    assert lines[3] == "several.jsonl, row 1" and lines[23] == "several.jsonl, row 5"
+    assert lines[8:13] == [
         "several.jsonl, row 2", "  instruction  none", "  query        'query 1'",
         "  positive     'text 1 a' | 'text 1 b' | 'text 1 c'", "  negative     'text 1 c'"]
-    assert len(lines) == 2 + 5 * 5
+    assert len(lines) == 3 + 5 * 5
     (tmp_path / "a.txt").write_text("\none \x1b[2J\n\ntwo\n")
     assert contrastive.main([*flags, "--text", "a.txt"]) == 0
     assert capsys.readouterr().out == "data   a.txt: 2 texts\n  'one \\x1b[2J'\n  'two'\n"
