@@ -238,8 +238,6 @@ def check(config: Config):
                         f"--max-tokens and --document-tokens")
     if config.stage == "scl" and not config.triples:
         raise UserError("--stage scl needs --triples: a .jsonl, a folder of them, or demo")
-    if config.stage == "ucl" and config.triples:
-        raise UserError(f"--triples {config.triples}: is for --stage scl; ucl takes --text")
     if config.eval_tasks:
         from evaluate import check_tasks
 

@@ -79,7 +79,8 @@ def parse_config(
     for f in fields(config_class):
         own = f.metadata["help"].partition(": ")[0]  # the stage that a setting is for
         if f.name in given and own in presets and own != stage and not given.get("resume"):
-            parser.error(f"{flag(f.name)}: is for --stage {own}, not for {stage}; leave it out")
+            parser.error(f"{flag(f.name)}: is for --stage {own}, not for {stage}; leave it out, or "
+                         f"give --stage {own}")
     return config_class(**{**presets[stage][name], **given})
 
 
