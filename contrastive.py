@@ -135,19 +135,19 @@ class Config(RunConfig):
     revision: str = setting("", "branch, tag or commit of a hub model", resumable="place")
     base: str = setting("", "path of the encoder's base model, if it has moved", resumable=True)
     other_base: bool = setting(False, "take another base than the encoder was trained on")
-    text: str = setting("wiki1m", "ucl: a .txt, a .jsonl (also .gz), wiki1m, wikitext103, or demo",
-                        resumable="place")
-    num_texts: int = setting(128000, "ucl: use the first N texts; 0 = all", least=0)
-    text_seed: int = setting(42, "ucl: shuffle the texts by this before the first N are taken; -1 "
-                             "= the file's order", least=-1)
-    triples: str = setting("", "scl: a .jsonl(.gz) of {query, positive, negative}, a folder of "
-                           "them, or demo", resumable="place")
-    instruction: str = setting("", "scl: for the queries of files not named like E5's; none = "
-                               "for no query at all")
-    negatives: int = setting(1, "scl: hard negatives per row, drawn where a row has a list",
-                             least=0)
-    batches: str = setting("mixed", "scl: rows of a batch from all files, or from one file",
-                           ("mixed", "single-dataset"))
+    text: str = setting("wiki1m", "a .txt, a .jsonl (also .gz), wiki1m, wikitext103, or demo",
+                        resumable="place", only="ucl")
+    num_texts: int = setting(128000, "use the first N texts; 0 = all", least=0, only="ucl")
+    text_seed: int = setting(42, "shuffle the texts by this before the first N are taken; -1 = "
+                             "the file's order", least=-1, only="ucl")
+    triples: str = setting("", "a .jsonl(.gz) of {query, positive, negative}, a folder of "
+                           "them, or demo", resumable="place", only="scl")
+    instruction: str = setting("", "for the queries of files not named like E5's; none = for no "
+                               "query at all", only="scl")
+    negatives: int = setting(1, "hard negatives per row, drawn where a row has a list", least=0,
+                             only="scl")
+    batches: str = setting("mixed", "rows of a batch from all files, or from one file",
+                           ("mixed", "single-dataset"), only="scl")
     out: str = setting("runs/ucl", "folder of the run; must be new or empty", resumable=True)
     pooling: str = setting("auto", "of a plain Llama; auto = memory; an encoder knows its own",
                            lambda: ["auto", "memory", *(p for p in POOLINGS if p != "echo")])
@@ -163,7 +163,7 @@ class Config(RunConfig):
     # the official code's 512 and 1,024 have its 8 memory tokens in them
     max_tokens: int = setting(504, "cut texts and queries to this, BOS counted; the K memory "
                               "tokens come on top", least=10)
-    document_tokens: int = setting(1016, "scl: cut documents to this", least=10)
+    document_tokens: int = setting(1016, "cut documents to this", least=10, only="scl")
     batch_size: int = setting(128, "rows per step, over all ranks", least=2)
     micro_tokens: int = setting(2048, "tokens embedded at a time; more micro-batches than "
                                 "processes keep all of them busy", resumable="bits")

@@ -12,7 +12,6 @@ interrupted one was, with the same bits if it has as many processes.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -40,7 +39,7 @@ from measures import unit
 from runtime.cpu import give_back_freed_memory, keep_few_products
 from runtime.devices import scoring_dtype
 from runtime.errors import UserError, note, printable, run_command
-from runtime.files import read_json, write_file
+from runtime.files import read_json, try_lock, write_file
 from runtime.identity import identity
 from runtime.ranks import Ranks, join_ranks
 
@@ -74,26 +73,18 @@ class Embeddings:
                 if self.state.get(key) != value:
                     raise UserError(f"{path}: was begun with another {key}; remove it and "
                                     f"{self.note.name}, or name {other}")
-        elif path.exists():
+        elif path.exists() and path.stat().st_size:
             raise UserError(f"{path}: exists, and is no interrupted command's; name {other}")
+        if self.state["done"]:
+            self.open("r")
+        if self.state["done"] < about["shape"][0]:  # locked as long as this process lives
+            self.locked = path.open("ab")
+            if not try_lock(self.locked.fileno(), path):
+                raise UserError(f"{path}: another process writes it; wait for that one, or name "
+                                f"{other}")
         if not self.state["done"]:
             write_file(self.note, json.dumps(self.state) + "\n")
             self._allocate(about["shape"])
-        self.open("r")
-        if self.state["done"] < about["shape"][0]:
-            self._lock()
-
-    def _lock(self):
-        """Keep other processes from writing the same file as long as this one lives."""
-        self.locked = open(self.path, "rb")
-        try:
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process writes it; wait for that one, or name "
-                            f"{self.other}")
-        except OSError as error:  # a file system without locks
-            note(f"{self.path} cannot be locked ({error.strerror}): make sure that no other "
-                 f"process writes it")
 
     def _allocate(self, shape: list[int]):
         """The whole file at once: a map crashes when the disk is full."""

@@ -1,5 +1,6 @@
 """Files that are never half written, and hashes by which they are known again."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,9 +12,24 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from runtime.errors import UserError
+from runtime.errors import UserError, note
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file that are read; the largest tokenizer.json have 35 MB
+
+
+def try_lock(descriptor: int, place: Path) -> bool:
+    """Lock an open file until it is closed; False if another process has it.
+
+    Where the file system has no locks, a note that names `place` says so.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        note(f"{place} cannot be locked ({error.strerror}): make sure that no other process writes "
+             f"there")
+    return True
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:

@@ -11,7 +11,6 @@
     run.finish(...)            the encoder
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -37,7 +36,8 @@ from runtime.errors import (
     print_interrupt,
     terminal,
 )
-from runtime.files import finish_renaming, read_json, sha256_of_files, sha256_of_json, write_file
+from runtime.files import finish_renaming, read_json, sha256_of_files, sha256_of_json, try_lock
+from runtime.files import write_file
 from runtime.formats import is_encoder, weight_files
 from runtime.ranks import Ranks, join_ranks
 from runtime.settings import adopt_older, changed_settings, differences, stored_settings
@@ -343,18 +343,13 @@ def stored_run(config, launch: str | None) -> dict | None:
 def lock_folder(folder: Path) -> int:
     """An open descriptor that keeps other processes from locking the folder; UserError if taken."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
-            raise BlockingIOError  # it was removed, and another one may be locked
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{folder}: another process writes to it; end that one (also what a killed "
-                        f"torchrun may have left behind), or name another --out")
-    except OSError as error:
-        print(f"note: {folder} cannot be locked ({error.strerror}): make sure that no other job "
-              f"writes there", flush=True)
-    return descriptor
+    with suppress(FileNotFoundError):  # if it was removed, another one may be locked
+        if try_lock(descriptor, folder) and os.path.samestat(
+                os.fstat(descriptor), os.stat(folder / LOCK)):
+            return descriptor
+    os.close(descriptor)
+    raise UserError(f"{folder}: another process writes to it; end that one (also what a killed "
+                    f"torchrun may have left behind), or name another --out")
 
 
 def describe_memory(rows: Tensor) -> str:

@@ -9,18 +9,19 @@ from runtime.errors import UserError, terminal
 
 
 def setting(default, help: str, choices=None, *, least=None, below=None, resumable=False,
-            older=None):
+            older=None, only=""):
     """A field of a stage's Config, with its sentence of help and its bounds.
 
     choices: the values allowed (a tuple, a mapping whose keys they are, or a function that returns
     them when the command line is read). least <= value < below. resumable: whether it may change
     when a run is resumed: no; True, nothing depends on it; "place", where something lies whose
     content the checkpoint knows by its sha256; "bits", how the same step is computed. older: what
-    runs did that are from before this setting, if not the default.
+    runs did that are from before this setting, if not the default. only: the stage that it is for,
+    if not for all.
     """
     return field(default=default, metadata={
         "help": help, "choices": choices, "least": least, "below": below, "resumable": resumable,
-        "older": default if older is None else older})
+        "older": default if older is None else older, "only": only})
 
 
 @dataclass
@@ -67,7 +68,8 @@ def parse_config(
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if choices := f.metadata["choices"]:
             kind["choices"] = list(choices() if callable(choices) else choices)
-        text = f.metadata["help"].replace("%", "%%")
+        only = f.metadata["only"]
+        text = (f"{only}: " if only else "") + f.metadata["help"].replace("%", "%%")
         text += "" if f.default is MISSING or f.type is bool else f" (default {f.default!r})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     with terminal():
@@ -77,10 +79,10 @@ def parse_config(
     if name not in presets[stage]:
         parser.error(f"--preset {name}: is not for {stage}, which has {', '.join(presets[stage])}")
     for f in fields(config_class):
-        own = f.metadata["help"].partition(": ")[0]  # the stage that a setting is for
-        if f.name in given and own in presets and own != stage and not given.get("resume"):
-            parser.error(f"{flag(f.name)}: is for --stage {own}, not for {stage}; leave it out, or "
-                         f"give --stage {own}")
+        only = f.metadata["only"]
+        if f.name in given and only not in ("", stage) and not given.get("resume"):
+            parser.error(f"{flag(f.name)}: is for --stage {only}, not for {stage}; leave it out, "
+                         f"or give --stage {only}")
     return config_class(**{**presets[stage][name], **given})
 
 

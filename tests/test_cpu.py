@@ -89,7 +89,9 @@ def test_a_padded_bf16_pass_returns_the_states_of_its_own_rows(tiny):
     ([512] * 3, [512, 512], [[0, 1], [2]]), ([9] * 7, [32] * 3, [[0, 1, 2, 3], [4, 5], [6]]),
     ([513, 7, 513], [32, 513, 513], [[1], [0], [2]]), ([600, 550], [550, 600], [[1], [0]]),
 ], ids=str)
-def test_sequences_padded_to_the_same_multiple_of_32_share_batches_of_1_2_4_and_so_on(lengths, sizes, batches):
+def test_batches_of_1_2_4_have_sequences_padded_to_the_same_multiple_of_32(
+    lengths, sizes, batches
+):
     assert cpu.padded_batches(tuple(lengths)) == list(zip(sizes, batches))
 
 

@@ -307,7 +307,9 @@ def test_titles_may_be_missing_from_some_rows_but_not_from_all(two_stages, tmp_p
 def test_two_processes_do_not_write_one_file(tmp_path):
     about = {"shape": [2, 3]}
     first = embed.Embeddings(tmp_path / "a.npy", about)
+    first.open("r+")[:] = 7  # written, and not noted yet
     refused(lambda: embed.Embeddings(tmp_path / "a.npy", about), "another process writes it")
+    assert (first.open("r") == 7).all()
     first.append(np.ones((2, 3)), 0, ["a", "b"])
     del first
     assert embed.Embeddings(tmp_path / "a.npy", about).state["done"] == 2
