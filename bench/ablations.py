@@ -11,7 +11,9 @@ made and scored beside what they change, and have what is not the common setting
 
     untrained    no training: methods of evaluate.py                               Table 1
     objective    ctkd, nll, rc                                                     Figures 2, 4, 5
+    pretexts     mntp and ebae-ebar; nll: as many tokens read as ctkd's, see below Table 1
     rate         learning rates of each objective                                  (ours)
+    pretext-rate the same of the pretexts                                          (ours)
     start        the same from rows drawn in another way: --memory-init            (ours)
     tokens       K = 1, 2, 4, 8, 16; nll with K = 1                                Figure 3, 4.2
     attention    causal, or bidirectional, each at three rates                     (a summary)
@@ -20,7 +22,12 @@ made and scored beside what they change, and have what is not the common setting
     bos          token 1 before each text (SmolLM2-Instruct's)                     (ours)
     merging      the mean of the effective tokens of stage 1's encoders            Figure 7, 4.2
     stages       stages 2 and 3 after ctkd, nll, rc, and without stage 1           Table 1, Fig 8, 9
+    mntp-stages  the same after mntp                                               Table 1
     curve        the one run of stages that Figure 10 needs, scl-ctkd              Figure 10
+
+The pretexts read the same texts as often as it takes until the networks have read as many tokens as
+in ctkd's steps (`reads`). Without stage 1, stage 2 begins with the rows and the attention that
+stage 1 begins with.
 
 Stage 3 is scored on --curve-tasks every --curve-every steps as it trains (scores.jsonl). Stages 2
 and 3 have the same flags after every start. Causal attention is in a summary of the paper, not in
@@ -61,14 +68,30 @@ from runtime.settings import adopt_older, changed_settings, flag
 
 SEEDS = [0, 1, 2]  # a verdict of bench/report.py needs three
 OBJECTIVES = ("ctkd", "nll", "rc")
-RATES = ("1e-4", "3e-4", "1e-3", "2e-3")  # for nll and rc the last three
+PRETEXTS = {  # of other papers: the flags that pretexts.py asks for
+    "mntp": "--objective mntp --attention bidirectional --memory-tokens 0 "
+            "--train-embeddings memory",
+    "ebae-ebar": "--objective ebae-ebar --attention causal"}
+RATES = ("1e-4", "3e-4", "1e-3", "2e-3")  # for all but ctkd the last three
 LATER = ("ucl", "scl", "merged")  # kinds of variants that start from another: KIND-START
 NAMED = ("study", "seeds", "variant", "jobs", "base", "out", "records")  # not of the setting
 MAY_CHANGE = ("task", "task_dir", "data_dir", "about")  # of it
+LATELY = {"mntp_flags": "", "ebae_ebar_flags": ""}  # what a setting.json of before does not say
 
 # ---------------------------------------------------------------------------------------------
 # Variants
 # ---------------------------------------------------------------------------------------------
+
+
+def reads(objective: str, config: pretrain_ctkd.Config) -> int:
+    """The tokens that all networks read for one text of max_tokens, of which a is the context.
+
+    ctkd: T (teacher), a + K (encoder), 1 + K + S (student); nll without the teacher; rc: a = S = T;
+    mntp: T; ebae-ebar: the context in two prompts of about 12 tokens.
+    """
+    t, k = config.max_tokens, config.memory_tokens
+    return {"ctkd": 2 * t + 2 * k + 1, "nll": t + 2 * k + 1, "rc": 2 * t + 2 * k + 1, "mntp": t,
+            "ebae-ebar": t + 2 * (12 + k)}[objective]
 
 
 def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -76,6 +99,10 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     base, texts, steps = args.base, args.base.num_texts, args.base.steps
     own = {"ctkd": "", "nll": f"--objective nll {args.nll_flags}".strip(),
            "rc": f"--objective rc {args.rc_flags}".strip()}
+    equal = {name: f"--steps {round(steps * reads('ctkd', base) / reads(name, base))}" * bool(steps)
+             for name in ("nll", *PRETEXTS)}
+    pretexts = {name: f"{PRETEXTS[name]} {equal[name]} {given}".strip() for name, given in
+                (("mntp", args.mntp_flags), ("ebae-ebar", args.ebae_ebar_flags))}
 
     def others(now: object, **options: str) -> dict[str, str]:
         """Variant -> flags, without the one that the common setting is."""
@@ -85,9 +112,13 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     inits = [init for init in ("mean", "normal") if init != base.memory_init]
     start = {f"{name}-{init}": f"{own[name]} --memory-init {init}".strip()
              for name in OBJECTIVES for init in inits}
-    rate = {f"{'' if name == 'ctkd' else f'{name}-'}lr={lr}": f"{own[name]} --lr {lr}".strip()
-            for name in OBJECTIVES for lr in (RATES if name == "ctkd" else RATES[1:])
-            if float(lr) != pretrain_ctkd.parse_arguments([*args.common, *own[name].split()]).lr}
+
+    def rates_of(name: str, flags: str) -> dict[str, str]:
+        """An objective at the rates that are not its own."""
+        now = pretrain_ctkd.parse_arguments([*args.common, *flags.split()]).lr
+        return {f"{'' if name == 'ctkd' else f'{name}-'}lr={lr}": f"{flags} --lr {lr}".strip()
+                for lr in RATES[name != "ctkd" :] if float(lr) != now}
+
     more = {f"{name}-{times:g}x": f"{own[name]} --num-texts {texts * times:.0f} "
                                   f"--steps {steps * times:.0f}".strip()
             for name, times in (("ctkd", 1 / 4), ("ctkd", 1 / 2), ("ctkd", 2), ("ctkd", 4),
@@ -99,7 +130,10 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     return {
         "untrained": dict.fromkeys(("last", "mean", "weighted-mean", "echo", "prompteol"), ""),
         "objective": own,
-        "rate": rate,
+        "pretexts": {"nll-equal": f"{own['nll']} {equal['nll']}".strip(), **pretexts},
+        "rate": {k: v for name in own for k, v in rates_of(name, own[name]).items()},
+        "pretext-rate": {k: v for name in pretexts
+                         for k, v in rates_of(name, pretexts[name]).items()},
         "start": start,
         "tokens": {f"K={k}": f"--memory-tokens {k}" for k in (1, 2, 4, 8, 16)
                    if k != base.memory_tokens} | {"nll-K=1": f"{own['nll']} --memory-tokens 1"},
@@ -112,6 +146,7 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
             *OBJECTIVES, *start, *(name for name in more if name.endswith("-4x"))]},
         "stages": {f"{kind}-{name}": "" for name in ("none", *OBJECTIVES)
                    for kind in ("ucl", "scl")},
+        "mntp-stages": {"ucl-mntp": "", "scl-mntp": ""},
         "curve": {"scl-ctkd": ""},
     }
 
@@ -119,7 +154,10 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 def beside(variant: str) -> str:
     """The variant of stage 1 that a variant changes: ctkd, if its name does not say another."""
     kind, _, start = variant.partition("-")
-    return start if kind in LATER else kind if kind in OBJECTIVES else "ctkd"
+    if kind in LATER:
+        return start
+    starts = [name for name in (*OBJECTIVES, *PRETEXTS) if f"{variant}-".startswith(f"{name}-")]
+    return starts[0] if starts else "ctkd"
 
 
 def recipe(variant: str, seed: object, args: argparse.Namespace):
@@ -139,7 +177,11 @@ def recipe(variant: str, seed: object, args: argparse.Namespace):
         scored = ["--eval-tasks", curve, *["--eval-every", str(args.curve_every)] * bool(curve)]
         scored += ["--data-dir", args.data_dir] if args.data_dir and curve else []
         more = shlex.split(args.ucl_flags if kind == "ucl" else args.scl_flags)
-        flags = ["--stage", kind, "--preset", "demo", "--model", model, *scored, *more]
+        if model == args.base.model:
+            scored += ["--attention", args.base.attention, "--memory-init", args.base.memory_init,
+                       "--memory-tokens", str(args.base.memory_tokens)]
+        flags = ["--stage", kind, "--preset", "demo", "--threads", str(args.base.threads),
+                 "--model", model, *scored, *more]
         module, start = contrastive, "" if before == "none" else before
     else:
         own = next(v[variant] for v in studies(args).values() if variant in v)
@@ -344,11 +386,16 @@ def run(args: argparse.Namespace, argv: list[str]):
                             f"command again")
 
 
+def read_setting(path: Path) -> dict:
+    """A setting.json, with what it may lack."""
+    return LATELY | json.loads(path.read_text())
+
+
 def keep_setting(args: argparse.Namespace):
     """Write RECORDS/setting.json for the report; UserError if its runs had another setting."""
     path = Path(args.records) / "setting.json"
     now = {key: value for key, value in vars(args).items() if key not in NAMED}
-    before = json.loads(path.read_text()) if path.is_file() else now
+    before = read_setting(path) if path.is_file() else now
     for key in sorted(now.keys() - set(MAY_CHANGE)):
         if before.get(key) != now[key]:
             raise UserError(f"{path}: its runs have {key}={before.get(key)!r}, now {now[key]!r}; "
@@ -375,7 +422,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", help="the tasks' repositories, hub layout")
     add("--eval-dtype", default="float32", choices=["float32", "bfloat16"])
     for name, what in (("nll", "pretrain_ctkd.py for nll, its own rate for example"),
-                       ("rc", "pretrain_ctkd.py for rc"), ("ucl", "contrastive.py for stage 2"),
+                       ("rc", "pretrain_ctkd.py for rc"), ("mntp", "pretrain_ctkd.py for mntp"),
+                       ("ebae-ebar", "pretrain_ctkd.py for ebae-ebar"),
+                       ("ucl", "contrastive.py for stage 2"),
                        ("scl", "contrastive.py for stage 3")):
         add(f"--{name}-flags", default="", help=f"flags of {what}, in quotes")
     add("--curve-tasks", nargs="*", default=["demo-sts", "demo-retrieval"],

@@ -30,6 +30,12 @@ def flags_of(variant, args):
     ("nll-4x", "--objective nll --num-texts 400 --steps 80"), ("lr=2e-3", "--lr 2e-3"),
     ("nll-lr=3e-4", "--objective nll --lr 3e-4"), ("bos=1", "--bos 1"),
     ("ctkd-0.25x", "--num-texts 25 --steps 5"),
+    # ctkd reads 2 * 256 + 2 * 8 + 1 = 529 tokens a text, nll 273, mntp 256, ebae-ebar 296
+    ("nll-equal", "--objective nll --steps 39"),
+    ("mntp", "--objective mntp --attention bidirectional --memory-tokens 0 --train-embeddings "
+             "memory --steps 41"),
+    ("ebae-ebar", "--objective ebae-ebar --attention causal --steps 36"),
+    ("ebae-ebar-lr=2e-3", "--objective ebae-ebar --attention causal --steps 36 --lr 2e-3"),
 ])
 def test_a_variant_of_stage_1_adds_its_flags_to_the_common_ones(variant, parts):
     flags, start = flags_of(variant, parse())
@@ -39,16 +45,22 @@ def test_a_variant_of_stage_1_adds_its_flags_to_the_common_ones(variant, parts):
 
 
 def test_stages_2_and_3_have_the_same_flags_after_every_start():
-    args = parse("--ucl-flags", "--lr 1e-5", "--scl-flags", "--lr 1e-3", "--data-dir", "d",
-                 "--curve-tasks", "sts17", "scifact", "--curve-every", "50")
+    args = parse("--threads", "3", "--ucl-flags", "--lr 1e-5", "--scl-flags", "--lr 1e-3",
+                 "--data-dir", "d", "--curve-tasks", "sts17", "scifact", "--curve-every", "50")
     found = {}
     for variant in ablations.studies(args)["stages"]:
         kind, _, start = variant.partition("-")
         flags, before = flags_of(variant, args)
         model = "demo" if variant == "ucl-none" else f"o/{before}-3"
         assert before == {"ucl-none": ""}.get(variant, f"ucl-{start}" if kind == "scl" else start)
-        assert flags.startswith(f"contrastive --stage {kind} --preset demo --model {model} ")
-        found.setdefault(kind, set()).add(flags.split(f"--model {model}")[1].split("--seed")[0])
+        assert flags.startswith(f"contrastive --stage {kind} --preset demo --threads 3 "
+                                f"--model {model} ")
+        own = flags.split(f"--model {model}")[1].split("--seed")[0]
+        if variant == "ucl-none":  # what stage 1 would have begun with
+            shape = " --attention bidirectional --memory-init mean --memory-tokens 8"
+            assert shape in own
+            own = own.replace(shape, "")
+        found.setdefault(kind, set()).add(own)
     assert found == {"ucl": {" --eval-tasks  --lr 1e-5 "}, "scl": {
         " --eval-tasks sts17 scifact --eval-every 50 --data-dir d --lr 1e-3 "}}
     _, flags, _ = ablations.recipe("scl-rc", 0, parse("--curve-tasks"))
@@ -66,10 +78,11 @@ def test_every_variant_is_made_from_one_that_is_there():
             assert ablations.beside(variant) in everything | {"none"}
     assert {name: ablations.beside(name) for name in (
         "K=4", "memory-rows", "nll-K=1", "rc-normal", "ctkd-4x", "merged-nll-4x", "scl-rc",
-        "lr=1e-4", "nll-lr=2e-3")} == {
+        "lr=1e-4", "nll-lr=2e-3", "ebae-ebar-lr=1e-3", "scl-mntp", "nll-equal")} == {
         "K=4": "ctkd", "memory-rows": "ctkd", "nll-K=1": "nll", "rc-normal": "rc",
         "ctkd-4x": "ctkd", "merged-nll-4x": "nll-4x", "scl-rc": "rc", "lr=1e-4": "ctkd",
-        "nll-lr=2e-3": "nll"}
+        "nll-lr=2e-3": "nll", "ebae-ebar-lr=1e-3": "ebae-ebar", "scl-mntp": "mntp",
+        "nll-equal": "nll"}
     whole = ablations.studies(ablations.parse_arguments([]))  # all texts: no multiple of them
     assert whole["texts"] == {} and not any("4x" in name for name in whole["merging"])
 
@@ -162,6 +175,12 @@ def test_ablations_run_once_and_are_recorded(tmp_path, capsys, monkeypatch):
     assert ablations.main([*command, "--dtype", "float32"]) == 2
     error = capsys.readouterr().err
     assert "its runs have common=" in error and "name another --out" in error
+    older = json.loads((kept / "setting.json").read_text())
+    del older["mntp_flags"]  # of records from before mntp
+    (kept / "setting.json").write_text(json.dumps(older))
+    assert ablations.main(command) == 0
+    assert ablations.main([*command, "--mntp-flags", "--lr 3e-4"]) == 2
+    assert "its runs have mntp_flags=''" in capsys.readouterr().err
     (kept / "setting.json").unlink()
     assert ablations.main([*command, "--steps", "3"]) == 2
     error = capsys.readouterr().err
