@@ -17,9 +17,9 @@ alignment         mean squared distance of positive pairs on the unit sphere, he
                   texts are a sample
 uniformity        log of the mean over pairs of exp(-2 squared distance), of up to 4,096 texts
 
-Tokens are clustered by the correlation over all texts and drawn once, not for each text: there,
-two texts are represented by different tokens and their cosine loses what they share
-(measured in docs/measured.md).
+Tokens are clustered by the correlation over all texts and drawn once. Drawn for each text, two
+texts would be represented by different tokens, and their cosine would lose what they share
+(docs/measured.md).
 """
 
 import argparse

@@ -84,10 +84,11 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor
 class GlobalBatch:
     """The embeddings of a batch whose activations never have to fit (GradCache, arXiv 2101.06983).
 
-    The micro-batches, dealt out to the ranks, are embedded without a graph. Once the loss has been
-    differentiated by the embeddings, `backward` embeds them again, one after another, with the same
-    dropout and a graph, and carries the gradient on to the parameters. Every rank computes the loss
-    of the whole batch, and the gradient of its own rows: the sum over ranks is all of it.
+    The micro-batches, dealt out to the ranks, are embedded without a graph, all but the last. Once
+    the loss has been differentiated with respect to the embeddings, `backward` embeds the texts of
+    the others again, one micro-batch after another, with the same dropout and a graph, and carries
+    the gradient on to the parameters. Every rank computes the loss of the whole batch and
+    propagates the gradient of its own rows; the sum over ranks is the full gradient.
     """
 
     def __init__(self, encoder: Encoder, texts: list[np.ndarray], config: "Config", step: int,
@@ -239,9 +240,10 @@ def check(config: Config):
     if config.stage == "scl" and not config.triples:
         raise UserError("--stage scl needs --triples: a .jsonl, a folder of them, or demo")
     if config.eval_tasks:
-        from evaluate import check_tasks
+        from evaluate import find_task
 
-        check_tasks("--eval-tasks", eval_tasks(config))
+        for name in eval_tasks(config):
+            find_task(name, "--eval-tasks")
 
 
 def parse_arguments(argv: list[str] | None) -> Config:
@@ -292,8 +294,8 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
 def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
     """The encoder that the stage trains, with a fresh adapter, and the folder it came from.
 
-    Memory tokens and table of an earlier stage are frozen; memory tokens that a plain Llama gets
-    here have never been trained, and are.
+    Memory tokens and table of an earlier stage are frozen; those of a plain Llama are new here, and
+    are trained.
     """
     encoder, folder = open_base(config, run)
     note_positions(encoder, config.max_tokens, config.document_tokens * (config.stage == "scl"))
@@ -472,7 +474,8 @@ def report(config: Config, device: torch.device):
         encoder, method = open_model(str(model), revision=revision, **options)
         if not encoder.history:  # a plain Llama, cut like what was trained from it
             encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
-        stages = " + ".join(entry["stage"] for entry in encoder.history) or f"untrained, {method}"
+        stages = " + ".join(entry.get("objective", entry["stage"])
+                            for entry in encoder.history) or f"untrained, {method}"
         print(f"  {name:<12}{stages:<26}{demo_sts(encoder):6.2f}")
         del encoder  # before the next copy of the weights is loaded
     place = quote(str(folder))  # for a shell

@@ -227,7 +227,6 @@ def run(args: argparse.Namespace, ranks: Ranks):
              "encoder": identity(encoder),
              "reading": [args.instruction, args.document, args.normalize, args.half,
                          str(encoder.dtype)]}
-    about = json.loads(json.dumps(about))
     found = ranks.on_first(Embeddings, out, about, np.float16 if args.half else np.float32)
     done = ranks.from_first(found.state["done"] if found else 0)
     texts = islice(read_file(path, fields, unread), done, None)

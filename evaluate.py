@@ -10,7 +10,7 @@
 Pooling, attention, length and instructions come from the encoder's folder; a plain Llama is read
 by one of the training-free methods of data/prompts.json. Data are read from --data-dir in the hub's
 layout (one folder per repository), or are downloaded once at the revision that MTEB pins.
-Protocol: MTEB 1.12 (the official code's version). The scores themselves are in measures.py.
+Protocol: MTEB 1.12 (the paper names none). The scores themselves are in measures.py.
 """
 
 import argparse
@@ -117,19 +117,13 @@ def demo_sts(encoder: Encoder) -> float:
     return 100 * evaluate_task("demo-sts", encode)["main_score"]
 
 
-def check_tasks(flag: str, names: list[str]):
-    """UserError unless all names are tasks (not groups) of data/tasks.json."""
-    for name in names:
-        if name not in TASKS:
-            raise UserError(f"{flag} {name}: unknown; one or more of {', '.join(TASKS)}")
-
-
-def find_task(name: str) -> dict:
+def find_task(name: str, flag: str = "--task") -> dict:
     """The entry of data/tasks.json; UserError with the nearest names if there is none."""
     if name not in TASKS:
-        near = get_close_matches(name.lower(), [*TASKS, *GROUPS, "all"], n=3, cutoff=0.4)
+        groups = [*GROUPS, "all"] if flag == "--task" else []
+        near = get_close_matches(name.lower(), [*TASKS, *groups], n=3, cutoff=0.4)
         guess = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"--task {name}: unknown; {guess}--list shows all tasks")
+        raise UserError(f"{flag} {name}: unknown; {guess}evaluate.py --list shows all tasks")
     return TASKS[name]
 
 
@@ -148,7 +142,7 @@ def open_model(
     name: str, method: str | None = None, max_tokens: int | None = None,
     special_tokens: str | None = None, **options
 ) -> tuple[Encoder, str]:
-    """An encoder, and the method it is read by: `memory` if trained, else a training-free one.
+    """An encoder, and how it is read: by its own pooling, or untrained by one of METHODS.
 
     `name` is an encoder's, a run's, an exported or a Llama's folder or a hub repository; `options`
     go to model.load_encoder or plain_encoder. UserError if `method`, `max_tokens` (512 for a plain
@@ -477,8 +471,7 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 after a UserError, or a file or folder that
-    cannot be used, 1 if another rank was lost, 128 + the number of a signal."""
+    """The command line; returns the exit code (see run_command)."""
 
     def command() -> int | None:
         """What the arguments ask for."""

@@ -2,7 +2,6 @@
 
     python export.py runs/llama2-scl OUT             adapters merged, in float32
     python export.py runs/llama2-scl OUT --dtype bfloat16 --license llama2
-    python model.py merge runs/llama2-scl OUT        the same, under its older name
 
     SentenceTransformer("OUT").encode(texts)         sentence-transformers 6 and newer
     AutoModel, AutoTokenizer.from_pretrained("OUT")  transformers 5.2 and newer: see OUT/README.md
@@ -387,7 +386,6 @@ def results_of(name: str, encoder: Encoder, folder: Path) -> list[dict]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -399,7 +397,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--license", default="", help="the base's, for the card: apache-2.0, ...")
     parser.add_argument("--results", default="results", help="evaluate.py's, for the card")
-    return parser.parse_args(argv[1:] if argv[:1] == ["merge"] else argv)
+    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace):

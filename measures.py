@@ -125,11 +125,11 @@ def retrieval(queries: np.ndarray, documents: np.ndarray, query_ids: list[str],
     queries (Q, D), documents (n, D); judged[i] maps document ids to the grades of query i.
     skip_same_id takes a document with the query's own id out of its ranking (ArguAna).
     """
-    ranking = rank_documents(queries, documents, document_ids)
+    ranking = rank_documents(queries, documents, document_ids, 101)  # 100, and the query's own
     discount = 1 / np.log2(np.arange(2, 12))
     ndcg, precision, recall = np.zeros((3, len(queries)))
     for i, grades in enumerate(judged):
-        ranked = [document_ids[j] for j in ranking[i, :101]]
+        ranked = [document_ids[j] for j in ranking[i]]
         if skip_same_id:
             ranked = [d for d in ranked if d != query_ids[i]]
         gains = np.array([max(0, grades.get(d, 0)) for d in ranked[:100]])

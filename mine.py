@@ -140,8 +140,9 @@ def search(queries: np.ndarray, corpus: Iterable[np.ndarray], limits: np.ndarray
 
     queries (Q, D) and the parts of the corpus, together (n, D), are unit rows; limits (Q,) float32;
     taken (m, 2): a query and a place that it may not find. Where fewer than k are left, cosines are
-    -inf. And (Q,): how many texts, taken ones apart, are not below the limit. Cosines are float32,
-    of sums in float64; equal ones rank by place: parts of any size give the same.
+    -inf. The third array (Q,) counts the texts, without the taken ones, that are not below the
+    limit. Cosines are float32, of sums in float64; equal ones rank by place: parts of any size give
+    the same.
     """
     q = to_device(torch.from_numpy(queries), device).double()
     limits, taken = (to_device(torch.from_numpy(x), device) for x in (limits, taken))

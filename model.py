@@ -94,7 +94,7 @@ class Pass(NamedTuple):
     """What the blocks share in one forward pass."""
 
     lengths: list[int]  # of the sequences in the packed row
-    causal: bool  # the mask: causal (g_phi) or bidirectional (f_theta)
+    causal: bool  # the mask: causal (g_phi) or bidirectional (f_theta, by default)
     adapters: bool  # whether the LoRA adapters take part
     dropout: float  # of the attention weights
     cos: Tensor  # (T, 1, head_dim), for `rotate`
@@ -144,6 +144,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, p: Pass, last: list[int] | None) -> Tensor:
+        """x (T, D) -> (T, D), or the `last` rows of each sequence only."""
         projections = (self.q_proj, self.k_proj, self.v_proj)  # -> (T, H or G, head_dim)
         q, k, v = (proj(x, p.adapters).unflatten(-1, (-1, self.head_dim)) for proj in projections)
         q, k = rotate(self.q_norm(q), p.cos, p.sin), rotate(self.k_norm(k), p.cos, p.sin)
@@ -492,8 +493,3 @@ def save_encoder(encoder: Encoder, folder: str | Path, earlier: Path | None = No
         formats.write_encoder_json(aside, {"base": encoder.base, **asdict(encoder.config),
                                            "history": encoder.history})
 
-
-if __name__ == "__main__":  # `python model.py merge ENCODER OUT`, the older name of export.py
-    import runpy
-
-    runpy.run_path(str(Path(__file__).with_name("export.py")), run_name="__main__")

@@ -1,16 +1,16 @@
 """LLM2Comp's equations as the paper writes them (arXiv 2511.17129), one text at a time, unbatched.
 `python paper.py` prints every quantity of two passages beside the fast path's.
 
-n: token ids (T,) of a text, BOS first; context n[:a], continuation n[a:] (a counts BOS). g_phi: the
-frozen causal Llama (.model, .head; default rope). f_theta: the encoder, .llama is g_phi with its
-adapters, .table (V, D), .memory_tokens m_1..m_K (K, D). No dropout. The oracle of the tests.
+n: ids (T,) of a text, BOS first; context n[:a], continuation n[a:] of S = T - a tokens. g_phi:
+the frozen causal Llama (.model, .head (V, D)). f_theta: the encoder, .llama is g_phi with adapters,
+.table (V, D), .memory_tokens m_1..m_K (K, D), whose states are m~_1..m~_K. The oracle of the tests.
 """
 
 import torch
 
 
 def linear(layer, x, adapters):
-    """y = W x + (alpha / r) B A x."""
+    """y = W x + (alpha / r) B A x of each row; x (T, in) -> (T, out)."""
     y = x @ layer.weight.T
     if adapters and layer.lora_A is not None:
         y = y + layer.scaling * (x @ layer.lora_A.to(x.dtype).T @ layer.lora_B.to(x.dtype).T)
@@ -24,7 +24,7 @@ def norm(layer, x):
 
 
 def rotary(x, theta):
-    """Turn pair (i, i + size / 2) of row t by t theta^(-2 i / size); x (T, heads, size)."""
+    """Turn row t's pair (i, i + size / 2) by t theta^(-2 i / size); x (T, heads, size)."""
     length, _, size = x.shape
     speeds = 1 / theta ** (torch.arange(0, size, 2).float() / size)  # fp32, as Llamas are trained
     angles = torch.arange(length).float()[:, None, None] * speeds
@@ -60,14 +60,14 @@ def log_g(g_phi, x):
 
 
 def eq1_memory(f_theta, context):
-    """Eq. 1, 3: m~_i = f_theta(n_1..n_a, m_1..m_i)[-1] (K, D); all rows see all (official code)."""
+    """Eq. 1, 3: m~_i = f_theta(n_1..n_a, m_1..m_i)[-1] (K, D); official code: all rows see all."""
     x = torch.cat((f_theta.table[context], f_theta.memory_tokens)).to(f_theta.dtype)
     causal = f_theta.config.attention == "causal"
     return llama(f_theta.llama, x, causal, adapters=True)[-len(f_theta.memory_tokens) :]
 
 
 def log_g_after_memory(g_phi, bos, memory, text):
-    """log g_phi( . | BOS m~_1..m~_K n..), BOS as in the official code: rows of m~_K and text."""
+    """log g_phi( . | BOS m~_1..m~_K n..): rows of m~_K and text (S + 1, V); BOS as officially."""
     table = g_phi.model.embed_tokens.weight
     return log_g(g_phi, torch.cat((table[bos], memory, table[text])))[len(memory) :]
 

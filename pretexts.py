@@ -5,9 +5,9 @@
 
     mntp       a bidirectional Llama predicts masked tokens, each from the state before it; the
                embedding is the mean of all states
-    ebae-ebar  a causal Llama reads a text and, after a prompt, K memory tokens. From these states
-               alone the head must find the words of the text (auto-encoding), after another prompt
-               those of what follows it (auto-regression); K states of a prompt are the embedding
+    ebae-ebar  a causal Llama reads a text and, after a prompt, K memory tokens. From their states
+               alone the head must predict the words of the text (auto-encoding) or, after a second
+               prompt, of what follows it (auto-regression); the mean of the K is the embedding
 
 They see the same texts as ctkd. The head is frozen (LLM2Vec's code trains it and drops it, LLaRA's
 keeps it); docs/official.md lists what else differs. Letters as in model.py; a text has T tokens.

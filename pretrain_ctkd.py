@@ -78,8 +78,8 @@ def student_states(encoder: Encoder, contexts: list, continuations: list) -> Ten
 def teacher_states(llama: Llama, texts: list[np.ndarray], splits: list[int]) -> Tensor:
     """g_phi reads the whole texts: the states (sum of S + 1, D) that predict the same positions."""
     x, lengths = llama.embed(flat_ids(texts, llama.head.device)), [len(ids) for ids in texts]
-    # the context's last token, row cut - 1, predicts the continuation's first
-    last = [length - cut + 1 for length, cut in zip(lengths, splits)]
+    # the context's last token, row a - 1, predicts the continuation's first
+    last = [length - a + 1 for length, a in zip(lengths, splits)]
     return llama(x, lengths, causal=True, adapters=False, last=last)
 
 
@@ -144,14 +144,16 @@ def ctkd_loss(
     return ThroughHead.apply(student, head, kl, chunk_rows)
 
 
-def token_nll(encoder: Encoder, student: Tensor, targets: list, total: int, chunk: int) -> Tensor:
-    """-log p of the target tokens, summed and divided by `total`; shared by all objectives.
+def token_nll(
+    encoder: Encoder, student: Tensor, targets: list, total: int, chunk_rows: int
+) -> Tensor:
+    """-log p of the target tokens, summed and divided by `total`.
 
     student: S + 1 states per text, of which the last one predicts no target.
     """
     predicting = torch.cat([h[:-1] for h in student.split([len(ids) + 1 for ids in targets])])
     ids = flat_ids(targets, encoder.device)
-    return nll_loss(predicting, ids, encoder.llama.head, chunk) / total
+    return nll_loss(predicting, ids, encoder.llama.head, chunk_rows) / total
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ class Config(RunConfig):
                              "pretexts.py", OBJECTIVES)
     nll_weight: float = setting(0.0, "weight of the cross entropy beside ctkd", least=0)
     mask_token: str = setting("_", "mntp: what a masked token is replaced by")
-    mask_share: float = setting(0.2, "mntp: of the tokens, to be predicted", least=0, below=1)
+    mask_share: float = setting(0.2, "mntp: share of the tokens to be predicted", least=0, below=1)
     memory_tokens: int = setting(8, "K; 0 for mntp", least=0)
     memory_init: str = setting("mean", "initial memory rows: nearly equal, at the table's mean, or "
                                "spread like its rows", ("mean", "normal"))
@@ -271,6 +273,7 @@ def new_encoder(config: Config, run: Run) -> Encoder:
     if config.memory_tokens:
         encoder.add_memory(config.memory_init, config.train_embeddings == "all", random)
     encoder.llama.recompute, encoder.adapters = config.recompute, True
+    # nll and rc are rows of the same stage: "objective" says which
     stage = config.objective.replace("-", "_") if pretext else "ctkd"
     encoder.history = [{"stage": stage, **stored_settings(config)}]
     return encoder.train()
@@ -347,7 +350,7 @@ def generate(llama: Llama, x: Tensor, count: int) -> list[int]:
 
 @torch.no_grad()
 def show_continuations(encoder: Encoder, texts: list[np.ndarray], tokens: int = 24):
-    """Print how g_phi continues half a text, and the K memory tokens of that half alone."""
+    """Print how g_phi continues half a text, and the K memory states of that half alone."""
     llama, tokenizer = encoder.llama, encoder.tokenizer
     for ids in texts:
         half = torch.from_numpy(ids[: max(MIN_SIDE, len(ids) // 2)]).to(encoder.device)

@@ -10,11 +10,11 @@ every run: the common setting, `ctkd`. With a --preset among them, to that one a
 made and scored beside what they change, and have what is not the common setting already:
 
     untrained    no training: methods of evaluate.py                               Table 1
-    objective    ctkd, nll, rc                                                     Figures 2, 4, 5
+    objective    ctkd, nll, rc                                                     Figures 2, 4 to 6
     pretexts     mntp and ebae-ebar; nll: as many tokens read as ctkd's, see below Table 1
     rate         learning rates of each objective                                  (ours)
     pretext-rate the same of the pretexts                                          (ours)
-    start        the same from rows drawn in another way: --memory-init            (ours)
+    start        ctkd, nll, rc from the other initial rows: --memory-init          (ours)
     tokens       K = 1, 2, 4, 8, 16; nll with K = 1                                Figure 3, 4.2
     attention    causal, or bidirectional, each at three rates                     (a summary)
     texts        ctkd with 1/4, 1/2, 2, 4 times as many texts and steps; nll: 4    Figures 5, 6

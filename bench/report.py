@@ -66,12 +66,12 @@ class Runs:
         return [variant for variant in self.studies[study] if variant in there]
 
     def of(self, variant: str, key: str, seeds: list[int] | None = None) -> np.ndarray:
-        """A score or a measure of a variant, one number a finished seed."""
+        """A score or a measure of a variant, one number per finished seed."""
         seeds = self.seeds(variant) if seeds is None else seeds
         return np.array([self.values[variant, seed].get(key, np.nan) for seed in seeds])
 
     def both(self, a: str, b: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """The values of a and b, one a common seed; an untrained b has one value for all of a's."""
+        """The values of a and b, one per common seed; an untrained b has one for all."""
         seeds = [seed for seed in self.seeds(a) if seed in self.seeds(b)]
         if b in self.studies["untrained"] or b == "0":
             y = np.repeat(self.of(b, key) if b != "0" else 0.0, len(self.seeds(a)))
@@ -165,7 +165,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def by_variant(runs: Runs, head: list[str], columns: Callable[[str], list[str]]) -> str:
-    """A table with a row a variant with finished seeds: study, variant, seeds, columns(variant)."""
+    """A table, one row per variant with finished seeds: study, variant, seeds, columns(variant)."""
     rows = [["" if i else study, variant, str(len(runs.seeds(variant))), *columns(variant)]
             for study, variants in runs.studies.items()
             for i, variant in enumerate(filter(runs.seeds, variants))]
@@ -336,7 +336,7 @@ CLAIMS = [  # what the paper says, its figures, what is compared
 
 
 def draw_scores(runs: Runs, path: Path):
-    """Figures 2 and 3: a dot a seed, a line through the means; 8 and 10 if they were run."""
+    """Figures 2 and 3: one dot per seed, a line through the means; 8 and 10 if they were run."""
     axes = {"objective": ["weighted-mean", "rc", "nll", "ctkd"], "K": [
         "K=1", "K=2", "K=4", "ctkd", "K=16"], "stage": ["ctkd", "ucl-ctkd", "scl-ctkd"]}
     later = bool(runs.seeds("scl-ctkd"))
@@ -362,7 +362,7 @@ def draw_scores(runs: Runs, path: Path):
 
 
 def draw_stages(runs: Runs, radar, curve):
-    """Tasks by stage (Figure 8); scores over the steps of stage 3, a line a seed (Figure 10)."""
+    """Tasks by stage (Figure 8); scores over stage 3's steps, one line per seed (Figure 10)."""
     turns = 2 * np.pi * np.arange(len(runs.tasks)) / len(runs.tasks)
     for variant in filter(runs.seeds, ("ctkd", "ucl-ctkd", "scl-ctkd")):
         x = [runs.of(variant, task).mean() for task in runs.tasks]
@@ -379,7 +379,7 @@ def draw_stages(runs: Runs, radar, curve):
 
 
 def draw_collapse(runs: Runs, path: Path):
-    """Spectra of objectives and stages, a line a seed (4, 9); the tokens' cosines (5, 6)."""
+    """Spectra of objectives and stages, one line per seed (4, 9); the tokens' cosines (5, 6)."""
     figure = Figure((9, 4.8), layout="constrained")
     tokens = (objective + end for end in ("", "-4x", "-normal") for objective in ("nll", "ctkd"))
     tokens = [*filter(runs.seeds, tokens)]
@@ -451,11 +451,14 @@ seed see the same texts in the same order, but for those of `texts`. Training on
 
 
 def claims_section(runs: Runs) -> str:
-    """The table of claims, a row a comparison; those of which nothing was run in a line each."""
+    """The table of claims, one row per comparison; those not run in a line each."""
     judged, rows, missing = judge_all(runs), [], []
     study_of = {name: study for study, variants in reversed(runs.studies.items())
                 for name in variants}
     count = sum(not np.isnan(f.p) for _, found in judged for f in found)
+    chance = (f"Comparisons: {count}; if nothing differed, {count * ALPHA:.1f} would have p < "
+              f"{ALPHA} by\nchance, half of them with the expected sign." if count else
+              "No comparison has enough seeds yet.")
     for (text, paper, parts), (verdict, found) in zip(CLAIMS, judged):
         if verdict == "not run":
             needed = {study_of[name] for a, _, b, _ in parts for name in map(runs.same, (a, b))
@@ -469,8 +472,7 @@ def claims_section(runs: Runs) -> str:
     head = ["claim", "paper (7 B)", "here", "compared", "difference [95 %]", "p", "Holm", "seeds"]
     return f"""### The paper's claims
 
-Comparisons: {count}; if nothing differed, {count * ALPHA:.1f} would have p < {ALPHA} by
-chance, half of them with the expected sign. A difference is paired over common seeds, of which a
+{chance} A difference is paired over common seeds, of which a
 verdict needs {SEEDS}: its mean, 95 % interval and two-sided p by Student's t, and Holm's p, which
 holds for all of them together. *Confirmed* is the expected sign and p < {ALPHA} in each comparison,
 *the opposite* the other sign. Little difference is confirmed if the 90 % interval is within
@@ -493,14 +495,14 @@ N`; Figure 10 needs a stage 3 of more than {PEAK} steps, `--scl-flags "--steps 1
 
 
 def scores_table(runs: Runs) -> str:
-    """A row a variant: scores on every task, their mean, the loss, hours."""
+    """One row per variant: scores on every task, their mean, the loss, hours."""
     tasks = [*runs.tasks, "mean"]
     return by_variant(runs, [*tasks, "loss", "hours"], lambda v: [
         *(cell(runs.of(v, task)) for task in tasks), losses_of(runs, v), hours_of(runs, v)])
 
 
 def measures_table(runs: Runs) -> str:
-    """A row a variant: the measures of collapse."""
+    """One row per variant: the measures of collapse."""
     return by_variant(runs, [title for title, _ in MEASURES.values()], lambda v: [
         cell(runs.of(v, key), digits) for key, (_, digits) in MEASURES.items()])
 
@@ -567,7 +569,7 @@ def page(runs: Runs | None, settings: Runs | None = None, smoke: Runs | None = N
         title = f"How the settings were chosen: {model_of(settings)}"
         sections.append(short_section(settings, title, SETTINGS))
     if smoke:
-        sections.append(short_section(smoke, f"In short: {model_of(smoke)}", SMOKE))
+        sections.append(short_section(smoke, f"Smoke test: {model_of(smoke)}", SMOKE))
     sections.append(f"""## Machines, and what is missing
 
 {total:.1f} hours in all on {"; ".join(machines)}, often beside other work. The command of each

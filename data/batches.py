@@ -33,7 +33,7 @@ Tokenize = Callable[..., Tokens]
 class SplitBatch(NamedTuple):
     """Texts of a step as token ids with BOS: all of them, or the part of a micro-batch.
 
-    splits: where each text is cut, the tokens of its context with BOS; rows: places in the data;
+    splits: a of each text, the tokens of its context, BOS counted; rows: places in the data;
     positions: places in the run, by which what is drawn for a text is drawn.
     The totals are those of the global batch: sums of losses are divided by them, so that
     micro-batches add up.
@@ -61,13 +61,13 @@ class SplitBatch(NamedTuple):
 
     @property
     def contexts(self) -> list[np.ndarray]:
-        """BOS n_1..n_a of each text."""
-        return [ids[:cut] for ids, cut in zip(self.texts, self.splits)]
+        """n_1..n_a of each text; n_1 is BOS."""
+        return [ids[:a] for ids, a in zip(self.texts, self.splits)]
 
     @property
     def continuations(self) -> list[np.ndarray]:
         """n_{a+1}..n_{a+S} of each text."""
-        return [ids[cut:] for ids, cut in zip(self.texts, self.splits)]
+        return [ids[a:] for ids, a in zip(self.texts, self.splits)]
 
 
 def split_point(seed: int, position: int, length: int) -> int:
@@ -198,16 +198,22 @@ def other_positives(texts: list[str], triples: list[Triple]) -> Tensor:
     return found.fill_diagonal_(False)
 
 
+def every_sentence(source: str) -> list[str]:
+    """The texts of a source; of the embedded passages, their sentences."""
+    rows = every_text(source)
+    if source == "demo":
+        rows = [s for text in rows for s in re.split(r"(?<=[.?!])\s+", text)]
+    return rows
+
+
 class Sentences:
     """Stage 2: each text is query and positive at once, read twice under different dropout."""
 
     instructions: tuple = ()
 
     def __init__(self, source: str, num_texts: int, tokenize: Tokenize, text_seed: int = 42):
-        """Shuffle the texts (of the embedded passages, the sentences); tokenise the first ones."""
-        rows = every_text(source)
-        if source == "demo":
-            rows = [s for text in rows for s in re.split(r"(?<=[.?!])\s+", text)]
+        """Shuffle the texts by text_seed, and tokenise the first ones."""
+        rows = every_sentence(source)
         order = list(range(len(rows)))
         if text_seed >= 0:  # Python's shuffle here, not that of `datasets` (official code)
             random.Random(text_seed).shuffle(order)
@@ -301,17 +307,21 @@ def open_triples(source: str, instruction: str, progress: bool = False) -> Tripl
 
 
 def preview(config) -> str:
-    """What a contrastive stage's data are read as, without a model: the header and five rows."""
+    """How the data of a contrastive stage are read, without a model: a header, and the first five
+    rows of the source, before it is shuffled."""
     if config.stage == "scl":
         rows = open_triples(config.triples, config.instruction, progress=True)
         return f"data   {rows.describe(config.batches)}\n{rows.examples()}"
-    texts = read_texts(config.text)
+    texts = [text for text in every_sentence(config.text) if text]
     first = [f"  {text[:90]!r}{'...' * (len(text) > 90)}" for text in texts[:5]]
     return "\n".join([f"data   {config.text}: {len(texts):,} texts", *first])
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of texts, longest first, in batches whose lengths sum to at most `budget`."""
+    """Indices of texts, longest first, in batches whose lengths sum to at most `budget`.
+
+    A longer text is a batch by itself.
+    """
     batches, room = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > room:

@@ -1,4 +1,4 @@
-"""What makes PyTorch fast on a CPU; on other devices each function does the plain thing.
+"""What makes PyTorch fast on a CPU; elsewhere the plain thing is done, here or by the caller.
 
 Measured in docs/measured.md. The network reads the same without these functions: `normalise` is
 F.rms_norm, `swiglu` silu(gate) * up, `AdaptedLinear` the last lines of LoraLinear.forward,

@@ -187,8 +187,8 @@ def print_interrupt(stop: KeyboardInterrupt, after: str = "") -> int:
 
 
 def run_command(command: Callable[[], int | None], after: str = "") -> int:
-    """Run a command of one process; returns its exit code: 2 after a mistake of the user's, 128 +
-    the number of the signal that ended it.
+    """Run a command; returns its exit code: 0; 2 after a UserError, or for a file or folder that
+    cannot be used; 1 if another rank was lost; 128 + n after signal n.
 
     after: what the user is told after an interruption.
     """

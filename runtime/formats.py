@@ -51,8 +51,22 @@ class ModelFolder:
             open_regular(file, MOST_JSON).close()
 
     def weights(self, shapes: dict[str, tuple], dtype: torch.dtype, device) -> dict[str, Tensor]:
-        """All tensors by name; strict in names and shapes."""
-        return read_weights(self.folder, self.places, shapes, dtype, device)
+        """All tensors by name, each cast and moved as it is read; strict in names and shapes.
+
+        Raises UserError for a file that is damaged and for a tensor that is missing, extra or of
+        another shape than `shapes` has.
+        """
+        found: dict[str, Tensor] = {}
+        for path in dict.fromkeys(path for path, _ in self.places.values()):
+            here = [(name, key) for name, (file, key) in self.places.items() if file == path]
+            with open_tensors(path) as file:
+                for name, key in here:
+                    tensor = checked_tensor(file, key, shapes.get(name), path)
+                    found[name] = tensor.to(device=device, dtype=dtype)
+        if missing := sorted(shapes.keys() - found.keys()):
+            raise UserError(f"{self.folder}: {len(missing)} tensors are missing, the first is "
+                            f"{missing[0]}")
+        return found
 
     def record(self, bos: list[int]) -> dict:
         """What an encoder knows of the base that it was trained on: name, revision, identity.
@@ -236,34 +250,17 @@ def tensor_places(files: list[Path], tied: bool) -> dict[str, tuple[Path, str]]:
             for key, place in found.items()}
 
 
-def read_weights(
-    folder: Path, places: dict[str, tuple[Path, str]], shapes: dict[str, tuple],
-    dtype: torch.dtype, device
-) -> dict[str, Tensor]:
-    """The tensors at their `places`, each cast and moved as it is read; strict in name and shape.
-
-    Raises UserError for a file that is damaged and for a tensor that is missing, extra or of
-    another shape than `shapes` has.
-    """
-    found: dict[str, Tensor] = {}
-    for path in dict.fromkeys(path for path, _ in places.values()):
-        with open_tensors(path) as file:
-            for name, (_, key) in ((n, place) for n, place in places.items() if place[0] == path):
-                shape = tuple(file.get_slice(key).get_shape())
-                if name not in shapes:
-                    raise UserError(f"{path}: has the tensor {key}, which config.json has no "
-                                    f"place for; is it the config of another model?")
-                if shape != shapes[name]:
-                    raise UserError(f"{path}: {key} has the shape {shape}, config.json says "
-                                    f"{shapes[name]}")
-                tensor = file.get_tensor(key)
-                if not tensor.is_floating_point():
-                    raise UserError(f"{path}: {key} is {tensor.dtype}; only floating-point "
-                                    f"weights are read")
-                found[name] = tensor.to(device=device, dtype=dtype)
-    if missing := sorted(shapes.keys() - found.keys()):
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return found
+def checked_tensor(file, key: str, shape: tuple | None, path: Path) -> Tensor:
+    """The tensor `key` of an open file; UserError unless it has this shape and floats."""
+    if shape is None:
+        raise UserError(f"{path}: has the tensor {key}, which config.json has no place for; is it "
+                        f"the config of another model?")
+    if (found := tuple(file.get_slice(key).get_shape())) != shape:
+        raise UserError(f"{path}: {key} has the shape {found}, config.json says {shape}")
+    tensor = file.get_tensor(key)
+    if not tensor.is_floating_point():
+        raise UserError(f"{path}: {key} is {tensor.dtype}; only floating-point weights are read")
+    return tensor
 
 
 def require_head(name: str | Path, has_head: bool):

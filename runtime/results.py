@@ -1,6 +1,7 @@
 """Results of evaluate.py: one JSON file per task in MTEB's form, averages, published rows.
 
-A run's folder is results/<model>[@method]/ with one <Task>.json each, which mteb can read too.
+A run's folder is results/<model>[@method][+instruction]/ with one <Task>.json each, which mteb can
+read too.
 """
 
 import json

@@ -391,8 +391,8 @@ def run_stage(config, check: Callable, train: Callable, report: Callable) -> int
     """check(config); train(config, run) on all ranks; report(config, device) on the first one after
     a complete run.
 
-    Returns the exit code: 0, 2 after a UserError, or a file or folder that cannot be used, 1 if
-    another rank was lost, 128 + the number of a signal.
+    Returns the exit code: 0; 2 after a UserError, or for a file or folder that cannot be used; 1 if
+    another rank was lost; 128 + n after signal n.
     """
     rank, checked = os.environ.get("RANK", "0"), False
     with terminal(), interruptible():

@@ -315,7 +315,7 @@ def test_an_encoder_with_kept_tokens_is_another_encoder(trained, tmp_path, capsy
         assert evaluate.main(whole) == 2
         assert fragment in capsys.readouterr().err
     (trained / "encoder.json").write_text(json.dumps(about | {"kept_tokens": [0, 2]}))
-    assert export.main(["merge", str(trained), str(tmp_path / "plain")]) == 0
+    assert export.main([str(trained), str(tmp_path / "plain")]) == 0
     weights = json.loads((tmp_path / "plain/1_WordWeights/config.json").read_text())
     assert weights["word_weights"] == {"<memory_1>": 1.0, "<memory_3>": 1.0}
     (trained / "encoder.json").write_text(json.dumps(about))

@@ -335,10 +335,9 @@ def test_the_card_has_the_scores_of_these_weights(two_stages, tmp_path, capsys, 
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["merge"]], ids=["export.py", "model.py merge"])
-def test_the_command_line_exports_once_and_then_refuses(command, two_stages, tmp_path, capsys):
+def test_the_command_line_exports_once_and_then_refuses(two_stages, tmp_path, capsys):
     out = tmp_path / "deep" / "exported"
-    arguments = [*command, str(two_stages[1]), str(out)]
+    arguments = [str(two_stages[1]), str(out)]
     assert export.main(arguments) == 0
     assert str(out) in capsys.readouterr().out
     expected = load_encoder(two_stages[1]).encode(SHORT)
@@ -357,11 +356,10 @@ def test_the_command_line_reports_what_is_wrong_with_an_encoder(tiny, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [["export.py"], ["model.py", "merge"]], ids=" ".join)
-def test_both_commands_export_the_same_files(command, two_stages, tmp_path):
+def test_the_command_exports_the_files_of_the_function(two_stages, tmp_path):
     expected, found = tmp_path / "expected", tmp_path / "found"
     export_encoder(load_encoder(two_stages[1]), expected)
-    arguments = [*command, str(two_stages[1].resolve()), str(found)]
+    arguments = ["export.py", str(two_stages[1].resolve()), str(found)]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
                           timeout=100)
     assert (done.returncode, done.stdout) == (0, f"wrote {found}\n"), done.stderr
@@ -463,6 +461,6 @@ def test_what_is_no_encoder_is_not_exported(what, said, two_stages, tiny, tmp_pa
 def test_a_runs_folder_stands_for_its_encoder(folder, two_stages, tmp_path, monkeypatch):
     shutil.copytree(two_stages[1], tmp_path / "run/encoder")
     monkeypatch.chdir(tmp_path)
-    assert export.main(["merge", folder, "out"]) == 0
+    assert export.main([folder, "out"]) == 0
     expected = load_encoder(two_stages[1]).encode(SHORT)
     assert np.array_equal(load_encoder(folder).encode(SHORT), expected)
