@@ -11,9 +11,9 @@ made and scored beside what they change, and have what is not the common setting
 
     untrained    no training: methods of evaluate.py                               Table 1
     objective    ctkd, nll, rc                                                     Figures 2, 4 to 6
-    pretexts     mntp and ebae-ebar; nll: as many tokens read as ctkd's, see below Table 1
+    pretexts     nll, mntp, ebae-ebar at as many tokens read as ctkd's             Table 1
     rate         learning rates of each objective                                  (ours)
-    pretext-rate the same of the pretexts                                          (ours)
+    pretext-rate those of mntp and ebae-ebar                                       (ours)
     start        ctkd, nll, rc from the other initial rows: --memory-init          (ours)
     tokens       K = 1, 2, 4, 8, 16; nll with K = 1                                Figure 3, 4.2
     attention    causal, or bidirectional, each at three rates                     (a summary)
@@ -177,11 +177,10 @@ def recipe(variant: str, seed: object, args: argparse.Namespace):
         scored = ["--eval-tasks", curve, *["--eval-every", str(args.curve_every)] * bool(curve)]
         scored += ["--data-dir", args.data_dir] if args.data_dir and curve else []
         more = shlex.split(args.ucl_flags if kind == "ucl" else args.scl_flags)
-        if model == args.base.model:
-            scored += ["--attention", args.base.attention, "--memory-init", args.base.memory_init,
-                       "--memory-tokens", str(args.base.memory_tokens)]
+        shape = ["--attention", args.base.attention, "--memory-init", args.base.memory_init,
+                 "--memory-tokens", str(args.base.memory_tokens)] * (model == args.base.model)
         flags = ["--stage", kind, "--preset", "demo", "--threads", str(args.base.threads),
-                 "--model", model, *scored, *more]
+                 "--model", model, *shape, *scored, *more]
         module, start = contrastive, "" if before == "none" else before
     else:
         own = next(v[variant] for v in studies(args).values() if variant in v)

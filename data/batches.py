@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.corpora import digest_ids, every_text, read_texts
+from data.corpora import digest_ids, every_text
 from data.tokenizer import Tokenizer, Tokens
 from data.triples import Triple, Triples
 from runtime.errors import UserError
