@@ -40,11 +40,12 @@ from data.batches import Sentences, TripleRows, open_triples, preview, require_r
 from data.tokenizer import INSTRUCTED, check_special_tokens
 from lora import TARGETS, LoraConfig, add_lora, merge_lora
 from measures import effective_dimension
-from model import POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder, save_encoder
+from model import (MEMORY_INITS, POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder,
+                   save_encoder)
 from runtime.devices import flat_ids, scoring_dtype, to_device
 from runtime.errors import UserError, print_once, run_command
-from runtime.formats import encoder_of, is_encoder, note_positions, read_exported
-from runtime.formats import require_no_base, require_stage
+from runtime.formats import (encoder_of, is_encoder, note_positions, read_exported, require_no_base,
+                             require_stage)
 from runtime.hub import find_model
 from runtime.identity import identity
 from runtime.ranks import Ranks
@@ -156,7 +157,7 @@ class Config(RunConfig):
                              "its own", ("auto", "bidirectional", "causal"))
     memory_tokens: int = setting(0, "K, of a plain Llama with pooling memory; 0 = 8", least=0)
     memory_init: str = setting("auto", "initial memory rows of a plain Llama; auto = mean, see "
-                               "pretrain_ctkd.py", ("auto", "mean", "normal"))
+                               "pretrain_ctkd.py", ("auto", *MEMORY_INITS))
     template: str = setting("", "of a plain Llama's texts, like 'query: {text}</s>'")
     document_template: str = setting("", "of a plain Llama's documents")
     special_tokens: str = setting("auto", "of a plain Llama, see pretrain_ctkd.py; auto = literal",
@@ -174,8 +175,7 @@ class Config(RunConfig):
     schedule_steps: int = setting(0, "length of the learning-rate schedule; 0 = steps", least=0)
     lr: float = setting(3e-5, "peak learning rate", least=0)
     min_lr: float = setting(1e-5, "learning rate at the start and the end", least=0)
-    warmup: float = setting(0.1, "steps in which the rate rises, below 1 as a share of the "
-                            "schedule", least=0)
+    warmup: float = setting(0.1, "steps of rising rate; below 1, a share of the schedule", least=0)
     weight_decay: float = setting(1e-3, "of AdamW", least=0)
     clip: float = setting(1.0, "clip the gradient to this norm; 0 = off", least=0)
     lora_r: int = setting(16, "rank of the new adapters", least=1)

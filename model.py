@@ -295,6 +295,7 @@ class EncoderConfig:
 
 
 PLAIN = EncoderConfig(num_memory_tokens=0, pooling="mean", attention="causal")
+MEMORY_INITS = ("mean", "normal", "rows")  # see Encoder.add_memory
 
 
 class Encoder(nn.Module):
@@ -363,16 +364,18 @@ class Encoder(nn.Module):
 
         init `mean`: from N(mean, 1e-9 covariance) of the table's rows, nearly equal: transformers'
         resize, which the official code calls (docs/official.md); `normal`: with their mean and
-        deviation in each dimension.
+        deviation in each dimension; `rows`: K of its rows themselves, drawn at random (one of the
+        starts of a soft prompt in arXiv 2104.08691).
         """
         table = at_least_fp32(self.table.detach()).cpu()  # drawn there: equal on all devices
-        (v, d), mean = table.shape, table.mean(dim=0)
-        n = (self.config.num_memory_tokens, v if init == "mean" else d)
-        noise = torch.randn(n, generator=generator).to(table)
+        (v, d), k, mean = table.shape, self.config.num_memory_tokens, table.mean(dim=0)
+        noise = torch.randn(k, v if init == "mean" else d, generator=generator).to(table)
         if init == "mean":  # noise times the centred table has V times its covariance
             rows = mean + (1e-9 / v) ** 0.5 * noise @ (table - mean)
-        else:
+        elif init == "normal":
             rows = mean + table.std(dim=0) * noise
+        else:
+            rows = table[torch.randperm(v, generator=generator)[:k]]
         rows = rows.bfloat16()  # as the official code holds its table while it trains in fp32
         self.memory_tokens = nn.Parameter(rows.to(self.device, table.dtype))
         if train_table:

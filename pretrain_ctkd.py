@@ -41,7 +41,8 @@ from data.batches import MIN_SIDE, SplitBatch, SplitTexts, require_rows
 from data.tokenizer import Tokenizer
 from head import ThroughHead, log_probabilities, logits_of, nll_loss
 from lora import TARGETS, LoraConfig, add_lora
-from model import Encoder, EncoderConfig, Llama, load_encoder, plain_encoder, save_encoder
+from model import (MEMORY_INITS, Encoder, EncoderConfig, Llama, load_encoder, plain_encoder,
+                   save_encoder)
 from runtime.devices import flat_ids, pack, scoring_dtype, to_device
 from runtime.errors import UserError
 from runtime.formats import note_positions, require_head
@@ -177,8 +178,8 @@ class Config(RunConfig):
     mask_token: str = setting("_", "mntp: what a masked token is replaced by")
     mask_share: float = setting(0.2, "mntp: share of the tokens to be predicted", least=0, below=1)
     memory_tokens: int = setting(8, "K; 0 for mntp", least=0)
-    memory_init: str = setting("mean", "initial memory rows: nearly equal, at the table's mean, or "
-                               "spread like its rows", ("mean", "normal"))
+    memory_init: str = setting("mean", "initial memory rows: nearly equal, at the table's mean; "
+                               "spread like its rows; some of its rows", MEMORY_INITS)
     attention: str = setting("bidirectional", "of the encoder", ("bidirectional", "causal"))
     bos: int = setting(-1, "id of the token before each text; -1 = the base's own", least=-1)
     special_tokens: str = setting("literal", "</s> and the like in a text: literal letters, or "
@@ -224,8 +225,9 @@ PRESETS = {
     # a real Llama in minutes of one core: docs/results.md has what decided each value
     "smollm2": {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "out": "runs/ctkd-smollm2",
-        "num_texts": 2400, "steps": 300, "batch_size": 8, "lr": 1e-3, "max_tokens": 128,
-        "save_every": 100, "memory_init": "normal", "train_embeddings": "memory",
+        "num_texts": 2400, "steps": 600, "lr": 1e-3, "max_tokens": 128, "save_every": 100,
+        "train_embeddings": "memory",
+        "memory_init": "rows",  # normal ones do not take off early with every seed
         "attention": "causal",  # bidirectional may not take off at this rate in so few steps
     },
     **pretexts.PRESETS,

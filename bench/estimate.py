@@ -77,7 +77,7 @@ class Job:
 
 
 JOBS = [
-    Job("stage 1, `smollm2`", 1, 300, 8, 128),  # 2,400 texts of 128 tokens
+    Job("stage 1, `smollm2`", 1, 600, 4, 128),  # 2,400 texts of 128 tokens
     Job("stage 1, `paper`", 1, 8000, 4, 340, table=True),  # 32,000 passages
     Job("stage 2, `paper`", 2, 1000, 256, 25, micro=2048),  # 128,000 sentences, each twice
     Job("stage 3, `paper`", 3, 200, 3072, 80),  # 1,024 queries, positives and negatives a step

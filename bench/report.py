@@ -1,7 +1,7 @@
 """docs/results.md and its figures from the records that bench/ablations.py has left.
 
-    python bench/report.py                       bench/records/
-    python bench/report.py --runs runs/ablations/records --settings "" --smoke "" --out runs/page.md
+    python bench/report.py                                     of bench/records/, the project's own
+    python bench/report.py --runs runs/ablations/records --out runs/page.md
 
 What has no record yet is named, and enters no figure. The page itself says how claims are tested.
 """
@@ -527,6 +527,9 @@ SETTINGS = """One factor at a time around the common setting, `ctkd`, on validat
 (`bench/validation.py`, which says what they share with the test sets). The rows of `rate` give each
 objective its own rate, those of `attention` try the other attention at several."""
 
+FIRST = """What an earlier choice of settings gave: batches of 8 and `normal` initial rows, with which
+not every seed gets going. It judges nothing."""
+
 SMOKE = "It shows that every part works, and judges nothing."
 
 
@@ -554,20 +557,24 @@ one run; `python bench/ablations.py --help` says what a variant is.
 """
 
 
-def page(runs: Runs | None, settings: Runs | None = None, smoke: Runs | None = None) -> str:
+def page(runs: Runs | None, first: Runs | None = None, smoke: Runs | None = None,
+         settings: Sequence[Runs] = ()) -> str:
     """The text of docs/results.md."""
-    parts = [part for part in (runs, settings, smoke) if part]
+    parts = [part for part in (runs, *settings, first, smoke) if part]
     missing = [f"* {v}, seed {seed}: {why} ({part.args.base.model})" for part in parts
                for study in part.studies for v in part.begun(study)
-               for (name, seed), why in part.missing.items() if name == v and part is not settings]
+               for (name, seed), why in part.missing.items() if name == v and part not in settings]
     machines = sorted({r["machine"] for part in parts for r in part.records.values()})
     total = sum(sum(r["hours"].values()) for part in parts for r in part.records.values())
     sections = ["# Results\n"]
     if runs:
         sections.append(judged_section(runs))
-    if settings:
-        title = f"How the settings were chosen: {model_of(settings)}"
-        sections.append(short_section(settings, title, SETTINGS))
+    for i, part in enumerate(settings):
+        title = "How the settings were chosen" + f", {i + 1}" * (len(settings) > 1)
+        sections.append(short_section(part, f"{title}: {model_of(part)}", SETTINGS))
+    if first:
+        title = f"The first choice, on the test tasks: {model_of(first)}"
+        sections.append(short_section(first, title, FIRST))
     if smoke:
         sections.append(short_section(smoke, f"Smoke test: {model_of(smoke)}", SMOKE))
     sections.append(f"""## Machines, and what is missing
@@ -583,15 +590,19 @@ run is in its record.
 def write(args: argparse.Namespace):
     """Write the page and its figures."""
     out = Path(args.out)
-    parts = [read_runs(Path(folder)) if folder else None
-             for folder in (args.runs, args.settings, args.smoke)]
+    if args.runs:
+        there = {"smollm2": read_runs(Path(args.runs))}
+    else:
+        there = {folder.name: read_runs(folder) for folder in sorted(RECORDS.iterdir())}
+    runs, first, smoke = (there.get(name) for name in ("smollm2", "smollm2-first", "demo"))
+    settings = [part for name, part in there.items() if name.startswith("smollm2-validation")]
     rcParams["svg.hashsalt"] = "ablations"  # the same runs draw the same file
     out.parent.mkdir(parents=True, exist_ok=True)
-    if runs := parts[0]:
+    if runs:
         draw_scores(runs, out.parent / "ablations.svg")
         draw_collapse(runs, out.parent / "collapse.svg")
-    out.write_text(page(*parts), encoding="utf-8")
-    print(f"{out}: {sum(len(part.values) for part in parts if part)} runs")
+    out.write_text(page(runs, first, smoke, settings), encoding="utf-8")
+    print(f"{out}: {sum(len(part.values) for part in there.values())} runs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -599,13 +610,8 @@ def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    for name, folder, what in (
-        ("runs", "smollm2", "the runs that judge the claims (--records of bench/ablations.py)"),
-        ("settings", "smollm2-validation", "the runs by which the settings were chosen"),
-        ("smoke", "demo", "the embedded Llama's runs"),
-    ):
-        there = RECORDS / folder if (RECORDS / folder).is_dir() else ""
-        add(f"--{name}", default=str(there), help=f"records of {what}; empty for none")
+    add("--runs", help="a page of these records alone (--records of bench/ablations.py); default: "
+                       "of all that the project has")
     add("--out", default=str(PAGE), help="the page; its figures go beside it")
     return run_command(lambda: write(parser.parse_args(argv)))
 

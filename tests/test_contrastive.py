@@ -604,7 +604,7 @@ def test_fresh_memory_tokens_of_a_plain_llama_are_trained(run, tiny, tmp_path):
 
 def test_the_rows_of_fresh_memory_tokens_are_drawn_as_asked_for(tiny):
     rows = {}
-    for init in ("auto", "mean", "normal"):
+    for init in ("auto", "mean", "normal", "rows"):
         config = Config(model=str(tiny), memory_tokens=6, memory_init=init, dtype="float32")
         rows[init] = contrastive.new_encoder(config, run_of(config))[0].memory_tokens.detach()
     table = load_file(tiny / "model.safetensors")["model.embed_tokens.weight"]
@@ -614,6 +614,8 @@ def test_the_rows_of_fresh_memory_tokens_are_drawn_as_asked_for(tiny):
     near = 5 * 1e-9**0.5 * spread + 2**-8 * mean.abs()  # five deviations and a rounding
     assert ((rows["mean"] - mean).abs() <= near).all()
     assert 0.8 < ((rows["normal"] - mean) / spread).std() < 1.2
+    same = (rows["rows"][:, None] == table.bfloat16().float()).all(-1)
+    assert (same.sum(1) == 1).all() and same.any(0).sum() == 6  # of six tokens
 
 
 def test_memory_tokens_take_no_room_from_a_text(tiny, home):

@@ -353,8 +353,7 @@ def test_a_claim_on_attention_or_start_holds_whichever_of_both_is_common(folder)
 
 
 def page_of(folder):
-    flags = ["--runs", str(folder), "--settings", "", "--smoke", ""]
-    assert report.main([*flags, "--out", str(folder / "RESULTS.md")]) == 0
+    assert report.main(["--runs", str(folder), "--out", str(folder / "RESULTS.md")]) == 0
     return (folder / "RESULTS.md").read_text()
 
 
@@ -407,22 +406,29 @@ def test_the_page_names_what_is_missing(folder, capsys):
     assert "* K=1, seed 2: no record" in missing and "ctkd" not in missing
 
 
-def test_settings_and_smoke_have_their_sections(folder, capsys, tmp_path):
+def test_the_projects_own_records_have_their_sections(folder, capsys, tmp_path_factory, monkeypatch):
     write(folder, "ctkd", [60, 61, 62])
-    other = tmp_path / "other"
-    other.mkdir()
-    setting = {**SETTING, "about": "Chosen so.", "common": ["--preset", "smollm2"]}
-    (other / "setting.json").write_text(json.dumps(setting))
-    write_run(other, "lr=3e-4", 0, 55.5)
-    assert report.main(["--runs", str(folder), "--settings", str(other), "--smoke", str(other),
-                        "--out", str(tmp_path / "page.md")]) == 0
-    text = (tmp_path / "page.md").read_text()
-    chosen = text.split("## How the settings were chosen")[1].split("\n## ")[0]
-    assert "Chosen so." in chosen
-    assert "| rate | lr=3e-4 | 1 | 55.5 |" in chosen
-    assert "python bench/ablations.py --study rate \\\n    --preset smollm2" in chosen
-    assert text.count("| lr=3e-4 |") == 4 and text.count("| objective | ctkd |") == 2
-    assert report.main(["--runs", str(tmp_path / "nothing")]) == 2
+    records, out = tmp_path_factory.mktemp("records"), tmp_path_factory.mktemp("out") / "page.md"
+    monkeypatch.setattr(report, "RECORDS", records)
+    for name, flags in (("smollm2-validation", ["--memory-init", "normal"]), ("demo", []),
+                        ("smollm2-validation-2", [])):
+        (other := records / name).mkdir()
+        setting = {**SETTING, "about": f"About {name}.", "common": ["--preset", "smollm2", *flags]}
+        (other / "setting.json").write_text(json.dumps(setting))
+        write_run(other, "lr=3e-4", 0, 55.5)
+    folder.rename(records / "smollm2")
+    assert report.main(["--out", str(out)]) == 0
+    text = out.read_text()
+    assert text.count("| lr=3e-4 |") == 6 and text.count("| objective | ctkd |") == 2
+    judged, *others, end = text.split("\n## ")[1:]
+    assert "| objective | ctkd |" in judged and end.startswith("Machines")
+    for part, head, name in zip(others, ("How the settings were chosen, 1", "How the settings were "
+                                         "chosen, 2", "Smoke test"), ("smollm2-validation",
+                                         "smollm2-validation-2", "demo"), strict=True):
+        assert part.startswith(f"{head}: ") and f"About {name}." in part
+        assert "| rate | lr=3e-4 | 1 | 55.5 |" in part
+        assert "python bench/ablations.py --study rate \\\n    --preset smollm2" in part
+    assert report.main(["--runs", str(records / "nothing")]) == 2
     assert "no setting.json there" in capsys.readouterr().err
 
 
