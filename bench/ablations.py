@@ -15,7 +15,6 @@ made and scored beside what they change, and have what is not the common setting
     rate         learning rates of each objective                                  (ours)
     pretext-rate those of mntp and ebae-ebar                                       (ours)
     start        ctkd, nll, rc from the other initial rows: --memory-init          (ours)
-    batches      ctkd, nll, rc in batches of 2, 4, 8, over the same texts          (ours)
     tokens       K = 1, 2, 4, 8, 16; nll with K = 1                                Figure 3, 4.2
     attention    causal, or bidirectional, each at three rates                     (a summary)
     texts        ctkd with 1/4, 1/2, 2, 4 times as many texts and steps; nll: 4    Figures 5, 6
@@ -74,7 +73,7 @@ PRETEXTS = {  # of other papers: the flags that pretexts.py asks for
     "mntp": "--objective mntp --attention bidirectional --memory-tokens 0 "
             "--train-embeddings memory",
     "ebae-ebar": "--objective ebae-ebar --attention causal"}
-RATES = ("1e-4", "3e-4", "5e-4", "1e-3", "2e-3")  # the first one for ctkd only
+RATES = ("1e-4", "3e-4", "1e-3", "2e-3")  # for all but ctkd the last three
 LATER = ("ucl", "scl", "merged")  # kinds of variants that start from another: KIND-START
 NAMED = ("study", "seeds", "variant", "jobs", "base", "out", "records")  # not of the setting
 MAY_CHANGE = ("task", "task_dir", "data_dir", "about")  # of it
@@ -96,6 +95,12 @@ def reads(objective: str, config: pretrain_ctkd.Config) -> int:
             "ebae-ebar": t + 2 * (12 + k)}[objective]
 
 
+def others(now: object, **options: str) -> dict[str, str]:
+    """Variant -> flags, without the one that the common setting is."""
+    return {name.replace("_", "-"): flags for name, flags in options.items()
+            if flags.split()[-1] != now}
+
+
 def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Study -> variant -> the flags that it adds to those of the common setting."""
     base, texts, steps = args.base, args.base.num_texts, args.base.steps
@@ -106,15 +111,6 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     pretexts = {name: f"{PRETEXTS[name]} {equal[name]} {given}".strip() for name, given in
                 (("mntp", args.mntp_flags), ("ebae-ebar", args.ebae_ebar_flags))}
 
-    def others(now: object, **options: str) -> dict[str, str]:
-        """Variant -> flags, without the one that the common setting is."""
-        return {name.replace("_", "-"): flags for name, flags in options.items()
-                if flags.split()[-1] != now}
-
-    def label(name: str, change: str) -> str:
-        """The name of a variant that changes an objective."""
-        return change if name == "ctkd" else f"{name}-{change}"
-
     inits = [init for init in MEMORY_INITS if init != base.memory_init]
     start = {f"{name}-{init}": f"{own[name]} --memory-init {init}".strip()
              for name in OBJECTIVES for init in inits}
@@ -122,16 +118,13 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     def rates_of(name: str, flags: str) -> dict[str, str]:
         """An objective at the rates that are not its own."""
         now = pretrain_ctkd.parse_arguments([*args.common, *flags.split()]).lr
-        return {label(name, f"lr={lr}"): f"{flags} --lr {lr}".strip()
+        return {f"{'' if name == 'ctkd' else f'{name}-'}lr={lr}": f"{flags} --lr {lr}".strip()
                 for lr in RATES[name != "ctkd" :] if float(lr) != now}
 
     more = {f"{name}-{times:g}x": f"{own[name]} --num-texts {texts * times:.0f} "
                                   f"--steps {steps * times:.0f}".strip()
             for name, times in (("ctkd", 1 / 4), ("ctkd", 1 / 2), ("ctkd", 2), ("ctkd", 4),
                                 ("nll", 4)) if texts}  # of all texts there is no multiple
-    batches = {label(name, f"batch={size}"): f"{own[name]} --batch-size {size} --steps "
-                                             f"{steps * base.batch_size // size}".strip()
-               for name in OBJECTIVES for size in (2, 4, 8) if size != base.batch_size}
     attention = others(base.attention, bidirectional="--attention bidirectional",
                        causal="--attention causal")
     attention |= {f"{name}-lr={lr}": f"{flags} --lr {lr}" for name, flags in attention.items()
@@ -144,7 +137,6 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
         "pretext-rate": {k: v for name in pretexts
                          for k, v in rates_of(name, pretexts[name]).items()},
         "start": start,
-        "batches": batches,
         "tokens": {f"K={k}": f"--memory-tokens {k}" for k in (1, 2, 4, 8, 16)
                    if k != base.memory_tokens} | {"nll-K=1": f"{own['nll']} --memory-tokens 1"},
         "attention": attention,

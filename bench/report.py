@@ -527,8 +527,8 @@ SETTINGS = """One factor at a time around the common setting, `ctkd`, on validat
 (`bench/validation.py`, which says what they share with the test sets). The rows of `rate` give each
 objective its own rate, those of `attention` try the other attention at several."""
 
-FIRST = """What an earlier choice of settings gave: batches of 8 and `normal` initial rows, with which
-not every seed gets going. It judges nothing."""
+FIRST = """What an earlier choice of settings gave: batches of 8 and `normal` initial rows, with
+which not every seed gets going. It judges nothing."""
 
 SMOKE = "It shows that every part works, and judges nothing."
 
@@ -557,8 +557,8 @@ one run; `python bench/ablations.py --help` says what a variant is.
 """
 
 
-def page(runs: Runs | None, first: Runs | None = None, smoke: Runs | None = None,
-         settings: Sequence[Runs] = ()) -> str:
+def page(runs: Runs | None, settings: Sequence[Runs] = (), first: Runs | None = None,
+         smoke: Runs | None = None) -> str:
     """The text of docs/results.md."""
     parts = [part for part in (runs, *settings, first, smoke) if part]
     missing = [f"* {v}, seed {seed}: {why} ({part.args.base.model})" for part in parts
@@ -601,7 +601,7 @@ def write(args: argparse.Namespace):
     if runs:
         draw_scores(runs, out.parent / "ablations.svg")
         draw_collapse(runs, out.parent / "collapse.svg")
-    out.write_text(page(runs, first, smoke, settings), encoding="utf-8")
+    out.write_text(page(runs, settings, first, smoke), encoding="utf-8")
     print(f"{out}: {sum(len(part.values) for part in there.values())} runs")
 
 

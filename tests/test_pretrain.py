@@ -273,7 +273,8 @@ def test_the_command_named_at_the_end_works(run, tmp_path, capsys):
     {"objective": "nll"}, {"objective": "rc", "dtype": "bfloat16"},
     {"attention": "causal", "clip": 0.0, "warmup": 0.0},
     {"train_embeddings": "memory", "bos": 5}, {"special_tokens": "parsed"},
-    {"memory_init": "normal", "dtype": "float64"}, {"memory_init": "rows"}, {"nll_weight": 0.5, "micro_batch": 3},
+    {"memory_init": "normal", "dtype": "float64"}, {"memory_init": "rows"},
+    {"nll_weight": 0.5, "micro_batch": 3},
     {"batch_size": 1, "memory_tokens": 1, "lora_r": 1, "lora_dropout": 0.0, "chunk_rows": 5},
 ], ids=lambda flags: ", ".join(map(str, flags.items())))
 def test_every_setting_runs_and_is_in_the_encoders_history(flags, run, tmp_path):

@@ -406,7 +406,8 @@ def test_the_page_names_what_is_missing(folder, capsys):
     assert "* K=1, seed 2: no record" in missing and "ctkd" not in missing
 
 
-def test_the_projects_own_records_have_their_sections(folder, capsys, tmp_path_factory, monkeypatch):
+def test_the_projects_own_records_have_their_sections(folder, capsys, tmp_path_factory,
+                                                      monkeypatch):
     write(folder, "ctkd", [60, 61, 62])
     records, out = tmp_path_factory.mktemp("records"), tmp_path_factory.mktemp("out") / "page.md"
     monkeypatch.setattr(report, "RECORDS", records)
