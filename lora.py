@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from runtime import cpu
 from runtime.devices import at_least_fp32
@@ -36,6 +37,40 @@ class LoraConfig:
     targets: tuple = tuple(name for name in TARGETS if name != "k_proj")
 
 
+class AdaptedLinear(Function):
+    """The formula above as one function, which launches half as many operations as its parts: what
+    the adapter adds is added in place, forward and backward, and of the dropout the dropped x is
+    kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+                scaling: float, p: float) -> Tensor:
+        """x (T, in), weight (out, in), frozen like bias (out,); a (r, in), b (out, r)."""
+        # the fp32 matrices are small: cast them to x's dtype, never x to theirs
+        y, a, b, where = F.linear(x, weight, bias), a.to(x.dtype), b.to(x.dtype), None
+        if p:
+            where, scaling = cpu.dropped(x, p), scaling / (1 - p)
+            x = cpu.zero(x.clone(memory_format=torch.contiguous_format), where)
+        low = F.linear(x, a)
+        ctx.save_for_backward(x, weight, a, b, low, where)
+        ctx.scaling = scaling
+        return y.addmm_(low, b.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        """gradient (T, out) -> those of x, a and b."""
+        x, weight, a, b, low, where = ctx.saved_tensors
+        grad_low = (gradient @ b).mul_(ctx.scaling)
+        grad_a, grad_b, grad_x = grad_low.t() @ x, (low.t() @ gradient).t() * ctx.scaling, None
+        if ctx.needs_input_grad[0]:
+            grad_x = gradient @ weight
+            if where is None:
+                grad_x.addmm_(grad_low, a)
+            else:
+                grad_x.add_(cpu.zero(grad_low @ a, where))
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
 class LoraLinear(nn.Linear):
     """A linear layer with room for one low-rank adapter."""
 
@@ -50,13 +85,8 @@ class LoraLinear(nn.Linear):
         if not adapters or self.lora_A is None:
             return F.linear(x, self.weight, self.bias)
         p = self.dropout if self.training else 0.0
-        if cpu.is_cpu(x):  # the same with fewer passes over memory
-            return cpu.AdaptedLinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B,
-                                           self.scaling, p)
-        # the fp32 matrices are small: cast them to x's dtype, never x to theirs
-        low = F.linear(F.dropout(x, p), self.lora_A.to(x.dtype))
-        y = F.linear(x, self.weight, self.bias)
-        return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
+        return AdaptedLinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B,
+                                   self.scaling, p)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

@@ -109,10 +109,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
     """
     if cpu.is_cpu_bf16(q):
         return cpu.attend(q, k, v, lengths, causal, dropout)
-    if k.shape[1] != q.shape[1]:  # grouped queries: not every kernel repeats the heads by itself
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     if cuda.takes_any_lengths(q):  # one call of FlashAttention for all of them
         return cuda.attend(q, k, v, lengths, causal, dropout)
+    if k.shape[1] != q.shape[1]:  # grouped queries: not every kernel repeats the heads by itself
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     outputs, groups = [], [list(same) for _, same in groupby(lengths)]
     sizes = [sum(group) for group in groups]  # tokens of neighbours that are equally long
     for group, *part in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes)):

@@ -62,6 +62,7 @@ import pretrain_ctkd
 from data.tasks import TASKS
 from harness import device_name
 from model import MEMORY_INITS
+from runtime.devices import find_device
 from runtime.errors import UserError, run_command
 from runtime.files import write_file
 from runtime.results import label_of, read_result
@@ -277,6 +278,14 @@ def shorter(value, digits: int = 4):
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
+def machine(args: argparse.Namespace) -> str:
+    """What the runs are made on."""
+    name = device_name(args.base.device)
+    if find_device(args.base.device).type == "cuda":
+        return name
+    return f"{name}, {os.cpu_count()} cores, {args.base.threads or 'all'} threads"
+
+
 def record(variant: str, seed: int, out: Path, results: Path, args: argparse.Namespace) -> dict:
     """What is kept of a run: RECORDS/VARIANT-SEED.json. results: the folder of its scores.
 
@@ -303,8 +312,7 @@ def record(variant: str, seed: int, out: Path, results: Path, args: argparse.Nam
     for key in ("products", "drawn", "base"):
         analysis.pop(key, None)
     return about | {
-        "machine": f"{device_name('cpu')}, {os.cpu_count()} cores, {args.base.threads or 'all'} "
-                   f"threads" if args.base.device != "cuda" else device_name("cuda"),
+        "machine": machine(args),
         "hours": {k: round(v, 4) for k, v in hours.items()},
         "scores": {name: 100 * r["scores"]["test"][0]["main_score"] for name, r in found.items()},
         "collapse": {key: shorter(value) for key, value in analysis.items()},

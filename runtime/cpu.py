@@ -1,9 +1,9 @@
 """What makes PyTorch fast on a CPU; elsewhere the plain thing is done, here or by the caller.
 
 Measured in docs/measured.md. The network reads the same without these functions: `normalise` is
-F.rms_norm, `swiglu` silu(gate) * up, `AdaptedLinear` the last lines of LoraLinear.forward,
-`dropout` F.dropout, `pad_rows` adds nothing, `attend` is softmax attention; `keep_freed_memory`,
-`keep_few_products` and `give_back_freed_memory` change only what memory is held.
+F.rms_norm, `swiglu` silu(gate) * up, `dropout` F.dropout, `pad_rows` adds nothing, `attend` is
+softmax attention; `keep_freed_memory`, `keep_few_products` and `give_back_freed_memory` change only
+what memory is held.
 """
 
 import ctypes
@@ -93,7 +93,7 @@ def normalise(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, computed in at least fp32."""
     if is_cpu(x):
         return Normalise.apply(x, eps)
-    return F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=eps).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)  # on CUDA it adds up in fp32 by itself
 
 
 class SwiGLU(Function):
@@ -121,52 +121,26 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
-class AdaptedLinear(Function):
-    """W x + (alpha / r) B A dropout(x), where what the adapter adds is added in place, forward and
-    backward; for backward it keeps the dropped x, not the dropout."""
+def dropped(x: Tensor, p: float) -> Tensor:
+    """Which elements of x are dropped, each with probability p, independently: on the CPU their
+    places, of which some are repeated, elsewhere a mask.
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
-                scaling: float, p: float) -> Tensor:
-        """x (T, in), weight (out, in), frozen like bias (out,); a (r, in), b (out, r)."""
-        y, a, b, hit = F.linear(x, weight, bias), a.to(x.dtype), b.to(x.dtype), None
-        if p:
-            hit, scaling = dropped(x.numel(), p), scaling / (1 - p)
-            x = zero(x.clone(memory_format=torch.contiguous_format), hit)
-        low = F.linear(x, a)
-        ctx.save_for_backward(x, weight, a, b, low, hit)
-        ctx.scaling = scaling
-        return y.addmm_(low, b.t(), alpha=scaling)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        """gradient (T, out) -> those of x, a and b."""
-        x, weight, a, b, low, hit = ctx.saved_tensors
-        grad_low = (gradient @ b).mul_(ctx.scaling)
-        grad_a, grad_b, grad_x = grad_low.t() @ x, (low.t() @ gradient).t() * ctx.scaling, None
-        if ctx.needs_input_grad[0]:
-            grad_x = gradient @ weight
-            if hit is None:
-                grad_x.addmm_(grad_low, a)
-            else:
-                grad_x.add_(zero(grad_low @ a, hit))
-        return grad_x, None, None, grad_a, grad_b, None, None
-
-
-def dropped(n: int, p: float) -> Tensor:
-    """Which of n elements are dropped, each with probability p, independently; some are repeated.
-
-    PyTorch draws a number per element, one after another, which takes longer than the matrix
-    product beside it. Here darts are thrown at random elements: Poisson(a n) darts hit each of the
-    n elements Poisson(a) times, independently, and miss it with probability e^-a = 1 - p.
+    PyTorch draws a number per element, one after another, which on a CPU takes longer than the
+    matrix product beside it. Here darts are thrown at random elements: Poisson(a n) darts hit each
+    of the n elements Poisson(a) times, independently, and miss it with probability e^-a = 1 - p.
     """
+    if not is_cpu(x):
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(p)
+    n = x.numel()
     darts = torch.poisson(torch.tensor(-math.log1p(-p) * n, dtype=torch.float64))
     return torch.randint(n, (int(darts),))
 
 
-def zero(x: Tensor, places: Tensor) -> Tensor:
-    """x with zeros at some places of its flattened form, in place."""
-    x.view(-1).index_fill_(0, places, 0)
+def zero(x: Tensor, where: Tensor) -> Tensor:
+    """x (contiguous) with zeros where `dropped` says, in place."""
+    if where.dtype == torch.bool:
+        return x.masked_fill_(where, 0)
+    x.view(-1).index_fill_(0, where, 0)
     return x
 
 
@@ -174,7 +148,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """x with each element zero with probability p, or else divided by 1 - p."""
     if not is_cpu(x) or not 0 < p < 1:
         return F.dropout(x, p)
-    return (x.flatten() / (1 - p)).index_fill_(0, dropped(x.numel(), p), 0).view(x.shape)
+    return (x.flatten() / (1 - p)).index_fill_(0, dropped(x, p), 0).view(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -358,10 +358,10 @@ def slow_attention(q, k, v, lengths, causal):
     return torch.stack(rows)
 
 
-def random_qkv(lengths, heads, groups, dtype=torch.float64):
-    """q (T, heads, 6), k and v (T, groups, 6): the same numbers in every dtype."""
+def random_qkv(lengths, heads, groups, dtype=torch.float64, size=6):
+    """q (T, heads, size), k and v (T, groups, size): the same numbers in every dtype."""
     generator = torch.Generator().manual_seed(3)
-    return [torch.randn(sum(lengths), n, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return [torch.randn(sum(lengths), n, size, generator=generator, dtype=torch.float64).to(dtype)
             for n in (heads, groups, groups)]
 
 

@@ -132,18 +132,24 @@ def test_the_gradients_written_by_hand_are_those_of_finite_differences():
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [None, torch.arange(4.0, dtype=torch.float64)])
-def test_the_gradients_of_an_adapted_layer_are_those_of_finite_differences(p, bias):
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["darts", "mask"])
+def test_the_gradients_of_an_adapted_layer_are_those_of_finite_differences(
+    p, bias, on_cpu, monkeypatch
+):
+    monkeypatch.setattr(cpu, "is_cpu", lambda x: on_cpu)
     weight = doubles(4, 6).detach()
 
     def layer(x, a, b):
         torch.manual_seed(1)  # finite differences need the same dropout
-        return cpu.AdaptedLinear.apply(x, weight, bias, a, b, 1.5, p)
+        return lora.AdaptedLinear.apply(x, weight, bias, a, b, 1.5, p)
 
     x, a, b = doubles(5, 6), doubles(2, 6), doubles(4, 2)
     assert torch.autograd.gradcheck(layer, (x, a, b))
-    found = layer(x.T.contiguous().T, a, b)
+    x = x.detach().T.contiguous().T
+    found = layer(x, a, b)
     torch.manual_seed(1)
-    low = cpu.dropout(x, p) @ a.T
+    kept = cpu.zero(x.clone(memory_format=torch.contiguous_format), cpu.dropped(x, p)) if p else x
+    low = kept / (1 - p) @ a.T
     torch.testing.assert_close(found, F.linear(x, weight, bias) + 1.5 * low @ b.T)
 
 
