@@ -27,6 +27,7 @@ from runtime.errors import UserError, run_command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 RECORDS = Path(__file__).resolve().parent / "records"
+JUDGED = {"smollm2": "2,400 texts", "smollm2-32000": "32,000 texts, and stage 2"}
 
 SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-sts": "embedded STS",
          "demo-retrieval": "embedded retrieval", "clustering-20newsgroups": "20 Newsgroups*",
@@ -429,11 +430,11 @@ def hours_of(runs: Runs, variant: str) -> str:
                       for key in ("training", "scoring") if all(key in h for h in found))
 
 
-def first_section(runs: Runs) -> str:
+def first_section(runs: Runs, title: str) -> str:
     """What the claims are judged on: model, command, data."""
     about = next((r["environment"] for r in runs.records.values() if "environment" in r), {})
     dtype, device, torch = (about.get(key, "?") for key in ("dtype", "device", "torch"))
-    return f"""## {model_of(runs)[0].upper()}{model_of(runs)[1:]}
+    return f"""## {title}
 
 **Exploratory**: the paper's ablations and analysis with {model_of(runs)} in place of
 Llama-2-7B, and little data. Directions may carry over, scores (the paper's 66.78) cannot.
@@ -533,17 +534,17 @@ which not every seed gets going. It judges nothing."""
 SMOKE = "It shows that every part works, and judges nothing."
 
 
-def judged_section(runs: Runs) -> str:
-    """The runs by which the claims are judged."""
+def judged_section(runs: Runs, title: str, end: str) -> str:
+    """Runs by which the claims are judged; `end` is that of their figures' names."""
     found = next((r["collapse"]["texts"] for r in runs.records.values()), 0)
-    return f"""{first_section(runs)}
+    return f"""{first_section(runs, title)}
 {claims_section(runs)}
 ### Scores
 
 The loss is the mean of the first and of the last 50 steps, hours those of training and of scoring
 one run; `python bench/ablations.py --help` says what a variant is.
 
-![Scores over objectives, K and stages](ablations.svg)
+![Scores over objectives, K and stages](ablations{end}.svg)
 
 {scores_table(runs)}
 
@@ -551,24 +552,28 @@ one run; `python bench/ablations.py --help` says what a variant is.
 
 {found:,} texts of {runs.args.analyse}; `python collapse.py --help` says what the columns are.
 
-![Spectra and token correlations](collapse.svg)
+![Spectra and token correlations](collapse{end}.svg)
 
 {measures_table(runs)}
 """
 
 
-def page(runs: Runs | None, settings: Sequence[Runs] = (), first: Runs | None = None,
-         smoke: Runs | None = None) -> str:
-    """The text of docs/results.md."""
-    parts = [part for part in (runs, *settings, first, smoke) if part]
-    missing = [f"* {v}, seed {seed}: {why} ({part.args.base.model})" for part in parts
-               for study in part.studies for v in part.begun(study)
-               for (name, seed), why in part.missing.items() if name == v and part not in settings]
-    machines = sorted({r["machine"] for part in parts for r in part.records.values()})
-    total = sum(sum(r["hours"].values()) for part in parts for r in part.records.values())
+def page(there: dict[str, Runs]) -> str:
+    """The text of docs/results.md, from the runs of each folder of records."""
+    first, smoke = there.get("smollm2-first"), there.get("demo")
+    settings = [part for name, part in there.items() if name.endswith(("validation", "-2"))]
+    missing = [f"* {v}, seed {seed}: {why} ({part.args.base.model})" for part in there.values()
+               if part not in settings for study in part.studies for v in part.begun(study)
+               for (name, seed), why in part.missing.items() if name == v]
+    machines = sorted({r["machine"] for part in there.values() for r in part.records.values()})
+    total = sum(sum(r["hours"].values()) for part in there.values()
+                for r in part.records.values())
     sections = ["# Results\n"]
-    if runs:
-        sections.append(judged_section(runs))
+    for name, what in JUDGED.items():
+        if name in there:
+            title = f"{model_of(there[name])}, {what}"
+            sections.append(judged_section(there[name], title[0].upper() + title[1:],
+                                           name.removeprefix("smollm2")))
     for i, part in enumerate(settings):
         title = "How the settings were chosen" + f", {i + 1}" * (len(settings) > 1)
         sections.append(short_section(part, f"{title}: {model_of(part)}", SETTINGS))
@@ -594,14 +599,13 @@ def write(args: argparse.Namespace):
         there = {"smollm2": read_runs(Path(args.runs))}
     else:
         there = {folder.name: read_runs(folder) for folder in sorted(RECORDS.iterdir())}
-    runs, first, smoke = (there.get(name) for name in ("smollm2", "smollm2-first", "demo"))
-    settings = [part for name, part in there.items() if name.startswith("smollm2-validation")]
     rcParams["svg.hashsalt"] = "ablations"  # the same runs draw the same file
     out.parent.mkdir(parents=True, exist_ok=True)
-    if runs:
-        draw_scores(runs, out.parent / "ablations.svg")
-        draw_collapse(runs, out.parent / "collapse.svg")
-    out.write_text(page(runs, settings, first, smoke), encoding="utf-8")
+    for name in JUDGED.keys() & there.keys():
+        end = name.removeprefix("smollm2")
+        draw_scores(there[name], out.parent / f"ablations{end}.svg")
+        draw_collapse(there[name], out.parent / f"collapse{end}.svg")
+    out.write_text(page(there), encoding="utf-8")
     print(f"{out}: {sum(len(part.values) for part in there.values())} runs")
 
 
