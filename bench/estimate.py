@@ -14,8 +14,9 @@ memory   of a process: the base in bf16; 16 bytes (weight, gradient, two moments
          imports. Not counted: CUDA's context, and what its allocator keeps
 
 Rates and SLACK of the CPU are fitted to the measured rows of the second table (two cores of an AMD
-EPYC with AVX512-BF16). Nothing has been measured on a GPU: its rate is the data sheet's of an H100
-by an assumed share, and CALL is an assumption.
+EPYC with AVX512-BF16). CALL is fitted to one step of 135m on an H100 (4 texts of 128 tokens, 0.2 s);
+a GPU's rate is the data sheet's of an H100 by an assumed share, for 135m too large a one: 32 texts
+of 512 tokens took 0.4 s, in which the card was busy for 0.11 s (docs/measured.md).
 """
 
 import argparse
@@ -37,7 +38,7 @@ from runtime.errors import run_command
 from runtime.formats import read_llama_config
 
 K, BATCH_TOKENS = 8, 4096  # memory tokens; tokens of an encoding pass (--batch-tokens)
-CALL = 8e-6  # s; a GPU waits as long for a call of PyTorch (assumed)
+CALL = 1e-5  # s; a GPU waits as long for a call of PyTorch (fitted)
 CALLS = {"train": 670, "encode": 60}  # a layer (train: measured on the CPU; encode: assumed)
 SLACK, IMPORTS = 1.4, 0.25 * GIB  # on the CPU: what glibc keeps between tensors, fitted
 
