@@ -524,6 +524,74 @@ def short_section(runs: Runs, title: str, text: str) -> str:
 """
 
 
+def trained_runs(there: dict[str, Runs]) -> dict[str, list[tuple[str, dict[str, float]]]]:
+    """Tasks in words -> variant and values of SmolLM2's trained runs of all folders, scored on the
+    tasks that these have in common, with the loss that stage 1 by ctkd ended at."""
+    found = {"three validation tasks": [], "six test tasks": []}
+    for name, runs in there.items():
+        if not name.startswith("smollm2"):
+            continue
+        tasks = {task: kind for task, kind in runs.tasks.items() if task != "SciFact"}
+        group = found["three validation tasks" if runs in settings_of(there) else "six test tasks"]
+        for (variant, seed), record in runs.records.items():
+            if "settings" in record and (variant, seed) in runs.values:
+                values = values_of(record, tasks)
+                if record["settings"].get("objective") == "ctkd":
+                    values["loss"] = record["loss"]["last"]
+                group.append((variant, values))
+    return {title: group for title, group in found.items() if len(group) > 2}
+
+
+def dimensions_section(groups: dict[str, list[tuple[str, dict[str, float]]]]) -> str:
+    """How well the measures of collapse, and the loss, order the runs by their scores."""
+    rows = []
+    for key in (*DIMENSIONS, "mean_cosine", "loss"):
+        row = [MEASURES[key][0] if key in MEASURES else "loss at the end, ctkd in stage 1 alone"]
+        for group in groups.values():
+            pairs = [(v[key], v["mean"]) for _, v in group if key in v]
+            rho, p = stats.spearmanr(*zip(*pairs)) if len(pairs) > 2 else (np.nan, np.nan)
+            row.append(f"{rho:+.2f} ({len(pairs)} runs, p {p:.1g})")
+        rows.append(row)
+    return f"""## What tells a good encoder without labels
+
+Spearman correlation of what collapse.py measures on the sentences of STSBenchmark, which needs no
+labels, with the mean score, over all of SmolLM2's trained runs on this page. It was looked for after
+the runs, which share seeds and texts: the p-values flatter.
+
+![Score against effective dimension](dimension.svg)
+
+{table(["measure", *groups], rows)}
+"""
+
+
+def draw_dimensions(groups: dict[str, list[tuple[str, dict[str, float]]]], path: Path):
+    """Mean score against the participation ratio, a dot per trained run, coloured by its kind."""
+    figure = Figure((9, 3.4), layout="constrained")
+    kinds = {"ctkd": "ctkd", "nll": "nll", "rc": "rc", "mntp": "mntp", "ucl": "stage 2"}
+    for panel, (title, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
+                                     groups.items()):
+        for i, (start, label) in enumerate(kinds.items()):
+            points = [(v["participation"], v["mean"]) for variant, v in group
+                      if kind_of(variant) == start]
+            if points:
+                panel.plot(*zip(*points), "o", color=f"C{i}", label=label, markersize=4)
+        panel.set(xlabel="participation ratio", ylabel=f"mean of {title}, x 100")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def kind_of(variant: str) -> str:
+    """The stage after the first, or the objective, of a variant."""
+    start = variant.partition("-")[0]
+    return start if start in ablations.LATER else ablations.beside(variant)
+
+
+def settings_of(there: dict[str, Runs]) -> list[Runs]:
+    """The runs by which settings were chosen."""
+    return [part for name, part in there.items() if "validation" in name]
+
+
 SETTINGS = """One factor at a time around the common setting, `ctkd`, on validation tasks
 (`bench/validation.py`, which says what they share with the test sets). The rows of `rate` give each
 objective its own rate, those of `attention` try the other attention at several."""
@@ -561,7 +629,7 @@ one run; `python bench/ablations.py --help` says what a variant is.
 def page(there: dict[str, Runs]) -> str:
     """The text of docs/results.md, from the runs of each folder of records."""
     first, smoke = there.get("smollm2-first"), there.get("demo")
-    settings = [part for name, part in there.items() if name.endswith(("validation", "-2"))]
+    settings, groups = settings_of(there), trained_runs(there)
     missing = [f"* {v}, seed {seed}: {why} ({part.args.base.model})" for part in there.values()
                if part not in settings for study in part.studies for v in part.begun(study)
                for (name, seed), why in part.missing.items() if name == v]
@@ -574,6 +642,8 @@ def page(there: dict[str, Runs]) -> str:
             title = f"{model_of(there[name])}, {what}"
             sections.append(judged_section(there[name], title[0].upper() + title[1:],
                                            name.removeprefix("smollm2")))
+    if groups:
+        sections.append(dimensions_section(groups))
     for i, part in enumerate(settings):
         title = "How the settings were chosen" + f", {i + 1}" * (len(settings) > 1)
         sections.append(short_section(part, f"{title}: {model_of(part)}", SETTINGS))
@@ -605,6 +675,8 @@ def write(args: argparse.Namespace):
         end = name.removeprefix("smollm2")
         draw_scores(there[name], out.parent / f"ablations{end}.svg")
         draw_collapse(there[name], out.parent / f"collapse{end}.svg")
+    if groups := trained_runs(there):
+        draw_dimensions(groups, out.parent / "dimension.svg")
     out.write_text(page(there), encoding="utf-8")
     print(f"{out}: {sum(len(part.values) for part in there.values())} runs")
 

@@ -229,21 +229,6 @@ def test_plot_draws_what_collapse_has_found_and_what_a_record_keeps(tmp_path):
             plot.read(str(path))
 
 
-@pytest.mark.parametrize("page", ["README.md"])
-def test_the_figures_on_a_page_are_those_of_the_command_beside_them(page, tmp_path):
-    """To the letter where matplotlib is the pinned one; the words in them elsewhere, too."""
-    text = (ROOT / page).read_text().replace("\\\n", " ")
-    commands = re.findall(r"^python bench/plot\.py (\S+) (.*) --out (docs/\S+\.svg)", text, re.M)
-    assert len(commands) == 2 and all(f"]({out})" in text for *_, out in commands)
-    for runs, flags, out in commands:
-        there, start, names, end = ROOT / out, *re.fullmatch(r"(.*){(.*)}(.*)", runs).groups()
-        files = [str(ROOT / f"{start}{name}{end}") for name in names.split(",")]
-        assert plot.main([*files, *flags.split(), "--out", str(tmp_path / "new.svg")]) == 0
-        assert labels(tmp_path / "new.svg") == labels(there) and there.stat().st_size < 60_000
-        if f"matplotlib=={matplotlib.__version__}" in (ROOT / "tests/requirements.txt").read_text():
-            assert (tmp_path / "new.svg").read_text() == there.read_text()
-
-
 @pytest.mark.parametrize("flags, line", [
     (["--show", "lsos"], "there are learning_rate, loss, scores, sts17"),
     (["--out", "{folder}/no/plot.svg"], "cannot be written"),

@@ -4,8 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from helpers import ROOT
 from scipy import stats
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "bench")]
@@ -441,3 +443,18 @@ def test_every_figure_is_drawn(folder, capsys):
     assert "## Scores" in text
     for name in ("ablations.svg", "collapse.svg"):
         assert len((folder / name).read_text()) > 20_000
+
+
+def test_the_page_of_results_and_its_figures_are_those_of_the_projects_records(tmp_path, capsys):
+    """To the letter where matplotlib is the pinned one; the page elsewhere, too."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # bench/plot.py has its own, for all of this process
+        assert report.main(["--out", str(tmp_path / "results.md")]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"results.md", "dimension.svg", "ablations.svg", "collapse.svg",
+                     "ablations-32000.svg", "collapse-32000.svg"}
+    pinned = f"matplotlib=={matplotlib.__version__}" in (
+        ROOT / "tests/requirements.txt").read_text()
+    for name in names if pinned else {"results.md"}:
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), name
+    assert "](docs/dimension.svg)" in (ROOT / "README.md").read_text()
