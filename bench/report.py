@@ -36,7 +36,7 @@ SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-s
          "scifact-validation": "SciFact (validation)"}
 SEEDS, ALPHA = 3, 0.05  # what a verdict needs at least; of each test
 NO_DIFFERENCE = 2.0  # points; a difference is said to be small if it is shown to be below
-HIGH = 30  # a participation ratio above which no run has failed
+HIGH = 30  # a participation ratio above which no run scored below 50
 PEAK = 200  # steps of stage 3, after which the paper sees no gain
 DIMENSIONS = ("entropy", "participation", "above_1_percent")
 MEASURES = {  # key of a run -> heading, digits
