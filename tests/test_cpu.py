@@ -50,6 +50,15 @@ def test_dropout_of_zero_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_other_devices_drop_by_a_mask_of_the_elements_shape(monkeypatch):
+    monkeypatch.setattr(cpu, "is_cpu", lambda x: False)
+    x = torch.ones(1000, 500)
+    where = cpu.dropped(x, 0.3)
+    assert where.shape == x.shape and where.dtype == torch.bool
+    assert abs(where.double().mean() - 0.3) < 5 * (0.3 * 0.7 / x.numel()) ** 0.5
+    assert torch.equal(cpu.zero(x, where) == 0, where)
+
+
 # ---------------------------------------------------------------------------------------------
 # Padded rows
 # ---------------------------------------------------------------------------------------------
