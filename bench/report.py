@@ -433,8 +433,9 @@ def hours_of(runs: Runs, variant: str) -> str:
 
 def first_section(runs: Runs, title: str) -> str:
     """What the claims are judged on: model, command, data."""
-    about = next((r["environment"] for r in runs.records.values() if "environment" in r), {})
-    dtype, device, torch = (about.get(key, "?") for key in ("dtype", "device", "torch"))
+    made = [r["environment"] for r in runs.records.values() if "environment" in r]
+    dtypes = ", ".join(sorted({about["dtype"].removeprefix("torch.") for about in made}))
+    devices = ", ".join(sorted({f"{about['device']} (torch {about['torch']})" for about in made}))
     return f"""## {title}
 
 **Exploratory**: the paper's ablations and analysis with {model_of(runs)} in place of
@@ -447,8 +448,8 @@ settings, command, machine, hours, losses, scores, analysis):
 {runs.args.about or "The data are those of the command."}
 
 Scores are main scores x 100, mean ± standard deviation over seeds. In stage 1 all variants of a
-seed see the same texts in the same order, but for those of `texts`. Training on {device} in
-{dtype.removeprefix("torch.")}, evaluation and analysis in {runs.args.eval_dtype}, torch {torch}.
+seed see the same texts in the same order, but for those of `texts`. Training in {dtypes} on
+{devices}; evaluation and analysis in {runs.args.eval_dtype}.
 """
 
 

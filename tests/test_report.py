@@ -363,7 +363,8 @@ def test_the_page_says_what_it_is_and_how_often_chance_would_speak(folder, capsy
     write(folder, "ctkd", [60, 61, 62], steps=120)
     write(folder, "rc", [40, 41, 42.5])
     text = page_of(folder)
-    assert "Training on cpu in\nbfloat16, evaluation and analysis in float32, torch 2.13" in text
+    assert ("Training in bfloat16 on\ncpu (torch 2.13); evaluation and analysis in float32."
+            ) in text
     head = " ".join(text[:700].split())
     assert "**Exploratory**" in head and "the embedded Llama (6.9 M weights, D = 256)" in head
     tested = [f for _, found in judged(folder).values() for f in found if not np.isnan(f.p)]
