@@ -94,6 +94,11 @@ def write_llama(folder: Path, seed=0, shard="1GB", dtype=torch.float32, kind="ll
     return folder
 
 
+def gz(content: bytes) -> bytes:
+    """gzip without the time, so that a test's id is the same in every process."""
+    return gzip.compress(content, mtime=0)
+
+
 def edit_json(path: Path, drop=(), **new):
     """Change keys of the JSON object in a file."""
     value = {key: old for key, old in json.loads(path.read_text()).items() if key not in drop}

@@ -1,6 +1,5 @@
 """data/corpora.py: texts from files; WikiText-103 and Wiki1M from a server on the loopback."""
 
-import gzip
 import hashlib
 import json
 import random
@@ -14,7 +13,7 @@ from urllib.error import HTTPError
 
 import numpy as np
 import pytest
-from helpers import dead_url, hub_environment, hub_file, loopback
+from helpers import dead_url, gz, hub_environment, hub_file, loopback
 
 from data import corpora
 from data.corpora import digest_ids, every_text, read_texts
@@ -29,13 +28,13 @@ ROWS = b'{"text": "one"}\n{"text": "t\\u00f6w"}\n'
 
 @pytest.mark.parametrize("name, content", [
     ("a.txt", "one\ntöw\n".encode()),
-    ("a.txt.gz", gzip.compress("one\ntöw\n".encode())),
+    ("a.txt.gz", gz("one\ntöw\n".encode())),
     ("a.jsonl", ROWS),
     ("byte-order-mark.jsonl", b"\xef\xbb\xbf" + ROWS),
-    ("a.jsonl.gz", gzip.compress(ROWS)),
-    ("zipped-without-the-suffix.txt", gzip.compress("one\ntöw".encode())),
+    ("a.jsonl.gz", gz(ROWS)),
+    ("zipped-without-the-suffix.txt", gz("one\ntöw".encode())),
     ("suffix-without-the-zip.jsonl.gz", ROWS),
-    ("two-gzips-in-a-row.txt", gzip.compress(b"one\n") + gzip.compress("töw\n".encode())),
+    ("two-gzips-in-a-row.txt", gz(b"one\n") + gz("töw\n".encode())),
     ("with.dots.and spaces.txt", "one\r\ntöw\r\n".encode()),
     ("blank-lines.txt", "\n  one\t\n \n\ntöw  ".encode()),
     ("blank-lines.jsonl", b'\n{"id": 1, "text": " one\\n"}\n  \n{"text": " "}\n' + ROWS[16:]),
@@ -48,7 +47,7 @@ def test_texts_are_read_in_order_and_stripped(name, content, tmp_path):
 
 @pytest.mark.parametrize("name, content, rows", [
     ("a.txt", b"\n one\n\n \ntwo", ["", "one", "", "", "two"]),
-    ("a.txt.gz", gzip.compress(b"one\n\n"), ["one", ""]),
+    ("a.txt.gz", gz(b"one\n\n"), ["one", ""]),
     ("a.jsonl", b'{"text": " "}\n{"text": "one"}\n', ["", "one"]),
 ])
 def test_rows_are_all_texts_with_the_empty_ones(name, content, rows, tmp_path):
@@ -88,25 +87,25 @@ def test_only_newlines_separate_texts(tmp_path):
 @pytest.mark.parametrize("name, content, fragments", [
     ("empty.txt", b"", ["no text", "at least one"]),
     ("empty.jsonl", b"", ["no text", "at least one"]),
-    ("zipped-nothing.txt.gz", gzip.compress(b""), ["no text", "at least one"]),
+    ("zipped-nothing.txt.gz", gz(b""), ["no text", "at least one"]),
     ("blank.txt", b" \n\n\t\n", ["no text", "at least one"]),
     ("blank.jsonl", b'{"text": " "}\n\n', ["no text", "at least one"]),
     ("latin.txt", b"good\n" * 5 + b"caf\xe9\n", ["line ", "not UTF-8", "iconv -f"]),
     ("json.txt", ROWS, ["lines are JSON objects", "rename it to .jsonl"]),
     ("twice.jsonl", b'{"text": "a", "text": "b"}\n', ["line 1:", "text twice"]),
-    ("latin.txt.gz", gzip.compress(b"caf\xe9\n"), ["line ", "not UTF-8", "iconv -f"]),
+    ("latin.txt.gz", gz(b"caf\xe9\n"), ["line ", "not UTF-8", "iconv -f"]),
     ("json.jsonl", ROWS + b"\n{'text': 'x'}\n", ["line 4:", "not JSON", "fix or remove"]),
     ("cut.jsonl", ROWS + b'{"text": "on', ["line 3:", "not JSON", "fix or remove"]),
-    ("txt.jsonl.gz", gzip.compress(b"plain\n"), ["line 1:", "not JSON", "fix or remove"]),
+    ("txt.jsonl.gz", gz(b"plain\n"), ["line 1:", "not JSON", "fix or remove"]),
     ("lacks.jsonl", ROWS + b'{"txt": "x"}\n', ["line 3:", "(it has txt)", "add it"]),
     ("number.jsonl", b'{"text": 5}\n' + ROWS, ["line 1:", '"text" that is a string', "add it"]),
     ("null.jsonl", ROWS + b'{"text": null}\n', ["line 3:", '"text" that is a string', "add it"]),
     ("list.jsonl", ROWS + b'["text"]\n', ["line 3:", 'no field "text"', "jq -c '.[]'"]),
     ("string.jsonl", b'"text"\n', ["line 1:", 'no field "text"', "one object per line"]),
-    ("cut.txt.gz", gzip.compress(random.Random(0).randbytes(9999).hex().encode())[:-3000],
+    ("cut.txt.gz", gz(random.Random(0).randbytes(9999).hex().encode())[:-3000],
      ["line ", "cannot be read", "end-of-stream"]),
     ("table.csv", b"one\n", ["unknown kind", "rename it to .txt or .jsonl"]),
-    ("archive.gz", gzip.compress(b"one\n"), ["unknown kind", "rename it to .txt or .jsonl"]),
+    ("archive.gz", gz(b"one\n"), ["unknown kind", "rename it to .txt or .jsonl"]),
 ])
 def test_a_bad_file_is_reported_with_a_remedy_and_left_alone(name, content, fragments, tmp_path):
     path = tmp_path / name
@@ -133,7 +132,7 @@ def test_a_missing_file_is_reported_with_what_text_accepts(name, tmp_path):
 def test_the_line_that_is_not_utf8_is_named(good, zipped, tmp_path):
     content = b"a good line\n" * good + b"caf\xe9\n" + b"a good line\n" * 3000
     path = tmp_path / "latin.txt"
-    path.write_bytes(gzip.compress(content) if zipped else content)
+    path.write_bytes(gz(content) if zipped else content)
     with pytest.raises(UserError, match=f"{path}, line {good + 1}: not UTF-8"):
         read_texts(str(path))
 
@@ -154,7 +153,7 @@ def test_fields_beside_the_text_are_named_and_counted_by_one_process(
 
 def test_a_damaged_byte_anywhere_in_a_gzip_is_a_user_error(tmp_path):
     texts = random.Random(0).choices(["red", "green", "blue", "a longer line of text"], k=2000)
-    whole, path = gzip.compress("\n".join(texts).encode()), tmp_path / "a.txt.gz"
+    whole, path = gz("\n".join(texts).encode()), tmp_path / "a.txt.gz"
     refused = 0
     for place in range(10, len(whole), 11):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])

@@ -222,7 +222,7 @@ class Column:
     "owls", "", b"owls", bytearray(b"owls"), {"a": 1}, {"a", "b"}, frozenset("ab"), None, 3, np.nan,
     iter(["a"]), (c for c in "ab"), {"a": 1}.keys(), np.array("owls"), np.array([["a", "b"]]),
     np.str_("owls"),
-], ids=repr)
+], ids=lambda texts: type(texts).__name__)
 @pytest.mark.parametrize("instruction", ["", "q"])
 def test_what_is_no_list_of_texts_is_refused(texts, instruction, tiny):
     encoder = plain_encoder(tiny)

@@ -1,6 +1,5 @@
 """data/triples.py: rows read by their offset, instructions of the E5 files, bad input."""
 
-import gzip
 import hashlib
 import json
 import random
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import gz
 
 from data import triples
 from data.triples import DEMO_TRIPLES, Triple, Triples
@@ -50,7 +50,7 @@ def make(path: Path, count: int, word: str) -> Path:
     """A file of `count` rows that all differ."""
     rows = [{"query": f"{word} {i}", "positive": f"{word} positive {i}"} for i in range(count)]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gz(content) if path.suffix == ".gz" else content)
     return path
 
 
@@ -66,10 +66,10 @@ def make(path: Path, count: int, word: str) -> Path:
     ("carriage-returns.jsonl", b"\r\n".join(LINES) + b"\r\n"),
     ("blank-lines.jsonl", b"\n \n" + b"\n\r\n\t\n".join(LINES) + b"\n\n  "),
     ("escaped.jsonl", "\n".join(json.dumps(row) for row, _ in ROWS).encode()),
-    ("a.jsonl.gz", gzip.compress(b"\n".join(LINES) + b"\n")),
-    ("mark-in-a-gzip.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + b"\r\n".join(LINES))),
-    ("two-gzips.jsonl.gz", gzip.compress(LINES[0] + b"\n") + gzip.compress(b"\n".join(LINES[1:]))),
-    ("zipped-without-the-suffix.jsonl", gzip.compress(b"\n".join(LINES))),
+    ("a.jsonl.gz", gz(b"\n".join(LINES) + b"\n")),
+    ("mark-in-a-gzip.jsonl.gz", gz(b"\xef\xbb\xbf" + b"\r\n".join(LINES))),
+    ("two-gzips.jsonl.gz", gz(LINES[0] + b"\n") + gz(b"\n".join(LINES[1:]))),
+    ("zipped-without-the-suffix.jsonl", gz(b"\n".join(LINES))),
     ("suffix-without-the-zip.jsonl.gz", b"\n".join(LINES)),
     ("with.dots and spaces.jsonl", b"\n".join(LINES)),
 ])
@@ -144,7 +144,7 @@ def test_the_sha256_depends_on_the_content_only(tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", first)
     copy, zipped = tmp_path / "b.jsonl", tmp_path / "c.jsonl.gz"
     copy.write_bytes(content)
-    zipped.write_bytes(gzip.compress(content))
+    zipped.write_bytes(gz(content))
     assert Triples(copy).sha256 == Triples(zipped).sha256 == first
     others = [content.replace(b"positive 3", b"positive 4"), content + LINES[0] + b"\n",
               content[: content.index(b"\n") + 1], b"".join(content.splitlines(True)[::-1])]
@@ -286,7 +286,7 @@ def test_a_bad_row_is_named_with_file_and_line(line, fragment, zipped, tmp_path)
     make(tmp_path / "a.jsonl", 3, "a")
     path = tmp_path / f"b.jsonl{'.gz' * zipped}"
     content = GOOD + b"\n" + line + b"\n" + GOOD
-    content = gzip.compress(content) if zipped else content
+    content = gz(content) if zipped else content
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         Triples(tmp_path)
@@ -306,13 +306,13 @@ def test_a_file_that_is_bad_from_the_start_is_named_with_line_1(content, tmp_pat
     assert str(caught.value).startswith(f"{path}, line 1: ") and "\n" not in str(caught.value)
 
 
-CUT = gzip.compress(random.Random(0).randbytes(9999).hex().encode())
+CUT = gz(random.Random(0).randbytes(9999).hex().encode())
 
 
 @pytest.mark.parametrize("name, content, fragments", [
     ("empty.jsonl", b"", ["no rows", '"query"', '"positive"']),
     ("blank.jsonl", b"\n \r\n\n", ["no rows", '"query"', '"positive"']),
-    ("zipped-nothing.jsonl.gz", gzip.compress(b""), ["no rows", '"query"', '"positive"']),
+    ("zipped-nothing.jsonl.gz", gz(b""), ["no rows", '"query"', '"positive"']),
     ("cut.jsonl.gz", CUT[:-3000], ["cannot be read", "end-of-stream", "fetch it again"]),
     ("damaged.jsonl.gz", CUT[:200] + b"\xff\xff\xff" + CUT[203:], ["cannot be read", "again"]),
     ("head.jsonl.gz", b"\x1f\x8b", ["cannot be read", "fetch it again"]),
@@ -321,7 +321,7 @@ CUT = gzip.compress(random.Random(0).randbytes(9999).hex().encode())
      ["all 2 rows", "the same positive", "different ones"]),
     ("a.json", GOOD, ["unknown kind of file", ".jsonl or .jsonl.gz"]),
     ("a.csv", GOOD, ["unknown kind of file", ".jsonl or .jsonl.gz"]),
-    ("a.gz", gzip.compress(GOOD), ["unknown kind of file", ".jsonl or .jsonl.gz"]),
+    ("a.gz", gz(GOOD), ["unknown kind of file", ".jsonl or .jsonl.gz"]),
     ("a.jsonl.zip", GOOD, ["unknown kind of file", ".jsonl or .jsonl.gz"]),
 ])
 def test_a_bad_file_is_reported_with_a_remedy_and_left_alone(name, content, fragments, tmp_path):
