@@ -38,9 +38,8 @@ class LoraConfig:
 
 
 class AdaptedLinear(Function):
-    """The formula above as one function, which launches half as many operations as its parts: what
-    the adapter adds is added in place, forward and backward, and of the dropout the dropped x is
-    kept."""
+    """The formula above with its gradient by hand: what the adapter adds is added in place, forward
+    and backward, and of the dropout only the dropped x and its places are kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,

@@ -14,7 +14,7 @@ memory   of a process: the base in bf16; 16 bytes (weight, gradient, two moments
          imports. Not counted: CUDA's context, and what its allocator keeps
 
 Rates and SLACK of the CPU are fitted to the measured rows of the second table (two cores of an AMD
-EPYC with AVX512-BF16). CALL is fitted to one step of 135m on an H100 (4 texts of 128 tokens, 0.2 s);
+EPYC with AVX512-BF16). CALL is fitted to a step of 135m on an H100 (4 texts of 128 tokens, 0.2 s);
 a GPU's rate is the data sheet's of an H100 by an assumed share, for 135m too large a one: 32 texts
 of 512 tokens took 0.4 s, in which the card was busy for 0.11 s (docs/measured.md).
 """

@@ -27,7 +27,7 @@ from runtime.errors import UserError, run_command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 RECORDS = Path(__file__).resolve().parent / "records"
-JUDGED = {"smollm2": "2,400 texts", "smollm2-32000": "32,000 texts, and stage 2"}
+JUDGED = {"smollm2": "2,400 texts", "smollm2-32000": "32,000 texts, and stage 2"}  # folder -> data
 
 SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-sts": "embedded STS",
          "demo-retrieval": "embedded retrieval", "clustering-20newsgroups": "20 Newsgroups*",
@@ -36,7 +36,7 @@ SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-s
          "scifact-validation": "SciFact (validation)"}
 SEEDS, ALPHA = 3, 0.05  # what a verdict needs at least; of each test
 NO_DIFFERENCE = 2.0  # points; a difference is said to be small if it is shown to be below
-HIGH = 30  # a participation ratio above which no run scored below 50
+HIGH = 30  # participation ratio of the runs that are compared with each other once more
 PEAK = 200  # steps of stage 3, after which the paper sees no gain
 DIMENSIONS = ("entropy", "participation", "above_1_percent")
 MEASURES = {  # key of a run -> heading, digits
@@ -546,24 +546,20 @@ def trained_runs(there: dict[str, Runs]) -> dict[str, list[tuple[str, dict[str, 
 
 def dimensions_section(groups: dict[str, list[tuple[str, dict[str, float]]]]) -> str:
     """How well the measures of collapse, and the loss, order the runs by their scores."""
-    words = {key: MEASURES[key][0] for key in (*DIMENSIONS, "mean_cosine")}
-    words |= {"participation ": f"participation, of runs above {HIGH}",
-              "loss": "loss at the end, ctkd in stage 1 alone"}
+    measures = [(MEASURES[key][0], key, 0) for key in (*DIMENSIONS, "mean_cosine")]
+    measures += [(f"participation, of runs above {HIGH}", "participation", HIGH),
+                 ("loss at the end, ctkd in stage 1 alone", "loss", 0)]
     rows = []
-    for key, said in words.items():
-        row, least = [said], HIGH if key.endswith(" ") else -np.inf
-        for group in groups.values():
-            pairs = [(v[key.strip()], v["mean"]) for _, v in group if key.strip() in v
-                     and v[key.strip()] > least]
-            rho, p = stats.spearmanr(*zip(*pairs)) if len(pairs) > 2 else (np.nan, np.nan)
-            row.append(f"{rho:+.2f} ({len(pairs)} runs, p {p:.1g})")
-        rows.append(row)
+    for title, key, least in measures:
+        pairs = [[(v[key], v["mean"]) for _, v in group if v.get(key, -1) >= least]
+                 for group in groups.values()]
+        rows.append([title, *map(rank_correlation, pairs)])
     return f"""## What tells a good encoder without labels
 
-Spearman correlation of what collapse.py measures on the sentences of STSBenchmark, which needs no
-labels, with the mean score, over all of SmolLM2's trained runs on this page. It was looked for after
-the runs, which share seeds and texts: the p-values flatter. It tells failed runs from good ones
-better than good ones from each other.
+Spearman correlation of what collapse.py measures on the sentences of STSBenchmark, for which it
+needs no labels, with the mean score, over all of SmolLM2's trained runs on this page. It was looked
+for after the runs, which share seeds and texts, so the p-values are too small. The measures tell
+failed runs from good ones better than good ones from each other.
 
 ![Score against effective dimension](dimension.svg)
 
@@ -571,17 +567,25 @@ better than good ones from each other.
 """
 
 
+def rank_correlation(pairs: list[tuple[float, float]]) -> str:
+    """Spearman's, in a table's cell; of less than three runs there is none."""
+    if len(pairs) < 3:
+        return "-"
+    rho, p = stats.spearmanr(*zip(*pairs))
+    return f"{rho:+.2f} ({len(pairs)} runs, p {p:.1g})"
+
+
 def draw_dimensions(groups: dict[str, list[tuple[str, dict[str, float]]]], path: Path):
     """Mean score against the participation ratio, a dot per trained run, coloured by its kind."""
     figure = Figure((9, 3.4), layout="constrained")
-    kinds = {"ctkd": "ctkd", "nll": "nll", "rc": "rc", "mntp": "mntp", "ucl": "stage 2"}
+    kinds = [*ablations.OBJECTIVES, *ablations.PRETEXTS, "ucl", "scl"]
     for panel, (title, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
                                      groups.items()):
-        for i, (start, label) in enumerate(kinds.items()):
+        for i, kind in enumerate(kinds):
             points = [(v["participation"], v["mean"]) for variant, v in group
-                      if kind_of(variant) == start]
+                      if kind_of(variant) == kind]
             if points:
-                panel.plot(*zip(*points), "o", color=f"C{i}", label=label, markersize=4)
+                panel.plot(*zip(*points), "o", color=f"C{i}", label=kind, markersize=4)
         panel.set(xlabel="participation ratio", ylabel=f"mean of {title}, x 100")
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=7)
@@ -633,10 +637,9 @@ one run; `python bench/ablations.py --help` says what a variant is.
 """
 
 
-def page(there: dict[str, Runs]) -> str:
-    """The text of docs/results.md, from the runs of each folder of records."""
-    first, smoke = there.get("smollm2-first"), there.get("demo")
-    settings, groups = settings_of(there), trained_runs(there)
+def page(there: dict[str, Runs], groups: dict) -> str:
+    """The text of docs/results.md, from the runs of each folder of records, and trained_runs."""
+    first, smoke, settings = there.get("smollm2-first"), there.get("demo"), settings_of(there)
     missing = [f"* {v}, seed {seed}: {why} ({part.args.base.model})" for part in there.values()
                if part not in settings for study in part.studies for v in part.begun(study)
                for (name, seed), why in part.missing.items() if name == v]
@@ -684,7 +687,7 @@ def write(args: argparse.Namespace):
         draw_collapse(there[name], out.parent / f"collapse{end}.svg")
     if groups := trained_runs(there):
         draw_dimensions(groups, out.parent / "dimension.svg")
-    out.write_text(page(there), encoding="utf-8")
+    out.write_text(page(there, groups), encoding="utf-8")
     print(f"{out}: {sum(len(part.values) for part in there.values())} runs")
 
 

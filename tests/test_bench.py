@@ -7,7 +7,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
