@@ -11,15 +11,18 @@ correlation       of the K memory tokens: mean over the texts of m~_i . m~_j, an
                   (Eq. 7; Figures 5 and 6)
 effective tokens  clusters of the tokens by complete linkage: two join while every pair between
                   them has a mean cosine of at least --merge (section 4.2). --save writes an
-                  encoder whose embedding is the mean of one token of each, drawn by --seed.
+                  encoder whose embedding is the mean of one token of each, drawn by --seed
+wide tokens       those whose own states have a participation ratio of at least half of the
+                  largest (ours); --save with --keep wide writes the encoder of their mean
 alignment         mean squared distance of positive pairs on the unit sphere, here the pairs of an
                   STS task with at least 4/5 of the highest score (Wang & Isola 2020); none if the
                   texts are a sample
 uniformity        log of the mean over pairs of exp(-2 squared distance), of up to 4,096 texts
 
 Tokens are clustered by the correlation over all texts and drawn once. Drawn for each text, two
-texts would be represented by different tokens, and their cosine would lose what they share
-(docs/measured.md).
+texts would be represented by different tokens, and their cosine would lose what they share.
+Wide tokens are what a long stage 1 asks for: there the content of a text moves into few tokens, and
+the others hold little but the next words (docs/measured.md has both).
 """
 
 import argparse
@@ -50,6 +53,7 @@ from runtime.hub import find_model
 from runtime.results import GROUPS
 
 PAIRS_OF = 4096  # texts whose pairs make the uniformity
+STATES_OF = 1024  # texts, about, by whose memory states the tokens' dimensions are told
 
 # ---------------------------------------------------------------------------------------------
 # Measures: arrays in, numbers out, all in float64
@@ -113,6 +117,13 @@ def draw_tokens(clusters: list[list[int]], seed: int) -> list[int]:
     return sorted(int(random.choice(cluster)) for cluster in clusters)
 
 
+def wide_tokens(states: np.ndarray) -> tuple[list[float], list[int]]:
+    """The participation ratio of each token's states (n, K, D), and the tokens of at least half of
+    the largest: all of them if each token is the same for all texts."""
+    ratios = [dimensions(spectrum(states[:, k]))["participation"] for k in range(states.shape[1])]
+    return ratios, [k for k, ratio in enumerate(ratios) if ratio >= max(ratios) / 2]
+
+
 def alignment(left: np.ndarray, right: np.ndarray) -> float:
     """Mean squared distance of pairs (n, D), (n, D) of equal meaning, on the unit sphere."""
     left, right = unit(left.astype(np.float64)), unit(right.astype(np.float64))
@@ -136,18 +147,24 @@ def uniformity(x: np.ndarray, block: int = 512) -> float:
 
 @torch.no_grad()
 def read_states(encoder: Encoder, method: str, texts: list[str], **options):
-    """Embeddings (n, D) float32, and the sums of Eq. 7 over the texts (0 without memory tokens).
+    """Embeddings (n, D) float32; the sums of Eq. 7 over the texts; memory states of some (m, K, D).
 
-    `options` are those of Encoder.encode.
+    The last two are 0 and None without memory tokens. `options` are those of Encoder.encode.
     """
     if not encoder.config.num_memory_tokens:
-        return encoding(encoder, method)(texts, **options), 0.0
-    x, sums = np.empty((len(texts), encoder.table.shape[1]), dtype=np.float32), 0.0
+        return encoding(encoder, method)(texts, **options), 0.0, None
+    width, every = encoder.table.shape[1], max(1, -(-len(texts) // STATES_OF))
+    x, sums = np.empty((len(texts), width), dtype=np.float32), 0.0
+    states = np.empty((-(-len(texts) // every), encoder.config.num_memory_tokens, width),
+                      dtype=np.float32)
     for batch, row, lengths, _ in encoder.batches(texts, **options):
         memory = encoder.memory(row, lengths)
         x[batch] = encoder.pool(memory).float().cpu().numpy()
-        sums += np.stack(correlation(at_least_fp32(memory).cpu().numpy()))
-    return x, sums
+        memory = at_least_fp32(memory).cpu().numpy()
+        sums += np.stack(correlation(memory))
+        batch = np.asarray(batch)
+        states[batch[batch % every == 0] // every] = memory[batch % every == 0]
+    return x, sums, states
 
 
 def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
@@ -202,10 +219,11 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
     texts, documents, pairs = source
     instruction = instruction_for(args.task or "", "auto", encoder)
     options = {"batch_tokens": args.batch_tokens, "progress": name}
-    x, sums = read_states(encoder, method, texts, instruction=instruction, **options)
+    x, sums, states = read_states(encoder, method, texts, instruction=instruction, **options)
     if documents:
-        more, other = read_states(encoder, method, documents, document=True, **options)
+        more, other, of = read_states(encoder, method, documents, document=True, **options)
         x, sums = np.concatenate((x, more)), sums + other
+        states = None if states is None else np.concatenate((states, of))
     if encoder.cut:
         print(f"note: {printable(name)}: texts cut to {encoder.config.max_tokens} tokens: "
               f"{encoder.cut:,}")
@@ -224,9 +242,11 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
         products, cosines = sums / len(x)
         clusters = complete_linkage(cosines, args.merge)
         others = cosines[~np.eye(len(cosines), dtype=bool)]
+        ratios, wide = wide_tokens(states)
         found |= {"products": products.tolist(), "cosines": cosines.tolist(), "merge": args.merge,
                   "mean_cosine": float(others.mean()) if len(others) else None,
-                  "clusters": clusters, "drawn": draw_tokens(clusters, args.seed)}
+                  "clusters": clusters, "drawn": draw_tokens(clusters, args.seed),
+                  "token_participation": ratios, "wide": wide}
     return found, encoder
 
 
@@ -238,7 +258,7 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
 def print_table(results: list[dict]):
     """One Markdown row per model."""
     titles = ("model", "entropy", "participation", "above 1 %", "uniformity", "alignment",
-              "tokens' mean cosine", "effective tokens")
+              "tokens' mean cosine", "effective tokens", "wide tokens")
     print(f"| {' | '.join(titles)} |\n|---|" + "---:|" * (len(titles) - 1))
 
     def cell(value, form: str) -> str:
@@ -248,7 +268,8 @@ def print_table(results: list[dict]):
         cells = [printable(r["model"]), f"{r['entropy']:.1f}", f"{r['participation']:.1f}",
                  str(r["above_1_percent"]), f"{r['uniformity']:.3f}", cell(r["alignment"], ".3f"),
                  cell(r.get("mean_cosine"), ".3f"),
-                 f"{len(r['clusters'])} of {len(r['cosines'])}" if "clusters" in r else "-"]
+                 *(f"{len(r[key])} of {len(r['cosines'])}" if key in r else "-"
+                   for key in ("clusters", "wide"))]
         print(f"| {' | '.join(cells)} |")
 
 
@@ -265,7 +286,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--task", help="the texts of a task, see evaluate.py --list")
     add("--texts", type=int, default=60_000, help="use at most this many, sampled by --seed")
     add("--merge", type=float, default=0.9, help="merge tokens whose mean cosine is at least this")
-    add("--save", metavar="FOLDER", help="write the one model, merged, as FOLDER/encoder")
+    add("--save", metavar="FOLDER", help="write the one model, read by fewer memory tokens, as "
+        "FOLDER/encoder")
+    add("--keep", choices=["effective", "wide"], help="the tokens that --save keeps (default "
+        "effective)")
     add("--seed", type=int, default=0, help="of the texts and of the token kept of a cluster")
     add("--method", choices=list(METHODS), help="how plain Llamas are read (default weighted-mean)")
     add("--max-tokens", type=int, help="of a text for a plain Llama (default 512)")
@@ -282,12 +306,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--data-dir {args.data_dir}: is for --task; leave it out")
     if args.save and len(args.model) > 1:
         parser.error("--save is for one --model")
+    if args.keep and not args.save:
+        parser.error(f"--keep {args.keep}: is for --save; leave it out")
     return args
 
 
 def run(args: argparse.Namespace):
-    """Analyse the models; print the table, write the JSON and, with --save, an encoder of the
-    effective tokens."""
+    """Analyse the models; print the table, write the JSON and, with --save, an encoder of fewer
+    memory tokens."""
     keep_freed_memory()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.save and (is_encoder(args.save) or is_encoder(Path(args.save) / "encoder")):
@@ -311,9 +337,10 @@ def run(args: argparse.Namespace):
     print(f"\nwritten to {printable(args.out)}/collapse.json; to draw it: python bench/plot.py "
           f"{printable(args.out)}/collapse.json")
     if args.save:
-        encoder.config = replace(encoder.config, kept_tokens=tuple(found["drawn"]))
+        kept = found["wide" if args.keep == "wide" else "drawn"]
+        encoder.config = replace(encoder.config, kept_tokens=tuple(kept))
         save_encoder(encoder, Path(args.save) / "encoder", folders[0])
-        print(f"memory tokens {', '.join(map(str, found['drawn']))} make the embedding of "
+        print(f"memory tokens {', '.join(map(str, kept))} make the embedding of "
               f"{args.save}/encoder")
 
 

@@ -21,6 +21,7 @@ made and scored beside what they change, and have what is not the common setting
     embeddings   the whole table trained, or the memory rows                       (ours)
     bos          token 1 before each text (SmolLM2-Instruct's)                     (ours)
     merging      the mean of the effective tokens of stage 1's encoders            Figure 7, 4.2
+    wide         the mean of their wide tokens                                     (ours)
     stages       stages 2 and 3 after ctkd, nll, rc, and without stage 1           Table 1, Fig 8, 9
     mntp-stages  the same after mntp                                               Table 1
     curve        the one run of stages that Figure 10 needs, scl-ctkd              Figure 10
@@ -75,7 +76,8 @@ PRETEXTS = {  # of other papers: the flags that pretexts.py asks for
             "--train-embeddings memory",
     "ebae-ebar": "--objective ebae-ebar --attention causal"}
 RATES = ("1e-4", "3e-4", "1e-3", "2e-3")  # for all but ctkd the last three
-LATER = ("ucl", "scl", "merged")  # kinds of variants that start from another: KIND-START
+LATER = ("ucl", "scl", "merged", "wide")  # kinds of variants that start from another: KIND-START
+KEPT = {"merged": ["--texts", "256"], "wide": ["--texts", "1024", "--keep", "wide"]}
 NAMED = ("study", "seeds", "variant", "jobs", "base", "out", "records")  # not of the setting
 MAY_CHANGE = ("task", "task_dir", "data_dir", "about")  # of it
 LATELY = {"mntp_flags": "", "ebae_ebar_flags": ""}  # what a setting.json of before does not say
@@ -147,6 +149,7 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
         "bos": {"bos=1": "--bos 1"},
         "merging": {f"merged-{name}": "" for name in [
             *OBJECTIVES, *start, *(name for name in more if name.endswith("-4x"))]},
+        "wide": {f"wide-{name}": "" for name in OBJECTIVES},
         "stages": {f"{kind}-{name}": "" for name in ("none", *OBJECTIVES)
                    for kind in ("ucl", "scl")},
         "mntp-stages": {"ucl-mntp": "", "scl-mntp": ""},
@@ -169,8 +172,8 @@ def recipe(variant: str, seed: object, args: argparse.Namespace):
         return str(Path(args.out) / f"{name}-{seed}")
 
     kind, _, start = variant.partition("-")
-    if kind == "merged":
-        flags = ["--model", folder(start), "--text", args.base.text, "--texts", "256", "--threads",
+    if kind in KEPT:
+        flags = ["--model", folder(start), "--text", args.base.text, *KEPT[kind], "--threads",
                  str(args.base.threads), "--seed", str(seed), "--save", folder(variant)]
         return collapse, [*flags, "--out", folder(variant) + "/merging"], start
     if kind in ("ucl", "scl"):

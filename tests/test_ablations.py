@@ -78,10 +78,10 @@ def test_every_variant_is_made_from_one_that_is_there():
             assert ablations.beside(variant) in everything | {"none"}
     assert {name: ablations.beside(name) for name in (
         "K=4", "memory-rows", "nll-K=1", "rc-normal", "ctkd-4x", "merged-nll-4x", "scl-rc",
-        "lr=1e-4", "nll-lr=2e-3", "ebae-ebar-lr=1e-3", "scl-mntp", "nll-equal")} == {
+        "lr=1e-4", "nll-lr=2e-3", "wide-rc", "ebae-ebar-lr=1e-3", "scl-mntp", "nll-equal")} == {
         "K=4": "ctkd", "memory-rows": "ctkd", "nll-K=1": "nll", "rc-normal": "rc",
         "ctkd-4x": "ctkd", "merged-nll-4x": "nll-4x", "scl-rc": "rc", "lr=1e-4": "ctkd",
-        "nll-lr=2e-3": "nll", "ebae-ebar-lr=1e-3": "ebae-ebar", "scl-mntp": "mntp",
+        "nll-lr=2e-3": "nll", "wide-rc": "rc", "ebae-ebar-lr=1e-3": "ebae-ebar", "scl-mntp": "mntp",
         "nll-equal": "nll"}
     whole = ablations.studies(ablations.parse_arguments([]))  # all texts: no multiple of them
     assert whole["texts"] == {} and not any("4x" in name for name in whole["merging"])
@@ -140,20 +140,22 @@ def test_what_starts_from_another_run_is_made_after_it_in_the_same_job():
     assert [0, 1] == sorted({seed for seed, _ in jobs}) and jobs[0][0] == 0 and jobs[-1][0] == 1
 
 
-COMMAND = ["--study", "attention", "merging", "untrained", "--seeds", "0", "--steps", "2",
+COMMAND = ["--study", "attention", "merging", "wide", "untrained", "--seeds", "0", "--steps", "2",
            "--num-texts", "16", "--threads", "1", "--task", "demo-sts", "--variant", "ctkd",
-           "causal", "nll", "merged-ctkd", "merged-nll", "mean"]
+           "causal", "nll", "merged-ctkd", "merged-nll", "wide-nll", "mean"]
 
 
 def test_ablations_run_once_and_are_recorded(tmp_path, capsys, monkeypatch):
     """Two steps of two variants: a second call makes nothing, also where only records are left."""
     command = [*COMMAND, "--out", str(tmp_path / "out"), "--records", str(tmp_path / "kept")]
     assert ablations.main(command) == 0
-    names = {"causal-0", "ctkd-0", "nll-0", "merged-ctkd-0", "merged-nll-0"}
+    names = {"causal-0", "ctkd-0", "nll-0", "merged-ctkd-0", "merged-nll-0", "wide-nll-0"}
     out, kept = tmp_path / "out", tmp_path / "kept"
     assert names | {"mean"} == {path.name for path in out.iterdir()} - {"results"}
     merged = json.loads((out / "merged-nll-0" / "encoder" / "encoder.json").read_text())
     assert set(merged["kept_tokens"]) <= set(range(8)) and merged["kept_tokens"]
+    wide = json.loads((kept / "wide-nll-0.json").read_text())
+    assert "--keep wide" in wide["command"] and wide["collapse"]["kept_tokens"]
     assert {path.stem for path in kept.iterdir()} == names | {"setting", "mean-0"}
     found = json.loads((kept / "causal-0.json").read_text())
     assert found["command"].startswith("pretrain_ctkd.py --preset demo --memory-init mean ")

@@ -188,6 +188,45 @@ def test_mean_products_and_cosines_are_reported(tiny, tmp_path):
     assert found["mean_cosine"] == pytest.approx(np.mean(others), abs=1e-5)
 
 
+def directions(n: int, of: int) -> np.ndarray:
+    """2 n points (2 n, of) whose covariance has n equal singular values: participation ratio n."""
+    axes = np.eye(of, dtype=np.float32)[:n]
+    return np.concatenate((axes, -axes))
+
+
+def test_wide_tokens_have_half_of_the_largest_dimension():
+    """12, 6 and 5 directions, and a token that is the same for all texts."""
+    tokens = [np.resize(directions(n, 16), (120, 16)) for n in (6, 12, 5)]
+    ratios, wide = collapse.wide_tokens(np.stack((*tokens, np.ones_like(tokens[0])), axis=1))
+    assert ratios == pytest.approx([6, 12, 5, 0], abs=1e-5) and wide == [0, 1]
+    assert collapse.wide_tokens(np.ones((9, 3, 4)))[1] == [0, 1, 2]
+
+
+def test_an_encoder_of_the_wide_tokens_can_be_written(tiny, tmp_path, monkeypatch, capsys):
+    """Their dimensions are those of every n-th text's states."""
+    save_encoder(trained_encoder(tiny, EncoderConfig(3, max_tokens=64)), tmp_path / "encoder")
+    texts = words(7, 0)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    monkeypatch.setattr(collapse, "STATES_OF", 3)
+    source = ["--model", tmp_path / "encoder", "--text", tmp_path / "texts.txt", "--out",
+              tmp_path / "out"]
+    assert run(*source, "--save", tmp_path / "wide", "--keep", "wide") == 0
+    [found] = json.loads((tmp_path / "out/collapse.json").read_text())
+    encoder = load_encoder(tmp_path / "encoder")
+    ids = encoder.tokenize(texts[::3]).ids
+    states = torch.cat([encoder.memory(flat_ids([one], "cpu"), [len(one)]) for one in ids])
+    ratios = [collapse.dimensions(collapse.spectrum(states[:, k].detach().numpy()))["participation"]
+              for k in range(3)]
+    assert found["token_participation"] == pytest.approx(ratios, rel=1e-4)
+    wide = [k for k in range(3) if ratios[k] >= max(ratios) / 2]
+    assert found["wide"] == wide
+    assert load_encoder(tmp_path / "wide/encoder").config.kept_tokens == tuple(wide)
+    assert f"memory tokens {', '.join(map(str, wide))} make the embedding" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(*source, "--keep", "wide")
+    assert "--keep wide: is for --save; leave it out" in capsys.readouterr().err
+
+
 def test_texts_that_were_cut_are_noted(tiny, tmp_path, capsys):
     """The note counts texts, each once, and names the encoder's limit."""
     save_encoder(trained_encoder(tiny, EncoderConfig(3, max_tokens=21)), tmp_path / "encoder")
@@ -263,7 +302,7 @@ def test_the_embeddings_are_those_that_evaluate_scores(tmp_path, monkeypatch):
 
     def states(encoder, method, texts, document=False, **options):
         calls.append((len(texts), document))
-        return np.ones((len(texts), 256)), 0.0
+        return np.ones((len(texts), 256)), 0.0, None
 
     monkeypatch.setattr(collapse, "read_states", states)
     assert run("--model", "demo", "--task", "demo-retrieval", "--out", tmp_path) == 0
