@@ -211,6 +211,17 @@ def open_named(name: str, args) -> tuple[Encoder, str]:
     return open_model(name, args.method, args.max_tokens, args.special_tokens, **options)
 
 
+def keep_tokens(encoder: Encoder, kept: list[int]):
+    """Make the mean of these memory tokens, in rising order, the embedding.
+
+    Under causal attention nothing reads the tokens after the last of them, which are left out.
+    """
+    k = kept[-1] + 1 if encoder.config.attention == "causal" else encoder.config.num_memory_tokens
+    encoder.memory_tokens = torch.nn.Parameter(encoder.memory_tokens[:k])
+    encoder.config = replace(encoder.config, num_memory_tokens=k,
+                             kept_tokens=tuple(kept) if len(kept) < k else ())
+
+
 def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
     """All measures of one model, and the model."""
     encoder, method = open_named(name, args)
@@ -338,10 +349,10 @@ def run(args: argparse.Namespace):
           f"{printable(args.out)}/collapse.json")
     if args.save:
         kept = found["wide" if args.keep == "wide" else "drawn"]
-        encoder.config = replace(encoder.config, kept_tokens=tuple(kept))
+        keep_tokens(encoder, kept)
         save_encoder(encoder, Path(args.save) / "encoder", folders[0])
-        print(f"memory tokens {', '.join(map(str, kept))} make the embedding of "
-              f"{args.save}/encoder")
+        print(f"memory tokens {', '.join(map(str, kept))} make the embedding of {args.save}/encoder"
+              f", which reads {encoder.config.num_memory_tokens}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,11 +13,14 @@ import torch
 from helpers import ROOT, run_of
 from torch.utils.flop_counter import FlopCounterMode
 
+import contrastive
+import mine
 import pretrain_ctkd as stage1
 from runtime.errors import UserError
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
+import domain
 import estimate
 import harness
 import plot
@@ -85,6 +88,66 @@ def test_mining_is_measured(tmp_path, capsys):
 
 def step(loss, norm=1.0):
     return {"loss": loss, "norm": norm}
+
+
+def test_a_domain_goes_from_rows_to_a_table_of_negatives(tmp_path, monkeypatch, capsys):
+    """No topic of the test is trained on; every command is one that its script takes; each kind of
+    negatives is mined by the kind before and trained from stage 2; nothing is made twice."""
+    rows = [{"query": f"what {side} is topic {t} ?", "positive": f"topic {t} {side}",
+             "negative": f"topic {t} {'a' if side == 'b' else 'b'}"}
+            for t in range(12) for side in "ab"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--rows", str(tmp_path / "rows.jsonl"), "--base", "demo", "--queries", "5", "--pairs",
+             "10", "--documents", "17", "--out", str(tmp_path / "out"), "--seeds", "3"]
+    calls = []
+
+    def call(script, *command):
+        command = [str(part) for part in command]
+        calls.append((script, command))
+        given = dict(zip(command, command[1:]))
+        {"pretrain_ctkd.py": stage1.parse_arguments, "contrastive.py": contrastive.parse_arguments,
+         "mine.py": mine.parse_arguments, "evaluate.py": lambda _: None}[script](command)
+        if script == "evaluate.py":
+            path = Path(given["--results"]) / domain.label_of(
+                given["--model"], given.get("--method", "memory")) / "test.json"
+            found = {"task_name": "test", "notes": [], "settings": {}, "evaluation_time": 1.0,
+                     "scores": {"test": [{"main_score": len(calls) / 1000}]}}
+        else:
+            path, found = Path(given["--out"]), {}
+            path = path if path.suffix else path / "encoder/encoder.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+
+    monkeypatch.setattr(domain, "call", call)
+    assert domain.main(flags) == 0
+    data = tmp_path / "out/data"
+    pairs, corpus, queries, judged, documents = (
+        [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("pairs", "test/corpus", "test/queries", "test/qrels/test", "documents"))
+    assert len(pairs) == 10 and len(queries) == len(judged) == 5 and len(documents) == 17
+    topics = [{row[key].split()[place] for row in some} for some, key, place in (
+        (pairs, "positive", 1), (queries, "text", 4))]
+    assert not topics[0] & topics[1]
+    texts = {row["_id"]: row["text"] for row in corpus + queries}
+    assert {(texts[row["query-id"]], texts[row["corpus-id"]]) for row in judged} < {
+        (row["query"], row["positive"]) for row in rows}
+    assert {row["text"] for row in corpus} <= {row["text"] for row in documents}
+    made = [(script, dict(zip(command, command[1:]))) for script, command in calls]
+    stage_3 = [given for _, given in made if given.get("--stage") == "scl"]
+    mined = [given for script, given in made if script == "mine.py"]
+    name = lambda given, key: Path(given[key]).name  # noqa: E731
+    assert [name(given, "--model") for given in stage_3] == ["ucl"] * 3
+    assert [name(given, "--triples") for given in stage_3] == [
+        "pairs.jsonl", "mined-3.jsonl", "mined-twice-3.jsonl"]
+    assert [(name(given, "--model"), name(given, "--out")) for given in mined] == [
+        ("static-3", "mined-3.jsonl"), ("mined-3", "mined-twice-3.jsonl")]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(table) == 1 + 2 + 2 + 3 and table[1].startswith("| untrained, weighted-mean | 0.1 |")
+    before = len(calls)
+    assert domain.main(flags) == 0 and len(calls) == before
+    again = [*flags, "--out", str(tmp_path / "more"), "--pairs", "90"]
+    assert domain.main(again) == 2
+    assert "of 12 topics are left for training; lower --queries or" in capsys.readouterr().err
 
 
 def test_what_does_not_compute_the_same_is_not_timed(capsys):

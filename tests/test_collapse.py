@@ -208,6 +208,8 @@ def test_an_encoder_of_the_wide_tokens_can_be_written(tiny, tmp_path, monkeypatc
     texts = words(7, 0)
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     monkeypatch.setattr(collapse, "STATES_OF", 3)
+    real = collapse.wide_tokens
+    monkeypatch.setattr(collapse, "wide_tokens", lambda states: (real(states)[0], [1]))
     source = ["--model", tmp_path / "encoder", "--text", tmp_path / "texts.txt", "--out",
               tmp_path / "out"]
     assert run(*source, "--save", tmp_path / "wide", "--keep", "wide") == 0
@@ -215,16 +217,28 @@ def test_an_encoder_of_the_wide_tokens_can_be_written(tiny, tmp_path, monkeypatc
     encoder = load_encoder(tmp_path / "encoder")
     ids = encoder.tokenize(texts[::3]).ids
     states = torch.cat([encoder.memory(flat_ids([one], "cpu"), [len(one)]) for one in ids])
-    ratios = [collapse.dimensions(collapse.spectrum(states[:, k].detach().numpy()))["participation"]
-              for k in range(3)]
-    assert found["token_participation"] == pytest.approx(ratios, rel=1e-4)
-    wide = [k for k in range(3) if ratios[k] >= max(ratios) / 2]
-    assert found["wide"] == wide
-    assert load_encoder(tmp_path / "wide/encoder").config.kept_tokens == tuple(wide)
-    assert f"memory tokens {', '.join(map(str, wide))} make the embedding" in capsys.readouterr().out
+    assert found["token_participation"] == pytest.approx(real(states.detach().numpy())[0], rel=1e-4)
+    assert found["wide"] == [1] and load_encoder(tmp_path / "wide").config.kept_tokens == (1,)
+    assert "memory tokens 1 make the embedding" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(*source, "--keep", "wide")
     assert "--keep wide: is for --save; leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attention, kept, k, stored", [
+    ("causal", [0], 1, ()), ("causal", [0, 2], 3, (0, 2)), ("causal", [0, 1], 2, ()),
+    ("bidirectional", [0], 4, (0,)), ("bidirectional", [0, 1, 2, 3], 4, ())])
+def test_memory_tokens_that_nothing_reads_are_left_out(tiny, tmp_path, attention, kept, k, stored):
+    """The embedding stays what it was: the mean of the kept states."""
+    encoder = trained_encoder(tiny, EncoderConfig(4, attention=attention, max_tokens=64)).eval()
+    ids = encoder.tokenize(words(1, 3)).ids[0]
+    with torch.no_grad():
+        expected = encoder.memory(flat_ids([ids], "cpu"), [len(ids)])[0, kept].mean(dim=0)
+    collapse.keep_tokens(encoder, kept)
+    save_encoder(encoder, tmp_path / "encoder")
+    encoder = load_encoder(tmp_path / "encoder")
+    assert (encoder.config.num_memory_tokens, encoder.config.kept_tokens) == (k, stored)
+    np.testing.assert_allclose(encoder.encode(words(1, 3))[0], expected, rtol=0, atol=1e-5)
 
 
 def test_texts_that_were_cut_are_noted(tiny, tmp_path, capsys):
