@@ -24,6 +24,7 @@ made and scored beside what they change, and have what is not the common setting
     wide         the mean of their wide tokens                                     (ours)
     stages       stages 2 and 3 after ctkd, nll, rc, and without stage 1           Table 1, Fig 8, 9
     mntp-stages  the same after mntp                                               Table 1
+    wide-stages  the same after ctkd, read by its wide tokens                      (ours)
     curve        the one run of stages that Figure 10 needs, scl-ctkd              Figure 10
 
 The pretexts read the same texts as often as it takes until the networks have read as many tokens as
@@ -153,6 +154,7 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
         "stages": {f"{kind}-{name}": "" for name in ("none", *OBJECTIVES)
                    for kind in ("ucl", "scl")},
         "mntp-stages": {"ucl-mntp": "", "scl-mntp": ""},
+        "wide-stages": {"ucl-wide-ctkd": "", "scl-wide-ctkd": ""},
         "curve": {"scl-ctkd": ""},
     }
 
@@ -363,8 +365,9 @@ def queue(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
             compared = [] if untrained else [name for name in map(beside, own) if name != "none"]
             for variant in dict.fromkeys([*compared, *own]):
                 if not args.variant or variant in args.variant:
-                    kind, _, start = variant.partition("-")
-                    root = start if kind in LATER else variant
+                    root = variant
+                    while root.partition("-")[0] in LATER:
+                        root = root.partition("-")[2]
                     group = found.setdefault((0 if untrained else seed, root), [])
                     group.extend([variant] * (variant not in group))
     return [(seed, variants) for (seed, _), variants in found.items()]

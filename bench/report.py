@@ -312,6 +312,8 @@ CLAIMS = [  # what the paper says, its figures, what is compared
     ("Merging alike tokens helps NLL, 4 x texts", "Figure 7: 48.38 -> 51.09, 128,000 texts",
      each("merged-nll-4x > nll-4x by mean")),
     ("Reading by the wide tokens helps", "ours", each("wide-X > X by mean", *ablations.OBJECTIVES)),
+    ("Reading by the wide tokens helps the stages after it", "ours",
+     each("X-wide-ctkd > X-ctkd by mean", "ucl", "scl")),
     ("K from 1 to 8 makes little difference outside retrieval", "Figure 3",
      each("K=X = ctkd by mean without retrieval", "1", "2", "4")),
     ("K = 16 hurts retrieval", "Figure 3", each("K=16 < ctkd by retrieval")),

@@ -129,7 +129,7 @@ def test_a_study_is_made_beside_what_it_changes_seed_by_seed(monkeypatch, tmp_pa
 
 
 def test_what_starts_from_another_run_is_made_after_it_in_the_same_job():
-    args = parse("--study", "objective", "stages", "merging", "--seeds", "0", "1")
+    args = parse("--study", "objective", "stages", "merging", "wide-stages", "--seeds", "0", "1")
     jobs = ablations.queue(args)
     flat = [(seed, name) for seed, names in jobs for name in names]
     assert len(flat) == len(set(flat))
