@@ -125,7 +125,8 @@ def stages_1_and_2(args: argparse.Namespace, data: Path, out: Path):
     own = ["--threads", args.threads, "--text", data / "documents.jsonl"]
     train("pretrain_ctkd.py", out / "ctkd", "--preset", "smollm2", "--model", args.base, *own)
     train("contrastive.py", out / "ucl", "--preset", "demo", "--model", out / "ctkd", *own,
-          "--batch-size", 32, "--steps", args.steps, "--max-tokens", args.max_tokens)
+          "--batch-size", 32, "--steps", args.steps, "--max-tokens", args.max_tokens,
+          "--micro-tokens", 4096)
 
 
 def stage_3(args: argparse.Namespace, data: Path, out: Path, seed: int):
@@ -143,7 +144,7 @@ def stage_3(args: argparse.Namespace, data: Path, out: Path, seed: int):
               "--model", out / "ucl", "--triples", triples, "--threads", args.threads,
               "--batch-size", args.batch_size, "--steps", args.steps, "--lr", 1e-4,
               "--max-tokens", args.max_tokens, "--document-tokens", args.max_tokens,
-              "--seed", seed)
+              "--micro-tokens", 4096, "--seed", seed)
 
 
 def score(model: str | Path, args: argparse.Namespace, data: Path, method: str = "memory") -> float:
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--queries", type=int, default=200, help="test rows")
     add("--pairs", type=int, default=640, help="training rows")
     add("--documents", type=int, default=2400, help="answers that stages 1 and 2 and mining read")
-    add("--steps", type=int, default=40, help="of stage 2 and of stage 3")
+    add("--steps", type=int, default=50, help="of stage 2 and of stage 3")
     add("--batch-size", type=int, default=16, help="rows of a step of stage 3")
     add("--max-tokens", type=int, default=64, help="of a text from stage 2 on, and untrained")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of stage 3")

@@ -640,6 +640,36 @@ one run; `python bench/ablations.py --help` says what a variant is.
 """
 
 
+def costs_section(there: dict[str, Runs]) -> str:
+    """What the runs of each judged variant read and took, by machine; a stage's row has that stage
+    alone."""
+    rows = []
+    for name, what in JUDGED.items():
+        found: dict[tuple, list[dict]] = {}
+        for (variant, _), record in (there[name].records if name in there else {}).items():
+            if "settings" in record:
+                found.setdefault((variant, record["machine"]), []).append(record)
+        for (variant, machine), records in sorted(found.items()):
+            settings = argparse.Namespace(**records[0]["settings"])
+            count, tokens = settings.steps * settings.batch_size, "-"
+            if hasattr(settings, "objective"):
+                tokens = f"{1e-6 * count * ablations.reads(settings.objective, settings):.2f}"
+            hours = [f"{np.mean([r['hours'][key] for r in records]):.2f}"
+                     for key in ("training", "scoring")]
+            rows.append([what, variant, f"{settings.steps:,} of {settings.batch_size}", tokens,
+                         *hours, machine])
+    head = ["", "variant", "steps", "tokens, millions", "hours of training", "of scoring", "on"]
+    return f"""## What it costs
+
+Means of one run, of a stage without those before it. Tokens are those that all networks read in
+stage 1, its texts at their full length; several runs shared a machine, so that alone each takes less. Nobody measured the energy.
+The deviations from the paper, with what each does to the scores where that is known:
+[official.md](official.md#what-the-differences-do).
+
+{table(head, rows)}
+"""
+
+
 def page(there: dict[str, Runs], groups: dict) -> str:
     """The text of docs/results.md, from the runs of each folder of records, and trained_runs."""
     first, smoke, settings = there.get("smollm2-first"), there.get("demo"), settings_of(there)
@@ -657,6 +687,8 @@ def page(there: dict[str, Runs], groups: dict) -> str:
                                            name.removeprefix("smollm2")))
     if groups:
         sections.append(dimensions_section(groups))
+    if JUDGED.keys() & there.keys():
+        sections.append(costs_section(there))
     for i, part in enumerate(settings):
         title = "How the settings were chosen" + f", {i + 1}" * (len(settings) > 1)
         sections.append(short_section(part, f"{title}: {model_of(part)}", SETTINGS))
