@@ -14,8 +14,8 @@ and from them the base untrained, stage 1 and 2 on the documents, and stage 3 on
 from stage 2's encoder and for as many steps, with three kinds of negatives:
 
     static       those of the rows
-    mined        found by the encoder that static negatives have made
-    mined-twice  found by the encoder that mined negatives have made
+    mined        found among the rows' answers by the encoder that static negatives have made
+    mined-twice  found there by the encoder that mined negatives have made
 
 Every command is printed and can be typed by itself. What is there already is not made again.
 """
@@ -125,7 +125,7 @@ def stages_1_and_2(args: argparse.Namespace, data: Path, out: Path):
     own = ["--threads", args.threads, "--text", data / "documents.jsonl"]
     train("pretrain_ctkd.py", out / "ctkd", "--preset", "smollm2", "--model", args.base, *own)
     train("contrastive.py", out / "ucl", "--preset", "demo", "--model", out / "ctkd", *own,
-          "--batch-size", 32, "--steps", args.steps, "--max-tokens", args.max_tokens,
+          "--batch-size", 2 * args.batch_size, "--steps", args.steps, "--max-tokens", args.max_tokens,
           "--micro-tokens", 4096)
 
 
@@ -137,9 +137,8 @@ def stage_3(args: argparse.Namespace, data: Path, out: Path, seed: int):
             triples = out / f"{kind}-{seed}.jsonl"
             if not triples.is_file():
                 call("mine.py", "--model", out / f"{before}-{seed}", "--triples",
-                     data / "pairs.jsonl", "--corpus", data / "documents.jsonl", "--out", triples,
-                     "--embeddings", out / f"{before}-{seed}/documents.npy", "--threads",
-                     args.threads, "--dtype", "bfloat16")
+                     data / "pairs.jsonl", "--out", triples, "--threads", args.threads, "--dtype",
+                     "bfloat16")
         train("contrastive.py", out / f"{kind}-{seed}", "--stage", "scl", "--preset", "demo",
               "--model", out / "ucl", "--triples", triples, "--threads", args.threads,
               "--batch-size", args.batch_size, "--steps", args.steps, "--lr", 1e-4,
@@ -192,9 +191,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", default="runs/domain", help="folder of data, runs and results")
     add("--queries", type=int, default=200, help="test rows")
     add("--pairs", type=int, default=640, help="training rows")
-    add("--documents", type=int, default=2400, help="answers that stages 1 and 2 and mining read")
+    add("--documents", type=int, default=2400, help="answers that stages 1 and 2 read")
     add("--steps", type=int, default=50, help="of stage 2 and of stage 3")
-    add("--batch-size", type=int, default=16, help="rows of a step of stage 3")
+    add("--batch-size", type=int, default=8, help="rows of a step of stage 3; stage 2 has twice "
+        "as many texts")
     add("--max-tokens", type=int, default=64, help="of a text from stage 2 on, and untrained")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of stage 3")
     add("--threads", type=int, default=0)

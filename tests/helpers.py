@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SMOLLM2 = ROOT / "data" / "smollm2"
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
@@ -39,8 +40,9 @@ import pretrain_ctkd
 from data.batches import SplitTexts
 from lora import lora_layers
 from measures import unit
-from model import Encoder, EncoderConfig, plain_encoder, save_encoder
+from model import Encoder, EncoderConfig, Llama, LlamaConfig, plain_encoder, save_encoder
 from runtime.errors import UserError
+from runtime.formats import write_tensors
 from runtime.ranks import Ranks
 from runtime.run import Run
 from runtime import schedule
@@ -91,6 +93,25 @@ def write_llama(folder: Path, seed=0, shard="1GB", dtype=torch.float32, kind="ll
         spread = 0.3 if weight.dim() == 1 else weight.shape[-1] ** -0.5
         weight.data = noise * spread + (1.0 if "norm" in name else 0.0)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def write_smollm2(folder: Path) -> Path:
+    """A base of the shape of data/smollm2's: random rows in its table, all else 0 or 1, and a
+    small tokenizer."""
+    about = json.loads((SMOLLM2 / "encoder.json").read_text())["base"]["config"]
+    config = {key: value for key, value in about.items()
+              if key not in ("rope", "qkv_bias", "qk_norm")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(
+        {**config, "rope_theta": about["rope"]["rope_theta"], "bos_token_id": 1}))
+    with torch.device("meta"):
+        shapes = {key: p.shape for key, p in Llama(LlamaConfig(**about)).named_parameters()}
+    weights = {key: torch.full(shape, float("norm" in key), dtype=torch.bfloat16)
+               for key, shape in shapes.items() if key != "lm_head.weight"}
+    weights["model.embed_tokens.weight"].normal_(generator=torch.Generator().manual_seed(0))
+    write_tensors(folder / "model.safetensors", weights, dtype=None)
+    write_tokenizer(folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, mteb_demo_tasks, run_of
+from helpers import ROOT, SMOLLM2, mteb_demo_tasks, run_of, write_smollm2
 from torch.distributed.run import get_args_parser
 
 import collapse
@@ -27,7 +27,8 @@ import pretrain_ctkd as stage1
 from evaluate import evaluate_task
 from model import load_encoder, save_encoder
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data/demo/README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "data").glob("*/README.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
@@ -236,7 +237,8 @@ PYTHON = {page: [code for kind, code in BLOCK.findall(TEXT[page]) if kind == "py
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     """Page -> the names that its Python defines, run from top to bottom without mteb's block, in
-    a folder with an encoder where the demo's first stage puts it, and its export."""
+    a folder with an encoder where the demo's first stage puts it, its export, and a folder that
+    plays the hub's base of data/smollm2."""
     folder, found = tmp_path_factory.mktemp("docs"), {}
     config = stage1.parse_arguments(["--dtype", "float32"])
     encoder = folder / "runs/ctkd-demo/encoder"
@@ -247,6 +249,8 @@ def names(tmp_path_factory):
     (folder / corpus).parent.mkdir(parents=True)
     lines = (ROOT / corpus).read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / corpus).write_text("".join(lines[:4]), encoding="utf-8")
+    (folder / "data/smollm2").symlink_to(SMOLLM2)
+    write_smollm2(folder / "HuggingFaceTB/SmolLM2-135M-Instruct")
     with chdir(folder):
         command = next(line for line in joined(TEXT[ROOT / "docs/runs.md"])
                        if line.startswith("python embed.py"))

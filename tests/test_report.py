@@ -420,11 +420,19 @@ def test_the_projects_own_records_have_their_sections(folder, capsys, tmp_path_f
         setting = {**SETTING, "about": f"About {name}.", "common": ["--preset", "smollm2", *flags]}
         (other / "setting.json").write_text(json.dumps(setting))
         write_run(other, "lr=3e-4", 0, 55.5)
+    settings = {"objective": "ctkd", "steps": 600, "batch_size": 4, "max_tokens": 128,
+                "memory_tokens": 8}
+    for seed, hours in enumerate((0.25, 0.35)):  # the third run has none, and is not counted
+        found = json.loads((folder / f"ctkd-{seed}.json").read_text())
+        (folder / f"ctkd-{seed}.json").write_text(json.dumps(
+            {**found, "settings": settings, "hours": {"training": hours, "scoring": 0.05}}))
     folder.rename(records / "smollm2")
     assert report.main(["--out", str(out)]) == 0
     text = out.read_text()
     assert text.count("| lr=3e-4 |") == 6 and text.count("| objective | ctkd |") == 2
-    judged, *others, end = text.split("\n## ")[1:]
+    judged, costs, *others, end = text.split("\n## ")[1:]
+    assert costs.startswith("What it costs\n") and costs.rstrip().endswith(  # 2,400 x 273 tokens
+        "| 2,400 texts | ctkd | 600 of 4 | 0.66 | 0.30 | 0.05 | A, 2 cores, 1 threads |")
     assert "| objective | ctkd |" in judged and end.startswith("Machines")
     for part, head, name in zip(others, ("How the settings were chosen, 1", "How the settings were "
                                          "chosen, 2", "Smoke test"), ("smollm2-validation",

@@ -1,0 +1,75 @@
+"""data/smollm2, the trained encoder: that it fits its base, and that its card tells the truth."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SMOLLM2, refused, write_smollm2
+from safetensors import safe_open
+
+from model import load_encoder
+
+RECORDS = ROOT / "bench" / "records"
+TASKS = {  # the card's names -> the records'
+    "STS17 (en-en)": "STS17", "STSBenchmark": "STSBenchmark",
+    "Banking77": "Banking77Classification", "embedded retrieval": "demo-retrieval",
+    "20 Newsgroups, subject lines (own draws)": "clustering-20newsgroups",
+    "MedQuAD, reranking (no MTEB task)": "reranking-medquad",
+}
+
+
+def scores(folder: str, run: str) -> dict[str, float]:
+    """The scores of a record."""
+    return json.loads((RECORDS / folder / f"{run}.json").read_text())["scores"]
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and deviation if there are several values, as the card has them."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def test_the_card_has_the_scores_of_the_records():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in (SMOLLM2 / "README.md").read_text().splitlines() if line.startswith("| ")]
+    own = scores("smollm2-32000", "wide-ctkd-0")
+    prompt = scores("smollm2", "prompteol-0")
+    short = [scores("smollm2", f"ctkd-{seed}") for seed in range(3)]
+    expected = [[title, cell([own[name]]), cell([prompt[name]]), cell([s[name] for s in short])]
+                for title, name in TASKS.items()]
+    expected.append(["mean of these six", *(
+        cell([np.mean([found[name] for name in TASKS.values()]) for found in some])
+        for some in ([own], [prompt], short))])
+    assert rows[1:-1] == expected
+    assert rows[-1][:2] == ["SciFact", cell([own["SciFact"]])]
+    assert rows[-1][2] == cell([scores("smollm2-32000", "prompteol-0")["SciFact"]])
+
+
+def test_it_is_small_and_holds_no_name_of_a_machine():
+    files = [path for path in SMOLLM2.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    with safe_open(SMOLLM2 / "ctkd/adapter_model.safetensors", "pt") as adapter:
+        assert {adapter.get_slice(key).get_dtype() for key in adapter.keys()} == {"BF16"}
+    for path in files:
+        if path.suffix == ".json":
+            assert not re.search(r'"/|\\\\|~', path.read_text()), path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another base of the same shape."""
+    return write_smollm2(tmp_path_factory.mktemp("smollm2"))
+
+
+def test_it_goes_on_another_copy_of_its_base_on_purpose_alone(other, capsys):
+    """Token 0 comes first there, too."""
+    refused(lambda: load_encoder(SMOLLM2, base=str(other), dtype=torch.bfloat16),
+            "was trained on another base", "--other-base")
+    encoder = load_encoder(SMOLLM2, base=str(other), dtype=torch.bfloat16, other_base=True)
+    assert "another base than it was trained on" in capsys.readouterr().out
+    assert [ids[0] for ids in encoder.tokenize(["A bird sings."]).ids] == [0]
+    found = encoder.encode(["A bird sings.", ""])
+    assert found.shape == (2, 576) and np.isfinite(found).all()
+    assert encoder.config.num_memory_tokens == 1 and encoder.config.attention == "causal"
