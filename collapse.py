@@ -12,7 +12,7 @@ correlation       of the K memory tokens: mean over the texts of m~_i . m~_j, an
 effective tokens  clusters of the tokens by complete linkage: two join while every pair between
                   them has a mean cosine of at least --merge (section 4.2). --save writes an
                   encoder whose embedding is the mean of one token of each, drawn by --seed
-wide tokens       those whose own states have a participation ratio of at least half of the
+wide tokens       those whose own states have a participation ratio of at least 3/4 of the
                   largest (ours); --save with --keep wide writes the encoder of their mean
 alignment         mean squared distance of positive pairs on the unit sphere, here the pairs of an
                   STS task with at least 4/5 of the highest score (Wang & Isola 2020); none if the
@@ -118,10 +118,10 @@ def draw_tokens(clusters: list[list[int]], seed: int) -> list[int]:
 
 
 def wide_tokens(states: np.ndarray) -> tuple[list[float], list[int]]:
-    """The participation ratio of each token's states (n, K, D), and the tokens of at least half of
+    """The participation ratio of each token's states (n, K, D), and the tokens of at least 3/4 of
     the largest: all of them if each token is the same for all texts."""
     ratios = [dimensions(spectrum(states[:, k]))["participation"] for k in range(states.shape[1])]
-    return ratios, [k for k, ratio in enumerate(ratios) if ratio >= max(ratios) / 2]
+    return ratios, [k for k, ratio in enumerate(ratios) if ratio >= 0.75 * max(ratios)]
 
 
 def alignment(left: np.ndarray, right: np.ndarray) -> float:

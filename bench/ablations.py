@@ -314,7 +314,7 @@ def record(variant: str, seed: int, out: Path, results: Path, args: argparse.Nam
         hours["training"] = sum(s["real_tokens"] / s["tokens_per_second"] for s in steps) / 3600
         about["loss"] = thin([s["loss"] for s in steps])
         about["curve"] = read_log(out / "scores.jsonl")
-    for key in ("products", "drawn", "base"):
+    for key in ("products", "drawn", "wide", "base"):
         analysis.pop(key, None)
     return about | {
         "machine": machine(args),

@@ -8,7 +8,7 @@ another side of the same disease) come, below OUT/data,
     documents.jsonl    texts without labels: answers, those of the test among them
     pairs.jsonl        training rows, with their own, static negatives
     test/              a retrieval task: questions about diseases of which no training row speaks;
-                       its corpus are all answers of the training and test rows
+                       the corpus is all answers of training and test rows
 
 and from them the base untrained, stage 1 and 2 on the documents, and stage 3 on the rows, always
 from stage 2's encoder and for as many steps, with three kinds of negatives:
@@ -125,8 +125,8 @@ def stages_1_and_2(args: argparse.Namespace, data: Path, out: Path):
     own = ["--threads", args.threads, "--text", data / "documents.jsonl"]
     train("pretrain_ctkd.py", out / "ctkd", "--preset", "smollm2", "--model", args.base, *own)
     train("contrastive.py", out / "ucl", "--preset", "demo", "--model", out / "ctkd", *own,
-          "--batch-size", 2 * args.batch_size, "--steps", args.steps, "--max-tokens", args.max_tokens,
-          "--micro-tokens", 4096)
+          "--batch-size", 2 * args.batch_size, "--steps", args.steps, "--max-tokens",
+          args.max_tokens, "--micro-tokens", 4096, "--eval-tasks", "")
 
 
 def stage_3(args: argparse.Namespace, data: Path, out: Path, seed: int):
@@ -143,7 +143,7 @@ def stage_3(args: argparse.Namespace, data: Path, out: Path, seed: int):
               "--model", out / "ucl", "--triples", triples, "--threads", args.threads,
               "--batch-size", args.batch_size, "--steps", args.steps, "--lr", 1e-4,
               "--max-tokens", args.max_tokens, "--document-tokens", args.max_tokens,
-              "--micro-tokens", 4096, "--seed", seed)
+              "--micro-tokens", 4096, "--eval-tasks", "", "--seed", seed)
 
 
 def score(model: str | Path, args: argparse.Namespace, data: Path, method: str = "memory") -> float:

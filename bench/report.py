@@ -662,9 +662,9 @@ def costs_section(there: dict[str, Runs]) -> str:
     return f"""## What it costs
 
 Means of one run, of a stage without those before it. Tokens are those that all networks read in
-stage 1, its texts at their full length; several runs shared a machine, so that alone each takes less. Nobody measured the energy.
-The deviations from the paper, with what each does to the scores where that is known:
-[official.md](official.md#what-the-differences-do).
+stage 1, its texts at their full length; several runs shared a machine, so that alone each takes
+less. Nobody measured the energy. The deviations from the paper, with what each does to the scores
+where that is known: [official.md](official.md#what-the-differences-do).
 
 {table(head, rows)}
 """

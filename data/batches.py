@@ -263,8 +263,8 @@ class TripleRows:
                 tokenize(["a"], text)
             tokenize(["a"], document=True, max_tokens=document_tokens)
         except UserError as error:  # no place in a template, or no room in its length
-            raise UserError(f"{error}; by --instruction none, or, if it has no room, with more "
-                            f"--max-tokens or --document-tokens")
+            raise UserError(f"{error} (flags: --instruction none; for more room --max-tokens, "
+                            f"--document-tokens)")
 
     def read_batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """The global batch of a step: B queries, then the B positives and the hard negatives."""

@@ -194,11 +194,11 @@ def directions(n: int, of: int) -> np.ndarray:
     return np.concatenate((axes, -axes))
 
 
-def test_wide_tokens_have_half_of_the_largest_dimension():
-    """12, 6 and 5 directions, and a token that is the same for all texts."""
-    tokens = [np.resize(directions(n, 16), (120, 16)) for n in (6, 12, 5)]
+def test_wide_tokens_have_three_quarters_of_the_largest_dimension():
+    """8, 6 and 5 directions, and a token that is the same for all texts."""
+    tokens = [np.resize(directions(n, 16), (480, 16)) for n in (6, 8, 5)]
     ratios, wide = collapse.wide_tokens(np.stack((*tokens, np.ones_like(tokens[0])), axis=1))
-    assert ratios == pytest.approx([6, 12, 5, 0], abs=1e-5) and wide == [0, 1]
+    assert ratios == pytest.approx([6, 8, 5, 0], abs=1e-5) and wide == [0, 1]
     assert collapse.wide_tokens(np.ones((9, 3, 4)))[1] == [0, 1, 2]
 
 
