@@ -42,7 +42,7 @@ import torch
 from data.corpora import read_texts
 from data.tasks import read_task
 from evaluate import METHODS, add_reading_flags, encoding, find_task, instruction_for, open_model
-from measures import unit
+from measures import effective_dimension, unit
 from model import Encoder, save_encoder
 from runtime.cpu import keep_freed_memory
 from runtime.devices import at_least_fp32, find_device, scoring_dtype
@@ -120,7 +120,8 @@ def draw_tokens(clusters: list[list[int]], seed: int) -> list[int]:
 def wide_tokens(states: np.ndarray) -> tuple[list[float], list[int]]:
     """The participation ratio of each token's states (n, K, D), and the tokens of at least 3/4 of
     the largest: all of them if each token is the same for all texts."""
-    ratios = [dimensions(spectrum(states[:, k]))["participation"] for k in range(states.shape[1])]
+    ratios = [effective_dimension(torch.from_numpy(states[:, k]).double())
+              for k in range(states.shape[1])]
     return ratios, [k for k, ratio in enumerate(ratios) if ratio >= 0.75 * max(ratios)]
 
 
@@ -162,8 +163,8 @@ def read_states(encoder: Encoder, method: str, texts: list[str], **options):
         x[batch] = encoder.pool(memory).float().cpu().numpy()
         memory = at_least_fp32(memory).cpu().numpy()
         sums += np.stack(correlation(memory))
-        batch = np.asarray(batch)
-        states[batch[batch % every == 0] // every] = memory[batch % every == 0]
+        chosen = [i for i, place in enumerate(batch) if place % every == 0]
+        states[[batch[i] // every for i in chosen]] = memory[chosen]
     return x, sums, states
 
 

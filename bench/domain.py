@@ -21,7 +21,6 @@ Every command is printed and can be typed by itself. What is there already is no
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -35,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from data.rows import read_rows, text
 from runtime.errors import UserError, run_command
 from runtime.results import label_of, read_result
+from validation import write
 
 KINDS = ("static", "mined", "mined-twice")
 UNTRAINED = ("weighted-mean", "prompteol")
@@ -61,13 +61,6 @@ def topics(rows: list[dict]) -> list[list[dict]]:
     for row in rows:
         groups.setdefault(root(row["query"]), []).append(row)
     return list(groups.values())
-
-
-def write(path: Path, rows: list[dict]):
-    """A .jsonl, one row per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path}: {len(rows):,} rows")
 
 
 def prepare(args: argparse.Namespace, data: Path):

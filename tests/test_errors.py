@@ -131,7 +131,8 @@ STEERING = {  # a name, and how it is shown on a line
     "\x9b2J": r"\x9b2J", "a\x00b\x7f": r"a\x00b\x7f", "a\rerror: b": r"a\rerror: b",
     "a\nerror: b": r"a\nerror: b", "a\x85b\x0b\x0c": r"a\x85b\x0b\x0c", "a\x08b": r"a\x08b",
     "nur\u202eepj.exe": r"nur\u202eepj.exe", "\u2066a\u2069": r"\u2066a\u2069",
-    "a\u2028b\u200f": r"a\u2028b\u200f", "größer 漢字 🙂": "größer 漢字 🙂", "a b": "a b",
+    "a\u2028b\u200f": r"a\u2028b\u200f", "größer 漢字 🙂": "größer 漢字 🙂",
+    "a b": "a b",
 }
 
 

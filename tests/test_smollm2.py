@@ -63,7 +63,7 @@ def other(tmp_path_factory):
     return write_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
-def test_it_goes_on_another_copy_of_its_base_on_purpose_alone(other, capsys):
+def test_another_copy_of_its_base_has_to_be_asked_for(other, capsys):
     """Token 0 comes first there, too."""
     refused(lambda: load_encoder(SMOLLM2, base=str(other), dtype=torch.bfloat16),
             "was trained on another base", "--other-base")
