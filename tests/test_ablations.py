@@ -9,7 +9,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "bench")]
 import ablations
-import report
+import claims
 
 
 def parse(*more):
@@ -191,7 +191,7 @@ def test_ablations_run_once_and_are_recorded(tmp_path, capsys, monkeypatch):
     assert ablations.main([*command, "--steps", "3"]) == 2
     error = capsys.readouterr().err
     assert "was run with other settings (steps: 2 -> 3); name another --out" in error
-    runs = report.read_runs(kept)
+    runs = claims.read_runs(kept)
     assert runs.values["causal", 0].keys() >= {"embedded STS", "sts", "mean", "entropy"}
     assert ("merged-nll", 0) in runs.values and ("nll", 0) in runs.values
 

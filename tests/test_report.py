@@ -1,4 +1,4 @@
-"""bench/report.py: what it reads, how claims are judged, what the page says and when it is kept."""
+"""bench/claims.py and report.py: what is read, how claims are judged, what the page says."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from scipy import stats
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "bench")]
 import ablations
+import claims
 import report
 
 SETTING = {"common": "--preset demo --memory-init mean --steps 20 --num-texts 9000".split(),
@@ -62,8 +63,8 @@ def write(folder, variant, *columns, **more):
 
 def judged(folder):
     """Claim -> its verdict and comparisons."""
-    found = report.judge_all(report.read_runs(folder))
-    return {text: result for (text, *_), result in zip(report.CLAIMS, found, strict=True)}
+    found = claims.judge_all(claims.read_runs(folder))
+    return {text: result for (text, *_), result in zip(claims.CLAIMS, found, strict=True)}
 
 
 def verdict(folder, beginning):
@@ -80,11 +81,11 @@ def test_a_difference_has_the_interval_and_p_of_scipys_paired_t_test():
     x, y = np.array([61.0, 62.5, 60.2, 64.0]), np.array([58.0, 61.0, 59.9, 60.0])
     oracle = stats.ttest_rel(x, y)
     for level in (0.95, 0.9):
-        mean, low, high, p = report.student(x - y, level)
+        mean, low, high, p = claims.student(x - y, level)
         assert (mean, p) == pytest.approx(((x - y).mean(), oracle.pvalue))
         assert (low, high) == pytest.approx(tuple(oracle.confidence_interval(level)))
-    assert report.student(np.zeros(3)) == (0, 0, 0, 1)
-    assert report.student(np.ones(3)) == (1, 1, 1, 0)
+    assert claims.student(np.zeros(3)) == (0, 0, 0, 1)
+    assert claims.student(np.ones(3)) == (1, 1, 1, 0)
 
 
 @pytest.mark.parametrize("seeds, threshold", [(3, 39.0), (5, 9.605), (8, 4.995)])
@@ -92,16 +93,16 @@ def test_deviations_are_told_apart_at_the_tabled_value_of_f(seeds, threshold):
     """The 97.5 % points of F(n - 1, n - 1) as tables print them: two-sided, 5 %."""
     y = np.arange(seeds, dtype=float)
     for factor, told in ((0.999, False), (1.001, True)):
-        ratio, low, high, p = report.deviations(y * np.sqrt(threshold * factor), y)
+        ratio, low, high, p = claims.deviations(y * np.sqrt(threshold * factor), y)
         assert (p < 0.05) == told == (low > 1), (seeds, factor)
-        assert report.deviations(y, y * ratio)[3] == pytest.approx(p)
+        assert claims.deviations(y, y * ratio)[3] == pytest.approx(p)
         assert ratio**2 == pytest.approx(threshold * factor) and low < ratio < high
 
 
 def test_holms_correction():
-    assert report.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
-    assert report.holm([0.5, 0.9]) == pytest.approx([1, 1])
-    assert report.holm([]).size == 0
+    assert claims.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert claims.holm([0.5, 0.9]) == pytest.approx([1, 1])
+    assert claims.holm([]).size == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def test_a_comparison_is_judged_by_its_paired_difference(folder):
     write(folder, "ctkd", x)
     write(folder, "rc", y)
     write_run(folder, "rc", 7, 90.0)  # no common seed
-    found = report.compare(report.read_runs(folder), "ctkd", ">", "rc", "sts")
+    found = claims.compare(claims.read_runs(folder), "ctkd", ">", "rc", "sts")
     oracle = stats.ttest_rel(x, y)
     low, high = oracle.confidence_interval()
     assert found.p == pytest.approx(oracle.pvalue) and found.seeds == 4
@@ -129,7 +130,7 @@ def test_a_comparison_is_judged_by_its_paired_difference(folder):
 def test_the_sign_and_the_p_value_make_the_verdict(sign, other, expected, folder):
     write(folder, "ctkd", [60, 61, 62])
     write(folder, "rc", [other + 0.5, other - 0.5, other + 0.4])
-    assert report.compare(report.read_runs(folder), "ctkd", sign, "rc", "sts").verdict == expected
+    assert claims.compare(claims.read_runs(folder), "ctkd", sign, "rc", "sts").verdict == expected
 
 
 def test_two_seeds_make_no_verdict(folder):
@@ -150,7 +151,7 @@ def test_a_claim_is_confirmed_if_all_of_it_is_and_says_what_holm_leaves(folder):
     verdict, comparisons = found["Continuation beats reconstruction"]
     assert verdict == "confirmed, also after Holm"
     every = [f for _, several in found.values() for f in several if not np.isnan(f.p)]
-    assert [f.holm for f in every] == pytest.approx(report.holm([f.p for f in every]))
+    assert [f.holm for f in every] == pytest.approx(claims.holm([f.p for f in every]))
     assert len(every) > 5 and all(f.holm > f.p for f in comparisons)
     assert judged(folder)["Distillation beats the likelihood"][0] == "not confirmed"
 
@@ -297,7 +298,7 @@ def test_stage_3_is_followed_over_its_steps(late, expected, folder):
 def test_stage_3_is_compared_with_its_best_before_and_with_step_200(folder):
     write_run(folder, "scl-ctkd", 0, 60, curve=[
         (0, 40, 35), (100, 61, 45), (200, 60, 40), (250, 59, 38), (300, 57, 25)])
-    values = report.read_runs(folder).values["scl-ctkd", 0]
+    values = claims.read_runs(folder).values["scl-ctkd", 0]
     assert values["gain after step 200"] == -2 and values["retrieval after step 200"] == -15
 
 
@@ -322,15 +323,15 @@ def test_every_comparison_is_of_variants_and_measures_that_exist(flags, folder):
     """Whatever the common setting is: a claim's `causal` is then `ctkd`."""
     setting = {**SETTING, "common": [*SETTING["common"], *flags.split()]}
     (folder / "setting.json").write_text(json.dumps(setting))
-    runs = report.read_runs(folder)
+    runs = claims.read_runs(folder)
     names = {name for variants in runs.studies.values() for name in variants} | {"0"}
-    keys = {*report.MEASURES, *TASKS, "mean", "mean without retrieval", "deviation",
+    keys = {*claims.MEASURES, *TASKS, "mean", "mean without retrieval", "deviation",
             "gain after step 200", "retrieval after step 200"}
-    for text, _, parts in report.CLAIMS:
+    for text, _, parts in claims.CLAIMS:
         for a, sign, b, key in parts:
             assert {runs.same(a), runs.same(b)} <= names, (text, a, b)
             assert key in keys and sign in "<=>", (text, key)
-    assert len({text for text, *_ in report.CLAIMS}) == len(report.CLAIMS)
+    assert len({text for text, *_ in claims.CLAIMS}) == len(claims.CLAIMS)
     assert runs.same("causal") == ("ctkd" if "causal" in flags else "causal")
     assert runs.same("merged-nll-mean") == (
         "merged-nll-mean" if "normal" in flags else "merged-nll")
