@@ -46,9 +46,10 @@ from measures import effective_dimension, unit
 from model import Encoder, save_encoder
 from runtime.cpu import keep_freed_memory
 from runtime.devices import at_least_fp32, find_device, scoring_dtype
+from runtime.encoders import require_no_base
 from runtime.errors import UserError, printable, run_command
 from runtime.files import write_file
-from runtime.formats import encoder_of, is_encoder, require_no_base
+from runtime.formats import encoder_of, is_encoder
 from runtime.hub import find_model
 from runtime.results import GROUPS
 

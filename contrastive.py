@@ -43,9 +43,9 @@ from measures import effective_dimension
 from model import (MEMORY_INITS, POOLINGS, Encoder, EncoderConfig, load_encoder, plain_encoder,
                    save_encoder)
 from runtime.devices import flat_ids, scoring_dtype, to_device
+from runtime.encoders import read_exported, require_no_base, require_stage
 from runtime.errors import UserError, print_once, run_command
-from runtime.formats import (encoder_of, is_encoder, note_positions, read_exported, require_no_base,
-                             require_stage)
+from runtime.formats import encoder_of, is_encoder, note_positions
 from runtime.hub import find_model
 from runtime.identity import identity
 from runtime.ranks import Ranks

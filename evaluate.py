@@ -38,10 +38,10 @@ from data.tokenizer import bare_instruction
 from measures import KINDS
 from model import PLAIN, Encoder, EncoderConfig, load_encoder, plain_encoder
 from runtime.devices import scoring_dtype
+from runtime.encoders import read_exported, require_no_base
 from runtime.errors import UserError, note, print_error, printable, run_command
 from runtime.files import sha256_of_files
-from runtime.formats import encoder_of, is_encoder, note_positions, read_exported
-from runtime.formats import require_no_base, weight_files
+from runtime.formats import encoder_of, is_encoder, note_positions, weight_files
 from runtime.hub import find_model
 from runtime.ranks import Ranks, join_ranks
 from runtime.results import (

@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from runtime import cpu
 from runtime.devices import at_least_fp32
-from runtime.formats import read_adapter, read_adapter_tensors, write_adapter
+from runtime.encoders import read_adapter, read_adapter_tensors, write_adapter
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's name
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.batches import token_batches
 from data.tokenizer import Tokenizer, Tokens, check_texts, choose_template
 from lora import LoraConfig, LoraLinear, load_adapter, merge_lora, save_adapter
-from runtime import cpu, cuda, formats
+from runtime import cpu, cuda, encoders, formats
 from runtime.devices import at_least_fp32, flat_ids, pack, to_device
 from runtime.files import write_folder
 
@@ -291,7 +291,7 @@ class EncoderConfig:
     special_tokens: str = "literal"  # </s> in a text: its letters; or parsed, as transformers does
 
     def __post_init__(self):
-        formats.check_encoder_config(self, self.__annotations__, ("memory", *POOLINGS))
+        encoders.check_encoder_config(self, self.__annotations__, ("memory", *POOLINGS))
 
 
 PLAIN = EncoderConfig(num_memory_tokens=0, pooling="mean", attention="causal")
@@ -424,7 +424,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Loading and saving: runtime/formats.py reads and checks, here the parts are put together
+# Loading and saving: runtime/formats.py and encoders.py read and check, here it is put together
 # ---------------------------------------------------------------------------------------------
 
 
@@ -461,21 +461,21 @@ def load_encoder(name: str | Path, base: str | None = None, dtype=torch.float32,
     `base` replaces the place recorded for the base model, which must be the same model unless
     `other_base`. Raises UserError for anything missing, damaged or not fitting.
     """
-    folder, config, recorded, history = formats.read_encoder(name, revision, EncoderConfig)
+    folder, config, recorded, history = encoders.read_encoder(name, revision, EncoderConfig)
     place = (base, None, None) if base else (recorded["name"], recorded["revision"], folder)
-    with formats.loading_base(folder):
+    with encoders.loading_base(folder):
         encoder = plain_encoder(place[0], config, place[1], dtype, device, base_of=place[2])
-    formats.check_base(encoder, folder, recorded, other_base)
+    encoders.check_base(encoder, folder, recorded, other_base)
     for entry in history:
         merge_lora(encoder.llama)  # the adapter before: only the last one stays apart
         encoder.lora_config = c = load_adapter(encoder.llama, folder / entry["stage"])
         encoder.loaded.append([entry["stage"], c.r, c.alpha, *c.targets])
     (v, d), k = encoder.table.shape, config.num_memory_tokens
-    rows = formats.read_embeddings(folder, {"memory_tokens": (k, d), "embed_tokens": (v, d)})
+    rows = encoders.read_embeddings(folder, {"memory_tokens": (k, d), "embed_tokens": (v, d)})
     for key, tensor in rows.items():
         setattr(encoder, "table" if key == "embed_tokens" else key, nn.Parameter(tensor.to(device)))
     encoder.adapters, encoder.history = True, history
-    encoder.sha256 = formats.encoder_hash(folder, [entry["stage"] for entry in history])
+    encoder.sha256 = encoders.encoder_hash(folder, [entry["stage"] for entry in history])
     return encoder.requires_grad_(False).eval()
 
 
@@ -489,10 +489,10 @@ def save_encoder(encoder: Encoder, folder: str | Path, earlier: Path | None = No
     if encoder.table is not encoder.llama.model.embed_tokens.weight:
         tensors["embed_tokens"] = encoder.table
     with write_folder(Path(folder)) as aside:
-        formats.copy_adapters(earlier, stages[:-1], aside)
+        encoders.copy_adapters(earlier, stages[:-1], aside)
         save_adapter(encoder.llama, encoder.lora_config, aside / stages[-1],
                      encoder.base["name"])
         formats.write_tensors(aside / "embeddings.safetensors", tensors)
-        formats.write_encoder_json(aside, {"base": encoder.base, **asdict(encoder.config),
+        encoders.write_encoder_json(aside, {"base": encoder.base, **asdict(encoder.config),
                                            "history": encoder.history})
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.encoders import NEWER
 from runtime.errors import UserError, printable
 from runtime.files import MOST_JSON, open_regular, write_file
-from runtime.formats import NEWER
 from runtime.identity import base_changes
 
 TABLES = Path(__file__).resolve().parents[1] / "data"

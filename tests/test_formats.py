@@ -1,4 +1,4 @@
-"""runtime/formats.py: what is refused, in one line that names it, and hashes of weights."""
+"""runtime/formats.py, encoders.py: what is refused, in a line that names it; hashes of weights."""
 
 import json
 import shutil

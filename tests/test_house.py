@@ -114,7 +114,7 @@ def test_a_module_imports_only_what_its_place_allows():
 
 def test_the_rules_see_the_imports():
     """The tests above and below would pass if no import were found."""
-    assert {"lora", "data.tokenizer", "runtime.cpu", "runtime.formats"} <= imports("model")
+    assert {"lora", "data.tokenizer", "runtime.cpu", "runtime.encoders"} <= imports("model")
     assert {"evaluate", "model", "runtime.run"} <= imports("contrastive")
     assert {"runtime.errors", "runtime.files"} <= imports("runtime.checkpoints")
     assert "print" in calls(MODULES["collapse"])

@@ -17,7 +17,7 @@ import evaluate
 from model import load_encoder, load_llama, save_encoder
 from runtime.checkpoints import FILES, seal
 from runtime.files import MOST_JSON, sha256_of_json, write_file
-from runtime.formats import own_file
+from runtime.encoders import own_file
 
 
 @pytest.fixture(autouse=True)
