@@ -231,9 +231,12 @@ def compare(runs: Runs, a: str, sign: str, b: str, key: str) -> Found:
 
 def conclude(found: list[Found]) -> str:
     """The verdict of a claim: confirmed if every comparison is as expected."""
-    verdicts = sorted({f.verdict for f in found})  # "no verdict: 0 seeds" before 1 and 2
+    verdicts = sorted({f.verdict for f in found})
     if "opposite" in verdicts:
         return f"not confirmed: {'in part ' * (len(verdicts) > 1)}the opposite"
+    few = sum(f.seeds < SEEDS for f in found)
+    if few and len(found) > 1:
+        return f"no verdict: under {SEEDS} seeds in {few} of {len(found)} comparisons"
     for start in ("no verdict", "not testable here", "not confirmed"):
         if there := [verdict for verdict in verdicts if verdict.startswith(start)]:
             return there[0]

@@ -133,7 +133,7 @@ def command(runs: Runs) -> str:
 def model_of(runs: Runs) -> str:
     """The base in words."""
     names = {"demo": "the embedded Llama (6.9 M weights, D = 256)", "smollm2":
-             "SmolLM2-135M-Instruct (D = 576; the weights of bench/smollm2.py, out of 4 bits)"}
+             "SmolLM2-135M-Instruct (D = 576; the weights of bench/smollm2.py, dequantised)"}
     return names.get(runs.args.base.model, runs.args.base.model)
 
 
@@ -162,7 +162,8 @@ settings, command, machine, hours, losses, scores, analysis):
 
 Scores are main scores x 100, mean ± standard deviation over seeds. In stage 1 all variants of a
 seed see the same texts in the same order, but for those of `texts`. Training in {dtypes} on
-{devices}; evaluation and analysis in {runs.args.eval_dtype}.
+{devices}; evaluation and analysis in {runs.args.eval_dtype}. * No MTEB task
+([where the data are from](measured.md#where-the-data-are-from)).
 """
 
 
