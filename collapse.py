@@ -229,6 +229,9 @@ def analyse(name: str, source: tuple, args) -> tuple[dict, Encoder]:
     encoder, method = open_named(name, args)
     if args.save and not encoder.config.num_memory_tokens:
         raise UserError(f"--save: {name} has no memory tokens to merge")
+    if args.save and encoder.config.kept_tokens:
+        raise UserError(f"--save: {name} is read by some of its memory tokens already; name the "
+                        f"encoder that it was made from")
     texts, documents, pairs = source
     instruction = instruction_for(args.task or "", "auto", encoder)
     options = {"batch_tokens": args.batch_tokens, "progress": name}
@@ -333,7 +336,11 @@ def run(args: argparse.Namespace):
         raise UserError(f"--save {args.save}: exists already; name a new folder")
     folders = [find_model(encoder_of(name)) for name in args.model]
     trained = list(map(is_encoder, folders))
-    if all(trained) and (args.method or args.max_tokens or args.special_tokens):
+    if args.save and not trained[0]:
+        raise UserError(f"--save: {args.model[0]} is no encoder as training leaves it (an exported "
+                        f"one is not, either); name one that is")
+    given = (args.method, args.max_tokens, args.special_tokens)
+    if all(trained) and given != (None, None, None):
         raise UserError("--method, --max-tokens, --special-tokens: are for Llamas, and no --model "
                         "is one; leave them out")
     if not any(trained):
@@ -352,6 +359,8 @@ def run(args: argparse.Namespace):
     if args.save:
         kept = found["wide" if args.keep == "wide" else "drawn"]
         keep_tokens(encoder, kept)
+        chosen = {key: getattr(args, key) for key in ("text", "task", "texts", "seed", "keep")}
+        encoder.history[-1]["collapse"] = chosen | {"merge": args.merge, "kept_tokens": kept}
         save_encoder(encoder, Path(args.save) / "encoder", folders[0])
         print(f"memory tokens {', '.join(map(str, kept))} make the embedding of {args.save}/encoder"
               f", which reads {encoder.config.num_memory_tokens}")

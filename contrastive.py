@@ -16,12 +16,12 @@ Both stages minimise InfoNCE over a global batch of B rows and differ by that ba
 has to fit: its texts are embedded in micro-batches of at most --micro-tokens tokens, whose
 activations are recomputed in the backward pass. Micro-batches are cut from the global batch and
 dealt out to the processes: their size changes nothing but the dropout, the number of processes not
-even that.
-Letters as in model.py; B rows in a batch, M keys.
+even that. Letters as in model.py; B rows in a batch, M keys.
 """
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -166,6 +166,7 @@ class Config(RunConfig):
     max_tokens: int = setting(504, "cut texts and queries to this, BOS counted; the K memory "
                               "tokens come on top", least=10)
     document_tokens: int = setting(1016, "cut documents to this", least=10, only="scl")
+    encoder_tokens: int = setting(0, "cut texts to this once trained; 0 = max_tokens", least=0)
     batch_size: int = setting(128, "rows per step, over all ranks", least=2)
     micro_tokens: int = setting(2048, "tokens embedded at a time; more micro-batches than "
                                 "processes keep all of them busy", resumable="bits")
@@ -196,15 +197,15 @@ SCL = {  # the paper's row is at step 200 (section 5.4, Figure 10) of a schedule
 }
 DEMO = {"max_tokens": 256, "batch_size": 64, "micro_tokens": 4096, "num_texts": 0,
         "eval_tasks": "demo-sts demo-retrieval", "eval_every": 10, "save_every": 30}
-# LLM2Vec's (its train_configs). Its linear decay is planned over three epochs and stopped after
-# 1,000 steps: of a million sentences it has hardly begun then; of E5's rows, if they are 1.5
-# million, there are 8,800
+# LLM2Vec's (its train_configs): a linear decay over three epochs is stopped after 1,000 steps, when
+# it has hardly begun with a million sentences; with E5's rows, if 1.5 million, it has 8,800 steps
 LLM2VEC = {"steps": 1000, "weight_decay": 0.0, "clip": 1.0, "lora_k_proj": True}
 PRESETS = {
     "ucl": {
         "paper": {},
         "llm2vec": {**LLM2VEC, "model": "runs/llm2vec", "out": "runs/llm2vec-ucl", "lr": 3e-5,
-                    "min_lr": 3e-5, "warmup": 0.0, "max_tokens": 128, "attention_dropout": 0.3},
+                    "min_lr": 3e-5, "warmup": 0.0, "max_tokens": 128, "encoder_tokens": 512,
+                    "attention_dropout": 0.3},
         "demo": {**DEMO, "model": "runs/ctkd-demo", "text": "demo", "out": "runs/ucl-demo",
                  "steps": 60, "lr": 1e-4},
     },
@@ -219,10 +220,10 @@ PRESETS = {
         "repllama": {**SCL, "model": "meta-llama/Llama-2-7b-hf", "out": "runs/repllama",
                      "pooling": "last", "attention": "causal", "instruction": "none",
                      "template": "query: {text}</s>", "document_template": "passage: {text}</s>",
-                     "max_tokens": 32, "document_tokens": 196, "batch_size": 128, "negatives": 15,
-                     "temperature": 0.01, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.1,
-                     "steps": 0, "schedule_steps": 0, "min_lr": 0.0, "warmup": 100.0,
-                     "weight_decay": 0.0, "clip": 1.0},
+                     "max_tokens": 32, "document_tokens": 196, "encoder_tokens": 512,
+                     "batch_size": 128, "negatives": 15, "temperature": 0.01, "lora_r": 32,
+                     "lora_alpha": 64, "lora_dropout": 0.1, "steps": 0, "schedule_steps": 0,
+                     "min_lr": 0.0, "warmup": 100.0, "weight_decay": 0.0, "clip": 1.0},
     },
 }
 
@@ -237,13 +238,15 @@ def check(config: Config):
         raise UserError(f"--micro-tokens {config.micro_tokens}: smaller than one text, which may "
                         f"have {longest} tokens and its memory tokens; raise it, or lower "
                         f"--max-tokens and --document-tokens")
+    if 0 < config.encoder_tokens < config.max_tokens:
+        raise UserError(f"--encoder-tokens {config.encoder_tokens}: below --max-tokens; raise it")
     if config.stage == "scl" and not config.triples:
         raise UserError("--stage scl needs --triples: a .jsonl, a folder of them, or demo")
-    if config.eval_tasks:
-        from evaluate import find_task
-
-        for name in eval_tasks(config):
-            find_task(name, "--eval-tasks")
+    if config.data_dir and not config.eval_tasks:
+        raise UserError(f"--data-dir {config.data_dir}: is for --eval-tasks; leave it out")
+    from evaluate import find_task
+    for name in eval_tasks(config):
+        find_task(name, "--eval-tasks")
 
 
 def parse_arguments(argv: list[str] | None) -> Config:
@@ -287,7 +290,6 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
             raise UserError(f"{flag(key)} {getattr(config, key)}: {name} was trained with "
                             f"{trained!r}; leave it out, or start from its base")
     merge_lora(encoder.llama)
-    encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
     return encoder, folder
 
 
@@ -298,7 +300,9 @@ def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
     are trained.
     """
     encoder, folder = open_base(config, run)
-    note_positions(encoder, config.max_tokens, config.document_tokens * (config.stage == "scl"))
+    limit = config.encoder_tokens or config.max_tokens
+    encoder.config = replace(encoder.config, max_tokens=limit)
+    note_positions(encoder, limit, config.document_tokens * (config.stage == "scl"))
     before = [entry["stage"] for entry in encoder.history]
     # every stage draws anew: an adapter that began like the merged one would repeat its directions
     random = torch.Generator()
@@ -318,11 +322,12 @@ def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
 
 def open_data(config: Config, encoder: Encoder, progress: bool) -> Sentences | TripleRows:
     """The data of the stage; UserError if they make no batch."""
+    tokenize = partial(encoder.tokenize, max_tokens=config.max_tokens)
     if config.stage == "ucl":
-        data = Sentences(config.text, config.num_texts, encoder.tokenize, config.text_seed)
+        data = Sentences(config.text, config.num_texts, tokenize, config.text_seed)
     else:
         rows = open_triples(config.triples, config.instruction, progress)
-        data = TripleRows(rows, encoder.tokenize, config.document_tokens, config.negatives,
+        data = TripleRows(rows, tokenize, config.document_tokens, config.negatives,
                           one_file=config.batches == "single-dataset")
     require_rows(data.sizes, config.batch_size)
     return data
@@ -332,11 +337,10 @@ def prepare(config: Config, run: Run) -> tuple[Encoder, Path | None, Sentences |
     """The encoder to train, the folder it came from, and the data to train it on."""
     encoder, earlier = new_encoder(config, run)
     data = open_data(config, encoder, progress=run.first_rank)
-    if config.eval_tasks:  # complain before the training, not after
-        from evaluate import TASKS, read_task
+    from evaluate import TASKS, read_task
 
-        for name in eval_tasks(config):
-            read_task(TASKS[name], config.data_dir or None)
+    for name in eval_tasks(config):  # complain before the training, not after
+        read_task(TASKS[name], config.data_dir or None)
     before = [entry["stage"] for entry in encoder.history[:-1]]
     if run.first_rank and (config.stage in before or "scl" in before):
         print(f"note: {config.model} has been through {', '.join(before)}; these adapters are "
@@ -431,11 +435,6 @@ def train(config: Config, run: Run):
     run.finish(lambda folder: save_encoder(encoder, folder, earlier))
 
 
-# ---------------------------------------------------------------------------------------------
-# What is logged of a step's embeddings
-# ---------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def diagnostics(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor) -> dict:
     """What a batch's embeddings look like; alignment and uniformity as in arXiv 2005.10242.
@@ -473,7 +472,8 @@ def report(config: Config, device: torch.device):
         revision = config.revision or None if name == "before" else None
         encoder, method = open_model(str(model), revision=revision, **options)
         if not encoder.history:  # a plain Llama, cut like what was trained from it
-            encoder.config = replace(encoder.config, max_tokens=config.max_tokens)
+            limit = config.encoder_tokens or config.max_tokens
+            encoder.config = replace(encoder.config, max_tokens=limit)
         stages = " + ".join(entry.get("objective", entry["stage"])
                             for entry in encoder.history) or f"untrained, {method}"
         print(f"  {name:<12}{stages:<26}{demo_sts(encoder):6.2f}")

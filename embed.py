@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data.corpora import json_texts, require_no_json
 from data.lines import brief, list_unread, read_lines
 from data.tokenizer import bare_instruction
-from evaluate import add_reading_flags, encoding, open_model, over_ranks
+from evaluate import METHODS, add_reading_flags, encoding, open_model, over_ranks
 from measures import unit
 from runtime.cpu import give_back_freed_memory, keep_few_products
 from runtime.devices import scoring_dtype
@@ -159,10 +159,16 @@ def read_file(path: Path, fields: list[str], unread: Counter,
 
 def count(texts: Iterator[str]) -> tuple[int, str]:
     """How many texts there are, and their sha256."""
-    digest, n = hashlib.sha256(), 0
-    for n, text in enumerate(texts, 1):
-        digest.update(json.dumps(text).encode())
+    digest = hashlib.sha256()
+    n = sum(1 for _ in hashed(texts, digest))
     return n, digest.hexdigest()
+
+
+def hashed(texts: Iterator[str], digest) -> Iterator[str]:
+    """The same texts, each added to the hash as it is read."""
+    for text in texts:
+        digest.update(json.dumps(text).encode())
+        yield text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,7 +191,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "reads them differently")
     add("--normalize", action="store_true", help="to length 1: dot products are cosines")
     add("--half", action="store_true", help="float16 in place of float32")
-    add("--method", help="how a plain Llama is read, as of evaluate.py")
+    add("--method", choices=["memory", *METHODS], help="how a plain Llama is read, as of "
+        "evaluate.py")
     add("--max-tokens", type=int, help="of a text, for a plain Llama; an encoder knows its own")
     add_reading_flags(add)
     add("--timeout", type=float, default=60, help="minutes that a rank waits for the others")
@@ -229,9 +236,14 @@ def run(args: argparse.Namespace, ranks: Ranks):
                          str(encoder.dtype)]}
     found = ranks.on_first(Embeddings, out, about, np.float16 if args.half else np.float32)
     done = ranks.from_first(found.state["done"] if found else 0)
-    texts = islice(read_file(path, fields, unread), done, None)
+    again = hashlib.sha256()
+    changed = UserError(f"{path}: has changed while it was read; see that nothing writes to it, "
+                        f"remove {args.out} and {args.out}.json, and start again")
+    texts = islice(hashed(read_file(path, fields, unread), again), done, None)
     with tqdm(total=n, initial=done, unit=" texts", disable=ranks.rank > 0 or None) as bar:
         while block := list(islice(texts, BLOCK)):
+            if done + len(block) > n:
+                raise changed
             before = encoder.cut
             x = encode(block)
             cut = int(ranks.sum(torch.tensor([encoder.cut - before], device=ranks.device)))
@@ -240,6 +252,8 @@ def run(args: argparse.Namespace, ranks: Ranks):
             done += len(block)
             if done % (GIVE_BACK * BLOCK) == 0:
                 give_back_freed_memory()
+    if again.hexdigest() != digest:
+        raise changed
     if found:
         found.note.unlink()
         print(f"wrote {printable(args.out)}: {n:,} x {about['shape'][1]}, {found.dtype}; "

@@ -148,6 +148,8 @@ def open_model(
     go to model.load_encoder or plain_encoder. UserError if `method`, `max_tokens` (512 for a plain
     Llama) or `special_tokens` (literal for one) contradicts the training.
     """
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"--max-tokens {max_tokens}: must be at least 2, for BOS and a text")
     name = encoder_of(name)
     folder = find_model(name, options.get("revision"))
     if is_encoder(folder):
@@ -161,7 +163,8 @@ def open_model(
                                 f"out, or name its base with --model")
         return encoder, encoder.config.pooling
     require_no_base(name, *(options.pop(key, None) for key in ("base", "other_base")))
-    if (about := read_exported(folder, EncoderConfig)) and method is None:
+    about = read_exported(folder, EncoderConfig)
+    if about and method in (None, about[0].pooling):
         if max_tokens or special_tokens:
             raise UserError(f"--max-tokens, --special-tokens: {name} was exported from an encoder, "
                             f"which knows its own; leave them out")
@@ -232,7 +235,8 @@ def over_ranks(encode: Encode, ranks: Ranks) -> Encode:
         """Every size-th text by length is this rank's; the sum over ranks fills all rows."""
         by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         mine = by_length[ranks.rank :: ranks.size]
-        part = torch.from_numpy(encode([texts[i] for i in mine])).to(ranks.device)
+        with ranks.fail_together():  # a text that is refused is refused on all ranks
+            part = torch.from_numpy(encode([texts[i] for i in mine])).to(ranks.device)
         everything = part.new_zeros(len(texts), part.shape[1])
         everything[mine] = part
         return ranks.sum(everything).cpu().numpy()
@@ -359,7 +363,7 @@ def chosen_tasks(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def add_reading_flags(add: Callable):
-    """What evaluate.py, collapse.py and mine.py ask of whoever has a model read texts."""
+    """What evaluate.py, collapse.py, embed.py and mine.py ask of whoever has a model read texts."""
     add("--base", help="path of an encoder's base model, if it has moved")
     add("--other-base", action="store_true", help="take that base even if it is another one than "
         "the encoder was trained on; recorded with what is made")
@@ -404,8 +408,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_tokens < 1 or args.threads < 0 or not args.timeout > 0:
         parser.error("--batch-tokens and --timeout must be above 0, --threads not below")
-    if args.max_tokens is not None and args.max_tokens < 2:
-        parser.error(f"--max-tokens {args.max_tokens}: must be at least 2, for BOS and a text")
+    if args.list or args.compare:
+        for name in ("model", "method", "max_tokens", "instruction", "force"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')}: is for --task; leave it out")
     return args
 
 

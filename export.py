@@ -20,6 +20,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
@@ -328,7 +329,8 @@ def card(encoder: Encoder, title: str, license: str, results: list[dict]) -> str
     if k:
         kept = [f"{len(c.kept_tokens)} of "] * bool(c.kept_tokens)
         how = f"it reads a text and {k} memory tokens, and the mean of {''.join(kept)}their last " \
-              f"states is the embedding."
+              f"states is the embedding." if k > 1 else \
+              "it reads a text and one memory token, whose last state is the embedding."
         places = [i - k for i in c.kept_tokens] or list(range(-k, 0))
         pooled = STATES["last"] if k == 1 else \
             f"torch.stack([h[[n + i for i in {places}]].mean(0)\n" \
@@ -365,12 +367,20 @@ def metadata(title: str, results: list[dict]) -> str:
 
 
 def command_of(stage: dict) -> str:
-    """The command that trained a stage, from the settings in the encoder's history."""
-    module = contrastive if stage["stage"] in contrastive.PRESETS else pretrain_ctkd
-    presets = module.PRESETS.get(stage["stage"], module.PRESETS)
-    given = command_line(module.Config, presets["paper"], stage)
-    first = f"--stage {stage['stage']} " if module is contrastive else ""
-    return f"torchrun {module.__name__}.py {first}--preset paper {given}"
+    """The commands that made a stage, from the settings in the encoder's history."""
+    kind = stage["stage"].partition("_")[0]  # ucl_2 is a second ucl
+    module = contrastive if kind in contrastive.PRESETS else pretrain_ctkd
+    presets = module.PRESETS.get(kind, module.PRESETS)
+    given = command_line(module.Config, presets["paper"], {**stage, "stage": kind})
+    first = f"--stage {kind} " if module is contrastive else ""
+    command = f"torchrun {module.__name__}.py {first}--preset paper {given}"
+    if kept := stage.get("collapse"):
+        given = {key: value for key, value in kept.items() if key != "kept_tokens"}
+        flags = [f"--{key} {quote(str(value))}" for key, value in given.items()
+                 if value is not None]
+        command += (f"\npython collapse.py --model RUN {' '.join(flags)} --save FOLDER"
+                    f"  # keeps {', '.join(map(str, kept['kept_tokens']))}")
+    return command
 
 
 def results_of(name: str, encoder: Encoder, folder: Path) -> list[dict]:

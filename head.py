@@ -22,14 +22,14 @@ class ThroughHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, row_loss, chunk_rows: int) -> Tensor:
         """hidden (R, D), head (V, D), row_loss(logits, rows) -> scalar, for each chunk of rows."""
-        total, gradients = 0.0, []
+        total, gradients = hidden.new_zeros(()), [hidden[:0]]  # a rank's texts may have no row
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
             with torch.enable_grad():
                 chunk = hidden[rows].detach().requires_grad_()
                 loss = row_loss(logits_of(chunk, head), rows)
             gradients.append(torch.autograd.grad(loss, chunk)[0])
-            total += loss.detach()
+            total = total + loss.detach()
         ctx.save_for_backward(torch.cat(gradients))
         return total
 

@@ -348,6 +348,7 @@ def effective_dimension(x: torch.Tensor) -> float:
 
     x (n, D). Between 1 (all on a line) and min(n - 1, D); 0 if all rows are equal.
     """
+    x = x.double()  # in which equal rows differ from their mean by no more than is clamped
     x = x - x.mean(dim=0)
     gram = x @ x.T  # has the covariance's eigenvalues, times n
     return float(gram.trace() ** 2 / gram.square().sum().clamp_min(1e-30))

@@ -40,7 +40,7 @@ from model import Encoder
 from runtime.cpu import keep_freed_memory
 from runtime.devices import find_device, scoring_dtype, to_device
 from runtime.errors import UserError, printable, run_command
-from runtime.files import sha256_of_json
+from runtime.files import sha256_of_json, try_lock
 from runtime.identity import identity
 
 QUERIES = 4096  # that are searched together: the corpus is read once for so many
@@ -187,6 +187,9 @@ def mine_block(pool: Pool, rows: list, pairs: np.ndarray, embeddings: Embeddings
 def mine_rows(pool: Pool, rows: Triples, embeddings: Embeddings, path: Path, *options):
     """Write the rows to `path`, after those that stand there already; options of mine_block."""
     with open(path, "ab+") as file, tqdm(total=len(rows), desc="search", disable=None) as bar:
+        if not try_lock(file.fileno(), path):
+            raise UserError(f"{path}: another process writes it; wait for that one, or name "
+                            f"another --out")
         file.seek(0)
         whole = [len(line) for line in file if line.endswith(b"\n")]  # a kill may have cut one
         file.truncate(sum(whole))

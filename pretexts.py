@@ -67,7 +67,7 @@ def mntp(encoder: Encoder, batch: SplitBatch, config) -> Tensor:
 def mask_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of the token that stands for a masked one; UserError if there is none."""
     found = tokenizer.backend.token_to_id(token)
-    if found is None:
+    if found is None or found >= tokenizer.vocab_size:  # a pad token may lie beyond the table
         raise UserError(f"--mask-token {token!r}: no token of {tokenizer.file}; name one that is "
                         f"rare in texts and has an id of its own there")
     return found
@@ -177,6 +177,8 @@ def check(config):
         if (found := getattr(config, name)) != value:
             raise UserError(f"{flag(name)} {found}: --objective {config.objective} needs "
                             f"{flag(name)} {value}; --preset {preset} has all that belongs to it")
+    if config.objective == "mntp" and not config.mask_share:
+        raise UserError("--mask-share 0: no token would be predicted; raise it")
     if config.objective != "mntp" and not config.resume:
         require_unset("--objective mntp", config, "mask_token", "mask_share")
     if not config.memory_tokens and config.objective != "mntp":

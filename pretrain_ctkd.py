@@ -169,8 +169,8 @@ class Config(RunConfig):
     model: str = setting("meta-llama/Llama-2-7b-chat-hf", "folder, hub repository, or demo",
                          resumable="place")
     revision: str = setting("", "branch, tag or commit of a hub model", resumable="place")
-    text: str = setting("wikitext103", "a .txt, a .jsonl (also .gz), wikitext103, or demo",
-                        resumable="place")
+    text: str = setting("wikitext103", "a .txt, a .jsonl (also .gz), wikitext103, wiki1m, or "
+                        "demo", resumable="place")
     out: str = setting("runs/ctkd", "folder of the run; must be new or empty", resumable=True)
     objective: str = setting("ctkd", "Eq. 5, Eq. 4, reconstruction (Eq. 2), or a task of "
                              "pretexts.py", OBJECTIVES)

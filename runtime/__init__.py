@@ -7,7 +7,8 @@ tensors, processes and numbers, and imports neither the network nor a stage:
     settings    one dataclass per stage -> command line, bounds, JSON
     files       writing that survives a crash; hashes
     hub         a model's name -> a local folder
-    formats     config.json, safetensors, PEFT adapters, encoder folders: read and checked
+    formats     a Llama's config.json and safetensors: read and checked
+    encoders    PEFT adapters, encoder folders, exported folders: the same
     identity    what a model is: hashes of its tensors, architecture and tokenizer
     devices     device, dtype, and copies that nothing waits for
     cpu         what makes PyTorch fast on a CPU

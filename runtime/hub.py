@@ -68,7 +68,7 @@ def find_model(name: str | Path, revision: str | None = None, base_of: Path | No
         raise UserError(f"{name}: no such folder, nor a repository's owner/name")
     if not revision and (owner == "runs" or Path(owner).is_dir()):  # the hub is not asked for paths
         raise UserError(f"{name}: no such folder; if the hub's repository of that name is meant, "
-                        f"add --revision main")
+                        f"add --revision main where the command has it, or name it from elsewhere")
     if base_of and not isinstance(
             try_to_load_from_cache(str(name), "config.json", revision=revision), str):
         note(f"fetching {name} at {revision}, which {base_of} names as its base")

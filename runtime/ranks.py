@@ -59,9 +59,10 @@ class Ranks:
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         small = [p.grad for p in parameters if p.numel() < LARGE]
-        flat = self.sum(torch.cat([g.flatten() for g in small]))
-        for gradient, piece in zip(small, flat.split([g.numel() for g in small])):
-            gradient.copy_(piece.view_as(gradient))
+        if small:
+            flat = self.sum(torch.cat([g.flatten() for g in small]))
+            for gradient, piece in zip(small, flat.split([g.numel() for g in small])):
+                gradient.copy_(piece.view_as(gradient))
         for p in parameters:
             if p.numel() >= LARGE:
                 self.sum(p.grad)
@@ -154,6 +155,10 @@ def start_ranks(device: str, threads: int, timeout_minutes: float, deterministic
         keep_freed_memory()
     else:
         place = torch.device("cuda", local if place.index is None else place.index)
+        if place.index >= (there := torch.cuda.device_count()):
+            raise UserError(f"--device {device}: process {local} of this machine would need GPU "
+                            f"{place.index} (from 0), and there are {there}; start fewer with "
+                            f"--nproc-per-node, or name another device")
         torch.cuda.set_device(place)
     patient, launch, by_torchrun = None, None, "TORCHELASTIC_RUN_ID" in os.environ
     backend = "nccl" if place.type == "cuda" else "gloo"

@@ -19,6 +19,7 @@ from unittest import mock
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 
 import contrastive
@@ -134,6 +135,7 @@ def exchange_gradients(ranks: Ranks) -> dict:
 
     with mock.patch.object(Ranks, "sum", count), mock.patch.object(runtime.ranks, "LARGE", 50):
         ranks.sum_gradients(parameters)
+        ranks.sum_gradients([torch.zeros(60)])  # without a small one
     return {"sums": [p.grad.flatten().tolist() for p in parameters], "messages": sizes}
 
 
@@ -172,11 +174,17 @@ def exchange_errors(ranks: Ranks) -> dict:
         with ranks.fail_together():
             failing(rank)
 
+    def encode(texts: list[str]) -> np.ndarray:
+        if "bb" in texts:
+            raise UserError("bb is refused")
+        return np.ones((len(texts), 2), np.float32)
+
     return {"fail_together": [said(together, rank) for rank in (0, 1, 2)],
             "on_first": said(ranks.on_first, failing, 0),
             "on_first, elsewhere": said(ranks.on_first, failing, 1),
             "first_then_others": [said(ranks.first_then_others, lambda rank=rank: failing(rank))
                                   for rank in (0, 1)],
+            "encode": said(evaluate.over_ranks(encode, ranks), ["a", "bb", "ccc"]),
             "sum": ranks.sum(torch.ones(1)).item()}
 
 

@@ -218,8 +218,14 @@ def test_an_encoder_of_the_wide_tokens_can_be_written(tiny, tmp_path, monkeypatc
     ids = encoder.tokenize(texts[::3]).ids
     states = torch.cat([encoder.memory(flat_ids([one], "cpu"), [len(one)]) for one in ids])
     assert found["token_participation"] == pytest.approx(real(states.detach().numpy())[0], rel=1e-4)
-    assert found["wide"] == [1] and load_encoder(tmp_path / "wide").config.kept_tokens == (1,)
+    wide = load_encoder(tmp_path / "wide")
+    assert found["wide"] == [1] and wide.config.kept_tokens == (1,)
+    command = export.command_of(wide.history[-1]).splitlines()[1]
+    assert command == (f"python collapse.py --model RUN --text {tmp_path}/texts.txt --texts 60000 "
+                       f"--seed 0 --keep wide --merge 0.9 --save FOLDER  # keeps 1")
     assert "memory tokens 1 make the embedding" in capsys.readouterr().out
+    error_line(run("--model", tmp_path / "wide", *source[2:], "--save", tmp_path / "again"),
+               capsys, "is read by some of its memory tokens already")
     with pytest.raises(SystemExit):
         run(*source, "--keep", "wide")
     assert "--keep wide: is for --save; leave it out" in capsys.readouterr().err
@@ -278,7 +284,8 @@ def test_a_plain_llama_has_a_spectrum_but_no_memory_tokens(tmp_path, capsys):
     (["--task", "sts"], "a group of tasks; name one"),
     (["--text", "demo", "--model", "demo", "dmeo"], "dmeo: no such folder"),
     (["--model", "demo", "dmeo", "--text", "demo"], "dmeo: no such folder"),
-    (["--task", "demo-sts", "--save", "x"], "no memory tokens"),
+    (["--task", "demo-sts", "--save", "x"], "--save: demo is no encoder"),
+    (["--task", "demo-sts", "--max-tokens", "0"], "--max-tokens 0: must be at least 2"),
 ])
 def test_a_mistake_ends_in_one_line_and_writes_nothing(arguments, fragment, tmp_path, capsys):
     error_line(run("--model", "demo", *arguments, "--out", tmp_path), capsys, fragment)

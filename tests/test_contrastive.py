@@ -678,7 +678,7 @@ def test_a_preset_that_the_stage_has_not_is_a_usage_error(flags, said, capsys):
 def repllama(run, home, tiny, tmp_path):
     """A run of the preset repllama on the tiny Llama; the preset says the stage."""
     flags = ["--model", tiny, "--triples", home / "triples.jsonl", *FAST2, "--document-tokens", 40,
-             "--out", tmp_path / "repllama", "--warmup", 0.5]
+             "--encoder-tokens", 60, "--out", tmp_path / "repllama", "--warmup", 0.5]
     assert contrastive.main(["--preset", "repllama", *map(str, flags)]) == 0
     return tmp_path / "repllama"
 
@@ -695,7 +695,7 @@ def test_a_preset_with_templates_stores_them_and_reads_texts_in_them(repllama):
     for document, start in ((False, "query: "), (True, "passage: ")):
         prefix = parsing.encode([start])[0].tolist()
         ids, tails, cut = encoder.tokenize(texts, document=document)
-        assert [len(i) for i in ids][2] == 40 and len(ids[0]) < 40
+        assert [len(i) for i in ids][2] == 60 and len(ids[0]) < 40
         assert cut == [False, False, True] and tails[1] == 1
         for one in ids:
             assert one[-1] == 2 and list(one).count(2) == 1 and one[0] == 1
@@ -714,6 +714,8 @@ def test_a_batch_is_read_in_the_templates_too(repllama):
     encoder, earlier = contrastive.new_encoder(config, run_of(config))
     assert earlier is None
     data = contrastive.open_data(config, encoder, False)
+    assert encoder.config.max_tokens == 60  # afterwards; in the training as its settings say
+    assert len(data.tokenize(["a long text " * 30]).ids[0]) == config.max_tokens == 40
     batch = data.read_batch(config.seed, 0, config.batch_size)
     triples = [data.triples[i] for i in batch.rows]
     parsing = Tokenizer(encoder.tokenizer.file.parent, 320, special_tokens="parsed")
@@ -733,7 +735,7 @@ def test_a_document_about_the_end_token_has_one_at_its_end(repllama):
     for text in ("It writes </s> at the end.", "</s>", "</s></s> " * 30):
         for document in (False, True):
             (ids,) = encoder.tokenize([text], document=document).ids
-            assert ids.tolist().count(2) == 1 and ids[-1] == 2 and len(ids) <= 40
+            assert ids.tolist().count(2) == 1 and ids[-1] == 2 and len(ids) <= 60
     whole = encoder.tokenizer.decode(encoder.tokenize(["a </s> b"], document=True).ids[0])
     assert whole == "passage: a </s> b"
 

@@ -189,6 +189,39 @@ def test_freed_memory_is_given_back_every_other_block(two_stages, tmp_path, monk
     assert os.environ["LRU_CACHE_CAPACITY"] == os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 
 
+@pytest.mark.parametrize("lines", [LINES[:4], LINES + ["more"] * 2, LINES[:5] + ["other"]])
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_file_that_changes_meanwhile_is_noticed(lines, when, two_stages, tmp_path, monkeypatch,
+                                                  capsys, small_blocks):
+    """After its texts were counted, or in the middle of the second reading of a .txt."""
+    path, out, calls = write_texts(tmp_path), tmp_path / "out.npy", []
+    ours = embed.read_file
+
+    def read(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            for i, line in enumerate(LINES if when == 2 else ()):
+                if i == 3:
+                    break
+                yield line
+            write_texts(tmp_path, lines=lines)
+            yield from list(ours(*args))[3 * (when == 2) :]
+        else:
+            yield from ours(*args)
+
+    monkeypatch.setattr(embed, "read_file", read)
+    assert embed.main([str(two_stages[1]), str(path), str(out)]) == 2
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert f"{path}: has changed while it was read" in error and str(out) in error
+    assert (tmp_path / "out.npy.json").exists()  # it is no finished command's
+
+
+def test_a_method_that_there_is_not_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        embed.main(["demo", str(write_texts(tmp_path)), str(tmp_path / "o.npy"), "--method", "foo"])
+    assert stop.value.code == 2 and "invalid choice: 'foo'" in capsys.readouterr().err
+
+
 def test_two_processes_share_the_work(two_stages, tmp_path):
     path = write_texts(tmp_path, lines=LINES * 4)
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -585,6 +585,8 @@ def test_a_runs_folder_stands_for_its_encoder(tiny, here, capsys):
 @pytest.mark.parametrize("arguments, fragments", [
     (["--model", "mine", "--method", "mean"], ["--method mean", "trained with memory"]),
     (["--model", "TINY", "--method", "memory"], ["--method memory", "plain Llama"]),
+    (["--model", "TINY", "--max-tokens", "0"], ["--max-tokens 0: must be at least 2"]),
+    (["--model", "TINY", "--max-tokens", "-9"], ["--max-tokens -9: must be at least 2"]),
     (["--model", "mine", "--max-tokens", "32"], ["--max-tokens 32", "trained with 64"]),
     (["--model", "mine", "--special-tokens", "parsed"],
      ["--special-tokens parsed", "trained with literal"]),
@@ -607,14 +609,23 @@ def test_a_wrong_argument_exits_with_2_and_writes_nothing(
 
 
 @pytest.mark.parametrize("flags", [["--batch-tokens", "0"], ["--threads", "-1"],
-                                   ["--timeout", "0"], ["--timeout", "nan"], ["--max-tokens", "0"],
-                                   ["--max-tokens", "1"], ["--max-tokens", "-9"]])
+                                   ["--timeout", "0"], ["--timeout", "nan"]])
 def test_an_impossible_setting_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main(["--task", "demo-sts", *flags])
     assert caught.value.code == 2
-    bound = "(above 0|not below|at least 2)"
+    bound = "(above 0|not below)"
     assert re.search(f"error: .*{flags[0]}.* {bound}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flags", [["--model", "demo"], ["--method", "echo"], ["--force"],
+                                   ["--max-tokens", "9"], ["--instruction", "none"]])
+@pytest.mark.parametrize("what", [["--list"], ["--compare", "LT"]])
+def test_what_an_evaluation_needs_is_refused_beside_a_list(what, flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([*what, *flags])
+    assert caught.value.code == 2
+    assert f"{flags[0]}: is for --task; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
+import collapse
 import contrastive
 import export
 import pretrain_ctkd
@@ -304,6 +305,9 @@ def test_the_card_has_the_commands_that_made_the_encoder(module, argv):
     again = module.parse_arguments(command[2:])
     elsewhere = dict.fromkeys(("out", "save_every"), None)
     assert asdict(again) | elsewhere == asdict(config) | elsewhere
+    if module is contrastive:  # a second time the same
+        stored = {**asdict(config), "stage": f"{stage}_2"}
+        assert shlex.split(export.command_of(stored)) == command
 
 
 def test_the_card_has_the_scores_of_these_weights(two_stages, tmp_path, capsys, monkeypatch):
@@ -400,12 +404,16 @@ def test_the_folder_is_read_here_as_the_encoder_was(case, tiny, tmp_path, capsys
     again, method = open_model(str(tmp_path / "out"))
     assert (method, again.history) == (encoder.config.pooling, encoder.history)
     assert again.config == encoder.config and capsys.readouterr().out == ""
+    assert open_model(str(tmp_path / "out"), encoder.config.pooling)[0].history == encoder.history
+    error_line(collapse.main(["--model", str(tmp_path / "out"), "--text", "demo", "--save",
+                              str(tmp_path / "kept")]), capsys, "--save", "an exported one")
     found = [again.encode(TEXTS), again.encode(TEXTS, document=True),
              again.encode(TEXTS, TOLD) if takes else None]
     for ours, theirs in zip(found, expected):
         assert ours is theirs is None or np.abs(ours - theirs).max() <= 1e-5
-    open_model(str(tmp_path / "out"), "last")
-    assert "under --method last it is read as a plain Llama" in capsys.readouterr().out
+    other = "mean" if encoder.config.pooling == "last" else "last"
+    open_model(str(tmp_path / "out"), other)
+    assert f"under --method {other} it is read as a plain Llama" in capsys.readouterr().out
     refused(lambda: open_model(str(tmp_path / "out"), None, 30), "--max-tokens", "leave them out")
     for damage in ({"history": None}, {"pooling": "best"}, {"kept_tokens": 5}, {"max_tokens": "9"}):
         about = json.loads((tmp_path / "out/config.json").read_text())["llm2comp"]

@@ -453,6 +453,23 @@ def test_rows_without_negatives_keep_their_place(encoder, rows, tmp_path, capsys
     assert [data[i].query for i in range(20)] == [Triples(rows)[i].query for i in range(20)]
 
 
+def test_a_second_process_is_refused_also_in_the_search(encoder, rows, tmp_path, monkeypatch,
+                                                        capsys):
+    """Once all is embedded it is the file of the rows that both would write."""
+    whole, codes = mine.mine_block, []
+
+    def meanwhile(*args):
+        if not codes:
+            codes.append(mined(encoder, rows, tmp_path / "out.jsonl"))
+        return whole(*args)
+
+    monkeypatch.setattr(mine, "mine_block", meanwhile)
+    assert mined(encoder, rows, tmp_path / "out.jsonl") == 0 and codes == [2]
+    assert "another process writes it" in capsys.readouterr().err
+    found = read_lines(tmp_path / "out.jsonl")
+    assert [row["query"] for row in found] == [row["query"] for row in read_lines(rows)]
+
+
 # ---------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------

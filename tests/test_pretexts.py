@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import CONFIGS, error_line, losses, settings_of, stage1_encoder, without_speed
+from helpers import (
+    CONFIGS, error_line, gradients, losses, settings_of, stage1_encoder, without_speed, worst,
+)
 
 import contrastive
 import evaluate
@@ -82,6 +84,27 @@ def test_mntp_is_the_loss_of_transformers_without_a_causal_mask(share, id_texts,
             mean = llama(input_ids=inputs, labels=labels).loss.item()
         total, count = total + mean * chosen.sum(), count + chosen.sum()
     assert ours == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_micro_batch_in_which_no_token_is_chosen_adds_nothing(id_texts, monkeypatch):
+    """A short text may have none; on the only rank that has no other, too."""
+    config = CONFIGS["mntp"]
+    encoder, batch = stage1_encoder(config), id_texts.read_batch(0, 0, 2)
+    real = pretexts.mask_tokens
+
+    def none_in_the_first(ids, *rest):
+        read, chosen = real(ids, *rest)
+        return (ids, np.zeros_like(chosen)) if ids is batch.texts[0] else (read, chosen)
+
+    monkeypatch.setattr(pretexts, "mask_tokens", none_in_the_first)
+    whole, parts = [pretexts.mntp(encoder, batch, config)], []
+    whole[0].backward()
+    expected = gradients(encoder)
+    for place in (0, 1):
+        parts.append(pretexts.mntp(encoder, batch.part(range(place, place + 1)), config))
+        parts[-1].backward()
+    assert parts[0] == 0 and parts[1].item() == pytest.approx(whole[0].item(), rel=1e-12)
+    assert worst(gradients(encoder), expected) < 1e-10
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,6 +228,7 @@ def test_an_interruption_changes_no_bit(preset, run, tmp_path, capsys, monkeypat
     ("llm2vec", ["--attention", "causal"], ["--attention causal", "bidirectional", "llm2vec"]),
     ("llm2vec", ["--train-embeddings", "all"], ["--train-embeddings all", "memory"]),
     ("llm2vec", ["--mask-share", "1.5"], ["--mask-share 1.5", "below 1"]),
+    ("llm2vec", ["--mask-share", "0"], ["--mask-share 0", "raise it"]),
     ("llama2vec", ["--attention", "bidirectional"], ["--attention bidirectional", "causal"]),
     ("llama2vec", ["--max-tokens", "20"], ["max_tokens=20", "no room", "prompt"]),
     ("paper", ["--memory-tokens", "0"], ["--memory-tokens 0", "ctkd", "at least 1"]),

@@ -18,9 +18,11 @@ import tokenizers
 import torch
 import torch.distributed as dist
 from helpers import (
-    DROPOUT, ONE, ROOT, STAGES, assert_same_run, error_line, losses, metrics, names, signal_after,
+    DROPOUT, ONE, ROOT, STAGES, assert_same_run, error_line, losses, metrics, names, refused,
+    signal_after,
 )
 
+import runtime.ranks
 from data.tasks import TASKS, read_task
 from runtime.ranks import Ranks, rendezvous
 
@@ -87,7 +89,7 @@ def test_gradients_are_summed_small_ones_in_one_message(pair):
     sums = [[2.0 * i + 100 for i in range(n)] for n in (6, 4, 2, 50)]
     sums[2] = [0.0, 1.0]  # rank 1 had none and added zeros
     assert first.sums == second.sums == sums
-    assert first.messages == second.messages == [12, 50]
+    assert first.messages == second.messages == [12, 50, 60]
 
 
 def test_rank_0_works_before_the_others_and_alone_where_it_shall(pair, tmp_path):
@@ -109,7 +111,18 @@ def test_a_users_mistake_on_one_rank_ends_a_common_block_on_both(pair):
     assert getattr(second, "on_first, elsewhere") == "nothing"
     assert first.first_then_others == ["rank 0 failed", other]
     assert second.first_then_others == [other, "rank 1 failed"]
+    assert {first.encode, second.encode} == {"bb is refused", other}
     assert first.sum == second.sum == 2
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(runtime.ranks, "find_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for device, place in (("cuda", 5), ("cuda:9", 9)):
+        monkeypatch.setenv("LOCAL_RANK", "5")
+        refused(lambda device=device: runtime.ranks.start_ranks(device, torch.get_num_threads(),
+                                                                  1, False),
+                f"--device {device}", f"GPU {place}", "there are 4", "--nproc-per-node")
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 100])

@@ -109,6 +109,7 @@ MAPPINGS = {
         "template": v["query"] + "{text}" + v["eos_token"],
         "document_template": v["passage"] + "{text}" + v["eos_token"],
         "max_tokens": v["q_max_len"], "document_tokens": v["p_max_len"],
+        "encoder_tokens": v["q_max_len, p_max_len on BEIR"],
         "longest_text": v["q_max_len"] - v["left free by a cut text"],
         "longest_document": v["p_max_len"] - v["left free by a cut text"],
         "pooling": v["pooling"], "attention": v["attention"],
@@ -126,7 +127,7 @@ MAPPINGS = {
     },
     "LLM2Vec, SimCSE": lambda v: {
         **llm2vec(v), "attention_dropout": v["simcse_dropout"], "temperature": 1 / v["loss_scale"],
-        "text": v["dataset_name"].lower(),
+        "text": v["dataset_name"].lower(), "encoder_tokens": v["LLM2Vec.max_length"],
     },
     "LLM2Vec, supervised": lambda v: {
         **llm2vec(v), "warmup_steps": v["warmup_steps"], "document_tokens": v["max_seq_length"],
