@@ -225,7 +225,7 @@ def test_a_key_with_the_text_of_a_rows_positive_is_excluded_for_that_row_only():
 
 
 def test_a_batch_of_sentences_has_each_text_as_query_and_key(encoder, home):
-    config = Config(text=str(home / "texts.txt"), batch_size=6)
+    config = Config(text=str(home / "texts.txt"), batch_size=6, max_tokens=20)
     encoder.config = replace(encoder.config, max_tokens=20)
     data = contrastive.open_data(config, encoder, False)
     assert 0 < sum(data.cut) < 40
@@ -257,7 +257,8 @@ def test_stage_2_shuffles_as_python_does_and_leaves_empty_lines_out(seed, wanted
         ids.tolist() for ids in encoder.tokenize(expected).ids]
     lines = [int(data.name(row).rpartition(" ")[2]) for row in range(len(expected))]
     assert [ROWS_WITH_GAPS[n - 1].strip() for n in lines] == expected and lines != sorted(lines)
-    config = Config(text=str(gaps), num_texts=wanted, text_seed=seed, batch_size=4, seed=9)
+    config = Config(text=str(gaps), num_texts=wanted, text_seed=seed, batch_size=4, seed=9,
+                    max_tokens=40)
     assert contrastive.open_data(config, encoder, False).sha256 == data.sha256
     in_order = Sentences(str(gaps), wanted, encoder.tokenize, -1)
     assert [ids.tolist() for ids in in_order.texts] == [
@@ -289,7 +290,7 @@ def test_the_texts_of_a_contrastive_batch_do_not_depend_on_k(memory_tokens, tiny
 
 
 def test_the_embedded_data_are_read_by_name(encoder):
-    config = Config(text="demo", num_texts=300, text_seed=-1)
+    config = Config(text="demo", num_texts=300, text_seed=-1, max_tokens=40)
     data = contrastive.open_data(config, encoder, False)
     assert len(data.texts) == 300
     assert all(1 < len(ids) <= 40 and ids[0] == 1 for ids in data.texts)
