@@ -2,7 +2,7 @@
 
     python bench/ablations.py                              the objectives, embedded demo, 3 seeds
     python bench/ablations.py --study rate tokens --seeds 0 --preset smollm2 --threads 1 --jobs 2 \\
-        --task sts17 scifact --data-dir FOLDER --out runs/smollm2 --records bench/records/smollm2
+        --task sts17 scifact --data-dir FOLDER --out runs/mine --records bench/records/mine
     python bench/report.py                                 docs/results.md from bench/records/
 
 Flags that are not of this command go to `pretrain_ctkd.py --preset demo --memory-init mean` in
@@ -63,7 +63,7 @@ import evaluate
 import pretrain_ctkd
 from data.tasks import TASKS
 from harness import device_name
-from model import MEMORY_INITS
+from model import MEMORY_INITS, plain_encoder
 from runtime.devices import find_device
 from runtime.errors import UserError, run_command
 from runtime.files import write_file
@@ -247,12 +247,21 @@ def task_names(args: argparse.Namespace) -> dict[str, str]:
         Path(folder).name: kind for folder, kind in args.task_dir}
 
 
+def tokens_with(method: str, args: argparse.Namespace) -> int:
+    """A --max-tokens under which an untrained method reads as much of a text as an encoder does:
+    its prompt's own tokens come on top, and a text that it reads twice counts twice."""
+    prompt = evaluate.METHODS[method]["prompts"][0]
+    copies, tokenizer = prompt.count("{text}"), plain_encoder(args.base.model).tokenizer
+    frame = len(tokenizer.encode([prompt.replace("{text}", "a")])[0]) - copies  # BOS is in it
+    return frame + copies * (args.base.max_tokens - len(tokenizer.bos))
+
+
 def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
     """Evaluate a model on all tasks and analyse how far it collapses, where that is not done."""
     flags = ["--model", model, *method, "--dtype", args.eval_dtype, "--threads",
              str(args.base.threads)]
     if method:  # an encoder knows its own length
-        flags += ["--max-tokens", str(args.base.max_tokens)]
+        flags += ["--max-tokens", str(tokens_with(method[1], args))]
     data = ["--data-dir", args.data_dir] if args.data_dir else []
     jobs = [["--task", *args.task, *data]] if args.task else []
     jobs += [["--task-dir", folder, "--kind", kind] for folder, kind in args.task_dir]

@@ -64,6 +64,10 @@ class Runs:
         seeds = self.seeds(variant) if seeds is None else seeds
         return np.array([self.values[variant, seed].get(key, np.nan) for seed in seeds])
 
+    def machine(self, variant: str, seed: int) -> str:
+        """What a run was made on, in a word."""
+        return "CPU" if "threads" in self.records[variant, seed]["machine"] else "GPU"
+
     def both(self, a: str, b: str, key: str) -> tuple[np.ndarray, np.ndarray]:
         """The values of a and b, one per common seed; an untrained b has one for all."""
         seeds = [seed for seed in self.seeds(a) if seed in self.seeds(b)]
@@ -204,6 +208,8 @@ def compare(runs: Runs, a: str, sign: str, b: str, key: str) -> Found:
     if key == "deviation":  # of the mean score, over all seeds of each: they are no pairs
         x, y = runs.of(a, "mean"), runs.of(b, "mean")
     sides = f"{title}: {a} {cell(x, digits)}" + f", {b} {cell(y, digits)}" * (b != "0")
+    made = [{runs.machine(name, seed) for seed in runs.seeds(name)} for name in (a, b)]
+    sides += " (on unlike machines)" * (made[0] != made[1] and all(made))
     found = Found(sides, sign, min(len(x), len(y)))
     if found.seeds > 1 and not np.isnan([*x, *y]).any():
         ratio, form = key == "deviation", ".2f" if key == "deviation" else f"+.{max(digits, 1)}f"

@@ -85,7 +85,7 @@ def labelled_rows(args: argparse.Namespace):
     for group in groups.values():
         for i, query in enumerate(group):
             rows.append({"query": query, "positive": group[(i + 1) % len(group)]})
-            relevant[query] = relevant.get(query, []) + group
+            relevant[query] = relevant.get(query, []) + [text for text in group if text != query]
     return rows, list(relevant), relevant
 
 

@@ -138,10 +138,13 @@ def model_of(runs: Runs) -> str:
 
 
 def hours_of(runs: Runs, variant: str) -> str:
-    """Mean hours of training and of scoring a run."""
-    found = [runs.records[variant, seed]["hours"] for seed in runs.seeds(variant)]
-    return " + ".join(f"{np.mean([h[key] for h in found]):.2f}"
-                      for key in ("training", "scoring") if all(key in h for h in found))
+    """Mean hours of training and of scoring a run, and on what."""
+    records = [runs.records[variant, seed] for seed in runs.seeds(variant)]
+    hours = " + ".join(f"{np.mean([r['hours'][key] for r in records]):.2f}"
+                       for key in ("training", "scoring")
+                       if all(key in r["hours"] for r in records))
+    machines = sorted({runs.machine(variant, seed) for seed in runs.seeds(variant)})
+    return f"{hours} ({', '.join(machines)})"
 
 
 def first_section(runs: Runs, title: str) -> str:
@@ -384,7 +387,7 @@ where that is known: [official.md](official.md#what-the-differences-do).
 def page(there: dict[str, Runs], groups: dict) -> str:
     """The text of docs/results.md, from the runs of each folder of records, and trained_runs."""
     first, smoke, settings = there.get("smollm2-first"), there.get("demo"), settings_of(there)
-    missing = [f"* {v}, seed {seed}: {why} ({part.args.base.model})" for part in there.values()
+    missing = [f"* {v}, seed {seed}: {why} ({folder})" for folder, part in there.items()
                if part not in settings for study in part.studies for v in part.begun(study)
                for (name, seed), why in part.missing.items() if name == v]
     machines = sorted({r["machine"] for part in there.values() for r in part.records.values()})

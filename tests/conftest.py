@@ -15,13 +15,12 @@ import pytest
 import torch
 import transformers
 from helpers import CTKD, FAST, FAST2, STAGES, TEXT, stage1_encoder
-from helpers import run_of, split_texts, words, write_llama, write_task, write_tokenizer
+from helpers import split_texts, words, write_llama, write_task, write_tokenizer
 from helpers import write_triples
 from helpers import randomize_adapters, trained_encoder
 
-import pretrain_ctkd
 from data.batches import SplitTexts
-from lora import LoraConfig, add_lora, lora_layers, merge_lora
+from lora import LoraConfig, add_lora, merge_lora
 from model import Encoder, load_encoder, save_encoder
 
 torch.set_num_threads(1)

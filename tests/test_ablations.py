@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "bench")]
 import ablations
 import claims
+import evaluate
+from model import plain_encoder
 
 
 def parse(*more):
@@ -65,6 +68,18 @@ def test_stages_2_and_3_have_the_same_flags_after_every_start():
         " --eval-tasks sts17 scifact --eval-every 50 --data-dir d --lr 1e-3 "}}
     _, flags, _ = ablations.recipe("scl-rc", 0, parse("--curve-tasks"))
     assert "--eval-every" not in flags and flags[flags.index("--eval-tasks") + 1] == ""
+
+
+def test_untrained_methods_read_as_much_of_a_text_as_an_encoder():
+    args = parse("--max-tokens", "64")
+    for method in ablations.studies(args)["untrained"]:
+        about = evaluate.METHODS[method]
+        limit = ablations.tokens_with(method, args)
+        encoder = plain_encoder("demo", replace(evaluate.PLAIN, pooling=about["pooling"],
+                                                max_tokens=limit, template=about["prompts"][0]))
+        text = "a" + " a" * 62  # BOS and 63 tokens
+        assert len(encoder.tokenizer.encode([text])[0]) == 64
+        assert encoder.tokenize([text, f"{text} a"]).cut == [False, True]
 
 
 def test_every_variant_is_made_from_one_that_is_there():

@@ -14,6 +14,7 @@ from helpers import ROOT, run_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
+import evaluate
 import mine
 import pretrain_ctkd as stage1
 from runtime.errors import UserError
@@ -83,7 +84,9 @@ def test_mining_is_measured(tmp_path, capsys):
     for task, negatives, false, of in (("banking77", 6, 8 * 2, 8 * 6), ("scifact", 7, 8, 28)):
         assert mining.main(["judged", "--task", task, "--data-dir", str(tmp_path), "--margins",
                             "0", "--negatives", str(negatives)]) == 0
-        assert f"| {of} | {false} | {false / of:.2%} |" in capsys.readouterr().out
+        said = capsys.readouterr().out  # all that is hidden is mined
+        assert f" {false} hidden relevant ones" in said
+        assert f"| {of} | {false} | {false / of:.2%} |" in said
 
 
 def step(loss, norm=1.0):
@@ -106,7 +109,7 @@ def test_a_domain_goes_from_rows_to_a_table_of_negatives(tmp_path, monkeypatch, 
         calls.append((script, command))
         given = dict(zip(command, command[1:]))
         {"pretrain_ctkd.py": stage1.parse_arguments, "contrastive.py": contrastive.parse_arguments,
-         "mine.py": mine.parse_arguments, "evaluate.py": lambda _: None}[script](command)
+         "mine.py": mine.parse_arguments, "evaluate.py": evaluate.parse_arguments}[script](command)
         if script == "evaluate.py":
             path = Path(given["--results"]) / domain.label_of(
                 given["--model"], given.get("--method", "memory")) / "test.json"
@@ -171,6 +174,9 @@ def test_warm_up_is_not_counted_and_the_fastest_threads_are():
     found = harness.Timing({"imported_bytes": harness.GIB}, {}, answers, warm_up=1)
     assert (found.threads, found.median, found.seconds) == (2, 2.0, [1.0, 8.0, 2.0])
     assert found.cells(found) == ["2 (1-8)", "1.00", "2.00 (1.00)"]
+    slower = harness.Timing({"imported_bytes": harness.GIB}, {}, {
+        1: [{"seconds": 6.0, "peak_bytes": harness.GIB}] * 2}, warm_up=1)
+    assert slower.cells(found)[1] == "3.00" and found.cells(slower)[1] == "0.33"
 
 
 def test_what_is_not_installed_is_left_out(capsys):
@@ -249,7 +255,7 @@ def write_run(folder: Path, seed: int, lr: float, steps=80):
 
 
 def test_plot_draws_runs_of_the_same_settings_in_one_color(tmp_path, capsys):
-    for i, (seed, lr) in enumerate([(0, 1e-3), (1, 1e-3), (0, 2e-3)]):
+    for i, (seed, lr) in enumerate([(0, 1e-3), (1, 1e-3), (2, 2e-3)]):
         write_run(tmp_path / f"run{i}", seed, lr)
     runs, out = [str(tmp_path / f"run{i}") for i in range(3)], tmp_path / "plot.svg"
     assert plot.main([*runs, "--show", "loss", "sts17", "scores", "--out", str(out)]) == 0

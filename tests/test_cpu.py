@@ -252,7 +252,7 @@ def test_bf16_attention_with_large_scores_stays_close_to_the_fused_kernel(spread
     fused = F.scaled_dot_product_attention(*batch, is_causal=causal)[0].transpose(0, 1)
     exact = attend(q.double(), k.double(), v.double(), [200], causal)
     off = [(out - exact).norm() / exact.norm() for out in (attend(q, k, v, [200], causal), fused)]
-    assert off[1] <= off[0] <= (0.01 if spread == 1 else 0.05)
+    assert max(off) <= (0.01 if spread == 1 else 0.05)
 
 
 def test_bf16_attention_does_not_depend_on_a_long_neighbour():

@@ -375,7 +375,7 @@ def test_the_page_says_what_it_is_and_how_often_chance_would_speak(folder, capsy
     row = next(line for line in text.splitlines() if line.startswith("| objective | ctkd | 3 |"))
     # the loss of steps 0 to 49 and of 70 to 119
     assert row == ("| objective | ctkd | 3 | 61.0 ± 1.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | "
-                   "47.0 ± 0.3 | 24.50 ± 0.00 → 94.50 ± 0.00 | 0.25 + 0.05 |")
+                   "47.0 ± 0.3 | 24.50 ± 0.00 → 94.50 ± 0.00 | 0.25 + 0.05 (CPU) |")
     assert "24.50" not in next(line for line in text.splitlines() if line.startswith("|  | rc"))
     for name in ("ablations.svg", "collapse.svg"):
         assert (folder / name).read_text().startswith("<?xml") and f"]({name})" in text
@@ -408,7 +408,7 @@ def test_the_page_names_what_is_missing(folder, capsys):
     found = json.loads(half.read_text())
     half.write_text(json.dumps({**found, "scores": {"STS17": 50.0}}))
     missing = page_of(folder).split("and what is missing")[1]
-    assert "* K=1, seed 0: not evaluated on SciFact, Banking77 (demo)\n" in missing
+    assert "* K=1, seed 0: not evaluated on SciFact, Banking77 (smollm2)\n" in missing
     assert "* K=1, seed 2: no record" in missing and "ctkd" not in missing
 
 

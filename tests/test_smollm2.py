@@ -47,6 +47,23 @@ def test_the_card_has_the_scores_of_the_records():
     assert rows[-1][2] == cell([scores("smollm2-32000", "prompteol-0")["SciFact"]])
 
 
+@pytest.mark.parametrize("title, folder, variant", [
+    ("ctkd, 2,400 texts", "smollm2", "ctkd"), ("nll, 2,400 texts", "smollm2", "nll"),
+    ("rc, 2,400 texts", "smollm2", "rc"), ("ctkd, 32,000 texts", "smollm2-32000", "ctkd"),
+    ("mntp (LLM2Vec", "smollm2-32000", "mntp"), ("stage 2 without", "smollm2-32000", "ucl-none"),
+    ("stage 2 after ctkd", "smollm2-32000", "ucl-ctkd"),
+    ("stage 2 after mntp", "smollm2-32000", "ucl-mntp"),
+])
+def test_the_readme_has_the_scores_of_the_records(title, folder, variant):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    [row] = [line for line in lines if line.startswith(f"| {title}")]
+    *_, seeds, mean = [part.strip() for part in row.strip("|").split("|")]
+    runs = sorted(path.stem for path in (RECORDS / folder).glob(f"{variant}-[0-9].json"))
+    found = [np.mean([scores(folder, run)[name] for name in TASKS.values()]) for run in runs]
+    assert seeds.replace(";", ",") == ", ".join(f"{x:.1f}" for x in found)
+    assert mean.strip("*") == cell(found)
+
+
 def test_it_is_small_and_holds_no_name_of_a_machine():
     files = [path for path in SMOLLM2.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
