@@ -25,6 +25,8 @@ import domain
 import estimate
 import harness
 import plot
+import smollm2
+import validation
 
 TRANSFORMERS = ("transformers",)
 PEFT = ("transformers", "peft")
@@ -87,6 +89,51 @@ def test_mining_is_measured(tmp_path, capsys):
         said = capsys.readouterr().out  # all that is hidden is mined
         assert f" {false} hidden relevant ones" in said
         assert f"| {of} | {false} | {false / of:.2%} |" in said
+
+
+def test_gguf_rows_of_neighbours_become_halves():
+    """Row 2 i + j of a head in the file is row i + j * size / 2 in model.rotate's order."""
+    rows = np.arange(2 * 6)[:, None] * np.ones((1, 3))  # two heads of six rows
+    found = smollm2.halves(rows, 2)[:, 0].tolist()
+    assert found == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+
+
+def test_validation_tasks_have_no_text_of_a_test_set_and_none_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "QUERIES", 3)
+    files = {
+        "stsbenchmark-sts/validation.jsonl": [
+            {"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i % 6} for i in range(4)],
+        "banking77/train.jsonl": [{"text": f"card {i}", "label": i % 3} for i in range(43)],
+        "scifact/corpus.jsonl": [{"_id": str(i), "title": "", "text": f"paper {i}"}
+                                 for i in range(60)],
+        "scifact/queries.jsonl": [{"_id": f"q{i}", "text": f"claim {i}"} for i in range(5)],
+        "scifact/qrels/train.jsonl": [{"query-id": f"q{i}", "corpus-id": str(10 * i), "score": 1}
+                                      for i in (4, 0, 2, 1)]}
+    for name, rows in files.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--out", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data")]
+    assert validation.main(command) == 0 and validation.main(command) == 2  # never over a folder
+
+    def written(name):
+        return [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+
+    assert written("stsbenchmark-validation/test.jsonl") == files[
+        "stsbenchmark-sts/validation.jsonl"]
+    test, train = ([row["text"] for row in written(f"banking77-validation/{part}.jsonl")]
+                   for part in ("test", "train"))
+    assert test == [f"card {i}" for i in range(0, 43, 10)]
+    assert len(train) == 10 and not set(test) & set(train)
+    judged = written("scifact-validation/qrels/test.jsonl")
+    assert [row["query-id"] for row in judged] == ["q4", "q0", "q2"]  # the first that are judged
+    assert [row["_id"] for row in written("scifact-validation/queries.jsonl")] == ["q0", "q2", "q4"]
+    ids = [row["_id"] for row in written("scifact-validation/corpus.jsonl")]
+    assert ids[:3] == ["0", "20", "40"] and len(ids) == len(set(ids)) == 3 + 5
+    kinds = [["--task-dir", str(tmp_path / "out" / name), "--kind", kind]
+             for name, kind in validation.KINDS.items()]
+    for kind in kinds:  # evaluate.py reads them
+        assert evaluate.read_task(next(iter(evaluate.chosen_tasks(
+            evaluate.parse_arguments(kind)).values())))
 
 
 def step(loss, norm=1.0):

@@ -447,14 +447,35 @@ def test_the_projects_own_records_have_their_sections(folder, capsys, tmp_path_f
     assert "no setting.json there" in capsys.readouterr().err
 
 
-def test_every_figure_is_drawn(folder, capsys):
+def test_every_figure_is_drawn(folder, capsys, monkeypatch):
+    """What the lines of each panel are of, and their values where a panel has few."""
+    drawn, save = {}, report.Figure.savefig
+
+    def keep(figure, path, **options):
+        drawn[path.name] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(report.Figure, "savefig", keep)
     for variant in ("ctkd", "nll", "ctkd-4x", "nll-normal", "ucl-ctkd", "K=1"):
         write(folder, variant, [60, 61])
     write(folder, "scl-ctkd", [60, 61], curve=[(0, 40, 35), (100, 61, 45)])
     text = page_of(folder)
     assert "## Scores" in text
-    for name in ("ablations.svg", "collapse.svg"):
-        assert len((folder / name).read_text()) > 20_000
+    by_objective, by_k, by_stage, radar, curve = drawn["ablations.svg"].axes
+    ticks = [[label.get_text() for label in panel.get_xticklabels()]
+             for panel in (by_objective, by_k, by_stage)]
+    assert ticks == [["nll", "ctkd"], ["K=1", "ctkd"], ["ctkd", "ucl-ctkd", "scl-ctkd"]]
+    means = next(line for line in by_k.lines if line.get_label() == "sts")
+    assert means.get_ydata().tolist() == [60.5, 60.5] and len(by_k.lines) == 4 * (1 + 2)
+    assert [line.get_label() for line in radar.lines] == ticks[2] and radar.name == "polar"
+    assert [line.get_ydata().tolist() for line in radar.lines] == [[60.5, 30, 50, 60.5]] * 3
+    assert [(line.get_label(), line.get_xydata().tolist()) for line in curve.lines[:2]] == [
+        ("mean", [[0, 40], [100, 61]]), ("retrieval", [[0, 35], [100, 45]])]
+    spectra, by_stage, *tokens = drawn["collapse.svg"].axes
+    assert [panel.get_title() for panel in tokens] == ["nll", "ctkd", "ctkd-4x", "nll-normal", ""]
+    assert [len(panel.images) for panel in tokens[:4]] == [1] * 4
+    assert [line.get_label() for line in spectra.lines] == ["nll", "_nll", "ctkd", "_ctkd"]
+    assert len(by_stage.lines) == 6 and spectra.lines[0].get_ydata().tolist() == [1, 0.25]
 
 
 def test_the_page_of_results_and_its_figures_are_those_of_the_projects_records(tmp_path, capsys):
