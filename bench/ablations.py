@@ -247,13 +247,13 @@ def task_names(args: argparse.Namespace) -> dict[str, str]:
         Path(folder).name: kind for folder, kind in args.task_dir}
 
 
-def tokens_with(method: str, args: argparse.Namespace) -> int:
-    """A --max-tokens under which an untrained method reads as much of a text as an encoder does:
-    its prompt's own tokens come on top, and a text that it reads twice counts twice."""
+def tokens_with(method: str, model: str, max_tokens: int) -> int:
+    """A --max-tokens under which an untrained method reads as much of a text as an encoder of
+    `max_tokens`: its prompt's own tokens come on top, a text that it reads twice counts twice."""
     prompt = evaluate.METHODS[method]["prompts"][0]
-    copies, tokenizer = prompt.count("{text}"), plain_encoder(args.base.model).tokenizer
+    copies, tokenizer = prompt.count("{text}"), plain_encoder(model).tokenizer
     frame = len(tokenizer.encode([prompt.replace("{text}", "a")])[0]) - copies  # BOS is in it
-    return frame + copies * (args.base.max_tokens - len(tokenizer.bos))
+    return frame + copies * (max_tokens - len(tokenizer.bos))
 
 
 def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
@@ -261,7 +261,8 @@ def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
     flags = ["--model", model, *method, "--dtype", args.eval_dtype, "--threads",
              str(args.base.threads)]
     if method:  # an encoder knows its own length
-        flags += ["--max-tokens", str(tokens_with(method[1], args))]
+        limit = tokens_with(method[1], args.base.model, args.base.max_tokens)
+        flags += ["--max-tokens", str(limit)]
     data = ["--data-dir", args.data_dir] if args.data_dir else []
     jobs = [["--task", *args.task, *data]] if args.task else []
     jobs += [["--task-dir", folder, "--kind", kind] for folder, kind in args.task_dir]

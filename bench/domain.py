@@ -31,6 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ablations import tokens_with
 from data.rows import read_rows, text
 from runtime.errors import UserError, run_command
 from runtime.results import label_of, read_result
@@ -144,10 +145,11 @@ def score(model: str | Path, args: argparse.Namespace, data: Path, method: str =
     results = data.parent / "results"
     path = results / label_of(str(model), method) / "test.json"
     if not path.is_file():
-        untrained = ["--method", method, "--max-tokens", args.max_tokens]
+        untrained = [] if method == "memory" else [
+            "--method", method, "--max-tokens", tokens_with(method, str(model), args.max_tokens)]
         call("evaluate.py", "--model", model, "--task-dir", data / "test", "--kind", "retrieval",
              "--dtype", "bfloat16", "--threads", args.threads, "--results", results,
-             *(untrained if method != "memory" else []))
+             *untrained)
     return 100 * read_result(path)["scores"]["test"][0]["main_score"]
 
 

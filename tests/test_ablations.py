@@ -71,10 +71,9 @@ def test_stages_2_and_3_have_the_same_flags_after_every_start():
 
 
 def test_untrained_methods_read_as_much_of_a_text_as_an_encoder():
-    args = parse("--max-tokens", "64")
-    for method in ablations.studies(args)["untrained"]:
+    for method in ablations.studies(parse())["untrained"]:
         about = evaluate.METHODS[method]
-        limit = ablations.tokens_with(method, args)
+        limit = ablations.tokens_with(method, "demo", 64)
         encoder = plain_encoder("demo", replace(evaluate.PLAIN, pooling=about["pooling"],
                                                 max_tokens=limit, template=about["prompts"][0]))
         text = "a" + " a" * 62  # BOS and 63 tokens
