@@ -460,5 +460,7 @@ def test_the_effective_dimension_is_the_participation_ratio_of_the_eigenvalues()
     line = torch.outer(torch.arange(5.0), torch.tensor([1.0, -2.0, 3.0]))
     assert abs(effective_dimension(line + 7) - 1) < 1e-5
     assert effective_dimension(torch.ones(4, 3)) == 0
+    equal = torch.full((64, 576), 0.1)  # whose mean is rounded in fp32
+    assert (equal - equal.mean(dim=0)).any() and effective_dimension(equal) < 1e-9
     axes = torch.cat((torch.eye(6), -torch.eye(6)))
     assert abs(effective_dimension(axes) - 6) < 1e-5

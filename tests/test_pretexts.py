@@ -1,13 +1,15 @@
 """pretexts.py: the objectives of LLM2Vec and Llama2Vec, against transformers and plain loops."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from helpers import (
-    CONFIGS, error_line, gradients, losses, settings_of, stage1_encoder, without_speed, worst,
+    CONFIGS, error_line, gradients, losses, refused, settings_of, stage1_encoder, without_speed,
+    worst,
 )
 
 import contrastive
@@ -237,6 +239,15 @@ def test_an_interruption_changes_no_bit(preset, run, tmp_path, capsys, monkeypat
 def test_what_they_cannot_do_is_refused(preset, flags, fragments, run, tmp_path, capsys):
     error_line(run("out", preset, *flags), capsys, *fragments)
     assert not (tmp_path / "out" / "encoder").exists()
+
+
+def test_a_mask_token_beyond_the_table_is_refused():
+    """A pad token may have such an id: 32000 of 32,000."""
+    tokenizer = SimpleNamespace(backend=SimpleNamespace(token_to_id=lambda token: 320),
+                                vocab_size=321, file="tokenizer.json")
+    assert pretexts.mask_id(tokenizer, "<pad>") == 320
+    tokenizer.vocab_size = 320
+    refused(lambda: pretexts.mask_id(tokenizer, "<pad>"), "--mask-token '<pad>'", "tokenizer.json")
 
 
 def test_the_presets_are_those_of_their_authors():

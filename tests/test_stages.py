@@ -565,6 +565,8 @@ def test_a_setting_that_no_run_can_have_is_refused(
     ("ctkd", ["--nll-weight", 0.5, "--objective", "rc"], ["--nll-weight 0.5", "--objective ctkd"]),
     ("ctkd", ["--max-tokens", 19], ["--max-tokens 19: must be at least 20, 10 for a context"]),
     ("ucl", ["--temperature", 0], ["--temperature 0.0", "above 0"]),
+    ("ucl", ["--data-dir", "x"], ["--data-dir x", "--eval-tasks"]),
+    ("ucl", ["--encoder-tokens", 11], ["--encoder-tokens 11", "below --max-tokens"]),
     ("scl", ["--temperature=-0.1"], ["--temperature -0.1", "above 0"]),
     ("ucl", ["--temperature", "nan"], ["--temperature nan", "finite"]),
     ("ucl", ["--micro-tokens", 39], ["--micro-tokens 39", "40 tokens", "raise it", "--max-tokens"]),
