@@ -254,8 +254,10 @@ def judge_all(runs: Runs) -> list[tuple[str, list[Found]]]:
     """Verdict ("not run" if nothing of it was) and comparisons, with Holm's p, of each claim."""
     judged = [[compare(runs, *part) for part in parts] for *_, parts in CLAIMS]
     tested = [f for found in judged for f in found if not np.isnan(f.p)]
-    for f, p in zip(tested, holm([f.p for f in tested])):
-        f.holm = float(p)
+    tests = {(f.sides, f.sign): f.p for f in tested}  # two claims may share one, which counts once
+    corrected = dict(zip(tests, holm([*tests.values()])))
+    for f in tested:
+        f.holm = float(corrected[f.sides, f.sign])
     return [(conclude(found) if any(f.seeds for f in found) else "not run", found)
             for found in judged]
 

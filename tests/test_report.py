@@ -157,6 +157,16 @@ def test_a_claim_is_confirmed_if_all_of_it_is_and_says_what_holm_leaves(folder):
     assert judged(folder)["Distillation beats the likelihood"][0] == "not confirmed"
 
 
+def test_a_comparison_that_two_claims_share_counts_once(folder):
+    write(folder, "ctkd", [60, 61, 62])
+    write_run(folder, "weighted-mean", 0, 40)  # it has no seeds
+    found = judged(folder)
+    [alone] = found["Stage 1 beats the training-free mean"][1]
+    among = found["Stage 1 beats every training-free row but MetaEOL"][1]
+    assert alone.p == alone.holm < 0.05
+    assert [f.holm for f in among if not np.isnan(f.p)] == [alone.p]
+
+
 def test_a_p_value_that_holm_raises_is_said(folder):
     write(folder, "ctkd", [60, 61, 62])
     write(folder, "nll", [57.0, 59.1, 59.5])
