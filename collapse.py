@@ -121,8 +121,7 @@ def draw_tokens(clusters: list[list[int]], seed: int) -> list[int]:
 def wide_tokens(states: np.ndarray) -> tuple[list[float], list[int]]:
     """The participation ratio of each token's states (n, K, D), and the tokens of at least 3/4 of
     the largest: all of them if each token is the same for all texts."""
-    ratios = [effective_dimension(torch.from_numpy(states[:, k]).double())
-              for k in range(states.shape[1])]
+    ratios = [effective_dimension(torch.from_numpy(states[:, k])) for k in range(states.shape[1])]
     return ratios, [k for k, ratio in enumerate(ratios) if ratio >= 0.75 * max(ratios)]
 
 

@@ -99,13 +99,13 @@ class GlobalBatch:
         lengths = [len(ids) + encoder.config.num_memory_tokens for ids in texts]
         self.parts = token_batches(lengths, config.micro_tokens)[ranks.rank :: ranks.size]
         wide, width = torch.promote_types(encoder.dtype, torch.float32), encoder.table.shape[1]
-        everyone = torch.zeros(len(texts), width, dtype=wide, device=encoder.device)
+        z = torch.zeros(len(texts), width, dtype=wide, device=encoder.device)
         for part in self.parts:
             # backward begins with the last one, which therefore keeps its graph
             with torch.set_grad_enabled(part is self.parts[-1]):
                 self.last = self.embed(part)
-            everyone[part] = self.last.detach()
-        self.embeddings = ranks.sum(everyone).requires_grad_()  # gathered: zeros are added to rows
+            z[part] = self.last.detach()
+        self.embeddings = ranks.sum(z).requires_grad_()  # gathered: zeros are added to rows
 
     def embed(self, part: list[int]) -> Tensor:
         """Embeddings of these texts, with the same dropout each time."""
@@ -371,10 +371,10 @@ class BestEncoder:
         due = done == self.run.last_step or done % self.config.eval_every == 0
         if not self.tasks or not due or self.run.stopped:
             return
-        from evaluate import TASKS, score_on_ranks
+        from evaluate import score_on_ranks
 
-        scores = {name: score_on_ranks(TASKS[name], name, self.encoder, self.config.data_dir,
-                                       self.run.ranks, instruction) for name in self.tasks}
+        scores = {name: score_on_ranks(name, self.encoder, self.config.data_dir, self.run.ranks,
+                                       instruction) for name in self.tasks}
         scores["mean"] = sum(scores.values()) / len(scores)
         self.run.ranks.on_first(self._keep, done, scores)
 
@@ -405,24 +405,24 @@ def train(config: Config, run: Run):
               {"base": identity(encoder), "texts": data.sha256},
               f"{config.stage}, {encoder.config.pooling} pooling, {encoder.config.attention}",
               str(data))
-    best, first = BestEncoder(config, run, encoder, earlier), "auto"
+    best, instruction = BestEncoder(config, run, encoder, earlier), "auto"
     if data.instructions and encoder.config.template == "{text}":
         encoder.config = replace(encoder.config, template=INSTRUCTED)
-        first = "none"  # it has never seen an instruction
-    best.start(first)
+        instruction = "none"  # it has never seen one
+    best.start(instruction)
 
     for step in run.steps():
         rate = learning_rate(step, schedule, warmup, config.min_lr, config.lr)
         optimizer.param_groups[0]["lr"] = rate
         batch = data.read_batch(config.seed, step, config.batch_size)
-        every = GlobalBatch(encoder, batch.queries + batch.keys, config, step, ranks)  # forward
-        queries, keys = every.embeddings.split([len(batch.queries), len(batch.keys)])
+        embedded = GlobalBatch(encoder, batch.queries + batch.keys, config, step, ranks)  # forward
+        queries, keys = embedded.embeddings.split([len(batch.queries), len(batch.keys)])
         loss = info_nce(queries, keys, config.temperature, batch.excluded)
-        every.backward(loss)
+        embedded.backward(loss)
         ranks.sum_gradients(parameters)  # the gradient of the global batch, on all ranks
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
         rows = batch.rows + batch.key_rows
-        run.require_finite(step, loss, norm, every.embeddings, rows, data.name)
+        run.require_finite(step, loss, norm, embedded.embeddings, rows, data.name)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         about = diagnostics(queries, keys, config.temperature, batch.excluded)

@@ -188,8 +188,8 @@ def open_model(
 
 
 def as_sentence(text: str) -> str:
-    """A text as the one-word prompts want it (code of PromptEOL and MetaEOL): it ends with a full
-    stop if it has no final punctuation or a question mark, and has no double quotes."""
+    """A text as the one-word prompts want it (code of PromptEOL and MetaEOL): with a full stop
+    unless it ends in one or in a quote, also for a question mark; double quotes become single."""
     if text and text[-1] not in ".?\"'":
         text += "."
     text = text.replace('"', "'")
@@ -263,14 +263,13 @@ def evaluate_on_ranks(task: dict, encoder: Encoder, encode: Callable, instructio
     return found
 
 
-def score_on_ranks(task: dict, name: str, encoder: Encoder, data_dir: str, ranks: Ranks,
-                   wanted: str) -> float:
+def score_on_ranks(name: str, encoder: Encoder, data_dir: str, ranks: Ranks, wanted: str) -> float:
     """The main score x 100 of an encoder in training; all ranks share the encoding.
 
     wanted: as --instruction.
     """
-    instruction = instruction_for(name, wanted, encoder)
-    found = evaluate_on_ranks(task, encoder, encoder.encode, instruction, data_dir or None, ranks)
+    found = evaluate_on_ranks(TASKS[name], encoder, encoder.encode,
+                              instruction_for(name, wanted, encoder), data_dir or None, ranks)
     return 100 * found["main_score"]
 
 
@@ -443,8 +442,7 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
     encode, scores, failed = encoding(encoder, method), {}, False
     for key, (path, settings, result) in jobs.items():
         start, mark = time.perf_counter(), "  finished before"
-        there = torch.tensor([float(result is not None and ranks.rank == 0)], device=ranks.device)
-        if not ranks.sum(there).item():  # rank 0 decides: others may not see its files
+        if not ranks.from_first(int(result is not None)):  # others may not see its files
             try:
                 with ranks.fail_together():  # before they are read: an edit meanwhile shows later
                     settings["files"] = task_files(tasks[key], args.data_dir)

@@ -63,6 +63,8 @@ def export_encoder(encoder: Encoder, folder: str | Path, license: str = "", resu
             raise UserError(f"pooling={c.pooling!r}, template={template[:60]!r}: reads each text "
                             f"twice, and no other tool cuts it so that the copies agree; use "
                             f"Encoder.encode")
+    if c.pooling not in ("memory", *POOLINGS):
+        raise UserError(f"pooling={c.pooling!r}: no other tool has it; use Encoder.encode")
     config = read_json(encoder.tokenizer.file.with_name("config.json"))
     names = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     config["architectures"] = [name.replace("ForCausalLM", "Model") for name in names]  # no head
@@ -80,8 +82,8 @@ def export_encoder(encoder: Encoder, folder: str | Path, license: str = "", resu
     tensors["embed_tokens.weight"] = torch.cat((encoder.table, encoder.memory_tokens))
     vectors = encoder.encode(PROBES)
     probe = {"texts": PROBES, "embeddings": [[round(float(x), 6) for x in v] for v in vectors]}
-    files = {"config.json": config, "probe.json": probe, **tokenizer_files(encoder, tokenizer),
-             **module_files(encoder)}
+    files = {"config.json": config, "probe.json": probe,
+             "tokenizer_config.json": tokenizer_config(encoder), **module_files(encoder)}
     with write_folder(Path(folder)) as aside:
         write_tensors(aside / "model.safetensors", tensors, encoder.dtype)
         tokenizer.save(str(aside / "tokenizer.json"))
@@ -163,7 +165,7 @@ def chat_template(encoder: Encoder) -> str:
             + fill("".join(memory_names(encoder))))
 
 
-def tokenizer_files(encoder: Encoder, tokenizer: tokenizers.Tokenizer) -> dict[str, dict]:
+def tokenizer_config(encoder: Encoder) -> dict:
     """tokenizer_config.json; memory tokens count in its length, since they are never cut."""
     c, first = encoder.config, bos_names(encoder)[0]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": first,
@@ -173,7 +175,7 @@ def tokenizer_files(encoder: Encoder, tokenizer: tokenizers.Tokenizer) -> dict[s
         settings["chat_template"] = chat_template(encoder)
     elif c.special_tokens == "literal":
         settings["split_special_tokens"] = True
-    return {"tokenizer_config.json": settings}
+    return settings
 
 
 def check_ids(encoder: Encoder, tokenizer: tokenizers.Tokenizer):
@@ -327,8 +329,8 @@ def card(encoder: Encoder, title: str, license: str, results: list[dict]) -> str
     c, k, prompted = encoder.config, encoder.config.num_memory_tokens, is_prompted(encoder)
     how, pooled = f"its last layer's states under the pooling `{c.pooling}`.", STATES.get(c.pooling)
     if k:
-        kept = [f"{len(c.kept_tokens)} of "] * bool(c.kept_tokens)
-        how = f"it reads a text and {k} memory tokens, and the mean of {''.join(kept)}their last " \
+        kept = f"{len(c.kept_tokens)} of " if c.kept_tokens else ""
+        how = f"it reads a text and {k} memory tokens, and the mean of {kept}their last " \
               f"states is the embedding." if k > 1 else \
               "it reads a text and one memory token, whose last state is the embedding."
         places = [i - k for i in c.kept_tokens] or list(range(-k, 0))

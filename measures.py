@@ -98,7 +98,7 @@ def unpack_scores(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return places, bits.view(torch.float32)
 
 
-def rank_documents(queries: np.ndarray, documents: np.ndarray, ids: list[str], k: int = 1000,
+def rank_documents(queries: np.ndarray, documents: np.ndarray, ids: list[str], k: int,
                    block: int = 4096) -> np.ndarray:
     """The k nearest documents of each query by cosine, best first: indices (Q, min(k, n)).
 

@@ -3,10 +3,10 @@
 Letters: N texts, T tokens of all of them in one row, K memory tokens, D hidden size, H query heads,
          G key-value heads, V vocabulary.
 
-A batch is one row of T tokens plus the list of its N lengths, without padding or a mask tensor: the
-lengths matter to attention and positions, all else works on single rows. The same frozen weights
-serve as language model g_phi (`causal=True, adapters=False`) and, with adapters, as encoder f_theta
-(`causal=False, adapters=True`): causality and adapters are arguments of the forward call.
+A batch is one row of T tokens plus the list of its N lengths, without padding or a mask tensor (but
+see runtime/cpu.py): attention and positions need the lengths, all else works on single rows. The
+same frozen weights serve as language model g_phi (`causal=True, adapters=False`) and as encoder
+f_theta (`causal=False, adapters=True`): causality and adapters are arguments of the forward call.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -123,7 +123,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
 
 
 def last_of_each(x: Tensor, lengths: list[int], last: list[int] | None) -> Tensor:
-    """The last[i] last rows of each sequence i of a packed row x (T, D); all if `last` is None."""
+    """The last[i] last rows of each sequence i of a packed row x (T, D), and zeros as cpu.pad_rows
+    has them; all rows if `last` is None."""
     if last is None:
         return x
     sizes = [size for length, n in zip(lengths, last) for size in (length - n, n)]
@@ -235,16 +236,16 @@ class Llama(nn.Module):
                 x = checkpoint(block, x, p, of_each, use_reentrant=False)
             else:
                 x = block(x, p, of_each)
-        return self.model.norm(x)[:rows]
+        return self.model.norm(x)[:rows]  # without those of cpu.pad_pass
 
     def rotary_table(self, lengths: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, head_dim), computed in fp32 and cast to the activations' dtype."""
         positions = to_device(torch.cat([torch.arange(n) for n in lengths]), like.device)
-        pairs = inverse_frequencies(self.config.rope, self.config.head_dim)
-        angles = torch.outer(positions, to_device(pairs, like.device))
+        speeds = inverse_frequencies(self.config.rope, self.config.head_dim)
+        angles = torch.outer(positions, to_device(speeds, like.device))
         cos, sin = angles.cos(), angles.sin()
-        pairs = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return tuple(t.unsqueeze(1).to(like.dtype) for t in pairs)  # one for all heads
+        tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return tuple(t.unsqueeze(1).to(like.dtype) for t in tables)  # one for all heads
 
 
 # model_type of config.json -> network; these differ in optional parts, see LlamaConfig
@@ -291,7 +292,7 @@ class EncoderConfig:
     special_tokens: str = "literal"  # </s> in a text: its letters; or parsed, as transformers does
 
     def __post_init__(self):
-        encoders.check_encoder_config(self, self.__annotations__, ("memory", *POOLINGS))
+        encoders.check_encoder_config(self, ("memory", *POOLINGS))
 
 
 PLAIN = EncoderConfig(num_memory_tokens=0, pooling="mean", attention="causal")
@@ -445,7 +446,8 @@ def build_llama(files: formats.ModelFolder, dtype: torch.dtype, device) -> Llama
 
 def plain_encoder(name: str | Path, config=PLAIN, revision=None, dtype=torch.float32, device="cpu",
                   base_of=None) -> Encoder:
-    """A Llama as it is, with one of the classic poolings: the training-free methods."""
+    """An encoder around a frozen Llama, without adapters or memory rows: as it is, one of the
+    training-free methods (PLAIN: mean pooling)."""
     files = formats.ModelFolder(name, revision, BASES, base_of)
     llama = build_llama(files, dtype, device)
     sizes, reading = (llama.config.vocab_size, llama.config.bos_token_id), config.special_tokens

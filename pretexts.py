@@ -157,15 +157,6 @@ PRESETS = {
 }
 
 
-def check_tokenizer(encoder: Encoder, config):
-    """UserError if there is no mask token, no room for a text in the prompts, or for such texts in
-    the base's sliding window."""
-    if config.objective == "mntp":
-        mask_id(encoder.tokenizer, config.mask_token)
-    for document in (False, True):
-        encoder.tokenize(["a"], document=document)
-
-
 def check(config):
     """UserError for settings that an objective of this file cannot have."""
     preset, needed = {

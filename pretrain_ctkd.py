@@ -41,8 +41,8 @@ from data.batches import MIN_SIDE, SplitBatch, SplitTexts, require_rows
 from data.tokenizer import Tokenizer
 from head import ThroughHead, log_probabilities, logits_of, nll_loss
 from lora import TARGETS, LoraConfig, add_lora
-from model import (MEMORY_INITS, Encoder, EncoderConfig, Llama, load_encoder, plain_encoder,
-                   save_encoder)
+from model import (MEMORY_INITS, PLAIN, Encoder, EncoderConfig, Llama, load_encoder,
+                   plain_encoder, save_encoder)
 from runtime.devices import flat_ids, pack, scoring_dtype, to_device
 from runtime.errors import UserError
 from runtime.formats import note_positions, require_head
@@ -266,7 +266,10 @@ def new_encoder(config: Config, run: Run) -> Encoder:
                             run.ranks.device)
     require_head(config.model, encoder.llama.config.has_head)
     note_positions(encoder, config.max_tokens)
-    pretexts.check_tokenizer(encoder, config)
+    for document in (False, True):
+        encoder.tokenize(["a"], document=document)  # UserError if a text has no room
+    if config.objective == "mntp":
+        pretexts.mask_id(encoder.tokenizer, config.mask_token)  # UserError if it has none
     encoder.requires_grad_(False)
     random = torch.Generator().manual_seed(config.seed)
     encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout,
@@ -371,9 +374,11 @@ def report(config: Config, device: torch.device):
     folder = f"{config.out}/encoder"
     options = {"dtype": scoring_dtype(None, device), "device": str(device)}
     print("\nembedded STS set (325 pairs), Spearman x 100")
-    plain = plain_encoder(config.model, revision=config.revision or None, **options)
+    shape = replace(PLAIN, max_tokens=config.max_tokens, bos=config.bos,
+                    special_tokens=config.special_tokens)
+    plain = plain_encoder(config.model, shape, config.revision or None, **options)
     for method in UNTRAINED:
-        plain.config = replace(plain.config, pooling=method, max_tokens=config.max_tokens)
+        plain.config = replace(shape, pooling=method)
         print(f"  untrained, {method:<14}{demo_sts(plain):6.2f}")
     del plain  # before the second copy of the weights is loaded
     encoder = load_encoder(folder, **options)

@@ -193,7 +193,7 @@ def other_positives(texts: list[str], triples: list[Triple]) -> Tensor:
         places.setdefault(text, []).append(j)
     found = torch.zeros(len(triples), len(texts), dtype=torch.bool)
     for i, triple in enumerate(triples):
-        for text in (triple.positive, *triple.others) if triple.others else ():
+        for text in (triple.positive, *triple.others):
             found[i, places.get(text, [])] = True
     return found.fill_diagonal_(False)
 

@@ -147,7 +147,7 @@ def wikitext_zip() -> Path:
         except (OSError, HTTPException) as first:
             partial.unlink(missing_ok=True)
             print(f"{WIKITEXT_URL}: {first}; trying the mirror", file=sys.stderr)
-            partial = download_mirror(first)
+            partial = download_mirror(cache / "mirror", first)
         check_wikitext(partial)
         os.replace(partial, path)
     return path
@@ -165,10 +165,9 @@ def download(url: str, target: Path):
             raise OSError(f"the connection ended after {bar.n:,} of {WIKITEXT_BYTES:,} bytes")
 
 
-def download_mirror(first_error: Exception) -> Path:
+def download_mirror(folder: Path, first_error: Exception) -> Path:
     """The zip from the hub's mirror, as a file of its own."""
     repo, name = WIKITEXT_MIRROR
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2comp" / "mirror"
     try:
         return Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
     except Exception as error:  # whatever the network, the hub or its client has to say

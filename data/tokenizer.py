@@ -55,7 +55,7 @@ def choose_template(
     check_text(instruction, "instruction")
     own = document_template if document and document_template else ""
     if not instruction:
-        return own or ("{text}" if "{instruction}" in template else template)
+        return "{text}" if "{instruction}" in (own or template) else own or template
     template = own or (INSTRUCTED if template == "{text}" else template)
     if "{instruction}" not in template:
         raise UserError(f"instruction {instruction[:60]!r}: the template {template[:60]!r} has no "

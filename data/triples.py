@@ -36,7 +36,7 @@ POSITIVE = ("positive", "positives", "pos", "positive_passages", "answer", "sent
 NEGATIVE = ("negative", "negatives", "neg", "negative_passages", "hard_negative", "hard_negatives",
             "hard_neg")
 INSTRUCTION = ("instruction", "prompt")
-OF_FILE = ("query", "positive", "negative")  # which a file has that earlier versions read, too
+EARLIER = ("query", "positive", "negative")  # a file of these alone has earlier versions' sha256
 # Fields that may hold a text and are no text to train on: ids, scores, where a row is from.
 HARMLESS = re.compile(r"(.*[_-])?(id|ids|idx|index|scores?|qid|pid|docid|docids|guid|uuid)|type|"
                       r"source|dataset|split|lang|language|url|metadata|meta|answers")
@@ -235,7 +235,7 @@ class Triples:
                 bar.update(len(line))
         file.offsets = np.array(file.offsets, dtype=np.int64)
         digest.update(json.dumps([file.instructions, len(file.offsets)]).encode())
-        if more := sorted(file.read - set(OF_FILE)):  # other rows than earlier versions read
+        if more := sorted(file.read - set(EARLIER)):  # other rows than earlier versions read
             digest.update(json.dumps([more, self.bare]).encode())
 
     def __len__(self) -> int:

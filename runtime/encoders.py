@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
@@ -88,11 +89,11 @@ NEWER = {"document_template": "", "kept_tokens": [], "bos": -1,  # than the firs
 IDENTITY = ("weights", "config", "tokenizer", "bos", "trained_on")  # newer parts of a base's record
 
 
-def check_encoder_config(config, types: dict[str, type], poolings):
+def check_encoder_config(config, poolings):
     """UserError for an EncoderConfig that no encoder can have; TypeError for a field's type."""
-    for name, kind in types.items():
-        if type(value := getattr(config, name)) is not kind:
-            raise TypeError(f"{name}={value!r}: {kind.__name__} expected")
+    for f in fields(config):
+        if type(value := getattr(config, f.name)) is not f.type:
+            raise TypeError(f"{f.name}={value!r}: {f.type.__name__} expected")
     if config.pooling not in poolings:
         raise UserError(f"pooling={config.pooling!r}: unknown; one of {', '.join(poolings)}")
     if config.attention not in ("bidirectional", "causal"):

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from runtime.errors import UserError, terminal
@@ -70,7 +70,7 @@ def parse_config(
             kind["choices"] = list(choices() if callable(choices) else choices)
         only = f.metadata["only"]
         text = (f"{only}: " if only else "") + f.metadata["help"].replace("%", "%%")
-        text += "" if f.default is MISSING or f.type is bool else f" (default {f.default!r})"
+        text += "" if f.type is bool else f" (default {f.default!r})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     with terminal():
         given = vars(parser.parse_args(argv))

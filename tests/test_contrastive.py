@@ -459,7 +459,7 @@ def scripted_scores(monkeypatch):
     def script(values: list[float]) -> list[dict]:
         waiting, seen = iter(values), []
 
-        def score(task, name, encoder, data_dir, ranks, wanted) -> float:
+        def score(name, encoder, data_dir, ranks, wanted) -> float:
             assert (name, wanted) == ("demo-sts", "auto")
             seen.append({name: p.detach().clone() for name, p in encoder.named_parameters()
                          if p.requires_grad})

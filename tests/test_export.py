@@ -27,7 +27,7 @@ import export
 import pretrain_ctkd
 from evaluate import open_model
 from export import export_encoder
-from model import EncoderConfig, load_encoder, plain_encoder, save_encoder
+from model import POOLINGS, EncoderConfig, load_encoder, plain_encoder, save_encoder
 from runtime.results import result_of, write_result
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -392,6 +392,13 @@ def test_an_encoder_without_memory_tokens_is_exported_and_read_again(
     again, method = open_model(str(tmp_path / "plain"), pooling)
     assert method == pooling and np.abs(again.encode(SHORT) - expected).max() <= 1e-5
     assert "wrote" in capsys.readouterr().out
+
+
+def test_a_pooling_of_ones_own_is_not_exported(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(POOLINGS, "max", lambda h: h.amax(0))
+    encoder = trained_encoder(tiny, EncoderConfig(0, "max", "causal"), train_table=False)
+    refused(lambda: export_encoder(encoder, tmp_path / "out"), "pooling='max'", "no other tool")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", ENCODERS)

@@ -259,13 +259,13 @@ def test_documents_rank_by_score_then_by_id_both_descending_for_any_block_size(r
 
 def test_ids_compare_as_strings():
     same = np.ones((4, 3), dtype=np.float32)
-    ranking = rank_documents(same[:1], same, ["10", "9", "1", "100"])
+    ranking = rank_documents(same[:1], same, ["10", "9", "1", "100"], 4)
     assert ranking.tolist() == [[1, 3, 0, 2]]
 
 
 def test_zero_and_minus_zero_are_tied():
     documents = np.float32([[0.0], [-0.0], [1.0]])
-    ranking = rank_documents(np.float32([[-1], [-1]]), documents, ["b", "a", "c"])
+    ranking = rank_documents(np.float32([[-1], [-1]]), documents, ["b", "a", "c"], 3)
     assert ranking.tolist() == [[0, 1, 2]] * 2
 
 
@@ -273,7 +273,7 @@ def test_queries_keep_their_order_across_pieces():
     random = np.random.default_rng(0)
     queries, documents = exact_rows(random, 1500), exact_rows(random, 40)
     ids = [str(i) for i in range(40)]
-    ranking = rank_documents(queries, documents, ids)
+    ranking = rank_documents(queries, documents, ids, 40)
     assert ranking.shape == (1500, 40)
     assert ranking[1000:1050].tolist() == sorted_plainly(queries[1000:1050], documents, ids, 40)
 

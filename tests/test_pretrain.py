@@ -261,6 +261,20 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(run, tiny, texts, tmp_
         assert fragment in printed
 
 
+def test_the_untrained_rows_are_read_as_the_encoder_is(run, monkeypatch):
+    asked = []
+
+    def demo_sts(encoder) -> float:
+        asked.append((encoder.config.pooling, encoder.tokenizer.bos, encoder.config.special_tokens,
+                      encoder.config.max_tokens))
+        return 50.0
+
+    monkeypatch.setattr(evaluate, "demo_sts", demo_sts)
+    flags = ["--bos", 5, "--special-tokens", "parsed", "--max-tokens", 40]
+    assert run("run", "--steps", 1, *flags) == 0
+    assert asked == [(pooling, [5], "parsed", 40) for pooling in (*evaluate.UNTRAINED, "memory")]
+
+
 def test_the_command_named_at_the_end_works(run, tmp_path, capsys):
     assert run("run", "--steps", 1) == 0
     name, *flags = capsys.readouterr().out.splitlines()[-1].split()[1:]

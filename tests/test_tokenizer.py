@@ -154,6 +154,7 @@ def test_truncation_and_padding_stored_in_the_file_have_no_effect(tiny, tmp_path
     (INSTRUCTED, "d {instruction}: {text}", {"document": True, "instruction": "Find it"},
      "d {instruction}: {text}"),
     (INSTRUCTED, "d: {text}", {"document": False, "instruction": "Find it"}, INSTRUCTED),
+    (INSTRUCTED, "d {instruction}: {text}", {"document": True}, "{text}"),
 ])
 def test_instruction_and_role_choose_the_template(template, document_template, asked, expected):
     assert choose_template(template, document_template, **asked) == expected
