@@ -188,8 +188,8 @@ def open_model(
 
 
 def as_sentence(text: str) -> str:
-    """A text as the one-word prompts want it (code of PromptEOL and MetaEOL): with a full stop
-    unless it ends in one or in a quote, also for a question mark; double quotes become single."""
+    """A text as the one-word prompts want it (code of PromptEOL and MetaEOL): a full stop at its
+    end, also for a question mark, but not after a quote; double quotes become single ones."""
     if text and text[-1] not in ".?\"'":
         text += "."
     text = text.replace('"', "'")
