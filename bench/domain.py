@@ -21,6 +21,7 @@ Every command is printed and can be typed by itself. What is there already is no
 """
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 from ablations import tokens_with
 from data.rows import read_rows, text
 from runtime.errors import UserError, run_command
+from runtime.files import write_file
 from runtime.results import label_of, read_result
 from validation import write
 
@@ -91,6 +93,16 @@ def prepare(args: argparse.Namespace, data: Path):
     write(data / "pairs.jsonl", train)
     documents = answers(test + train + rest)[: max(args.documents, len(corpus))]
     write(data / "documents.jsonl", [{"text": document} for document in documents])
+
+
+def keep_setting(path: Path, setting: dict):
+    """Write the flags on which all results depend; UserError if the folder has others."""
+    before = json.loads(path.read_text()) if path.is_file() else setting
+    for name, value in setting.items():
+        if before.get(name) != value:
+            raise UserError(f"--{name.replace('_', '-')} {value}: {path.parent} was begun with "
+                            f"{before.get(name)}; name another --out")
+    write_file(path, json.dumps(setting) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,6 +168,9 @@ def score(model: str | Path, args: argparse.Namespace, data: Path, method: str =
 def run(args: argparse.Namespace):
     """Make what is missing, a seed of stage 3 after the other, then print the table."""
     out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    keep_setting(out / "setting.json", {key: value for key, value in vars(args).items()
+                                        if key not in ("out", "seeds", "threads")})
     if not (out / "data/documents.jsonl").is_file():  # written last
         prepare(args, out / "data")
     data, table = out / "data", {}

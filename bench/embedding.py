@@ -5,7 +5,8 @@
 
 For each size a .jsonl of short made-up texts and one embed.py, on --threads: its seconds (with the
 start of some four), and the peak of its resident memory (Linux: kilobytes), imports included. Then
-the same command again, with SIGKILL at --kills moments drawn by --seed, resumed after each.
+the same command again, with SIGKILL at --kills moments drawn by --seed, resumed after each: how
+many texts were done at each, and whether the file ends with the same bytes.
 """
 
 import argparse
@@ -69,11 +70,16 @@ def measure(n: int, args: argparse.Namespace, folder: Path) -> list[str]:
         raise UserError(f"--model {args.model}: embed.py ended with {code}; run it alone to see "
                         f"why")
     random, again = np.random.default_rng(args.seed), "-"
-    moments = random.uniform(0, seconds / max(1, args.kills), args.kills)
-    codes = [embed([*command, str(killed), *flags], moment)[2] for moment in moments]
+    done, note = [], killed.with_name(killed.name + ".json")
+    for moment in random.uniform(0, seconds / max(1, args.kills), args.kills):
+        if embed([*command, str(killed), *flags], moment)[2] == -signal.SIGKILL:
+            done.append(f"{json.loads(note.read_text())['done'] if note.exists() else 0:,}")
     if args.kills:
-        embed([*command, str(killed), *flags])
-        again = f"{codes.count(-signal.SIGKILL)}: " + (
+        if note.exists() or not killed.exists():
+            code = embed([*command, str(killed), *flags])[2]
+            if code:
+                raise UserError(f"after {len(done)} kills embed.py ended with {code}")
+        again = f"{len(done)}, at {' '.join(done)}: " + (
             "same bytes" if digest(killed) == digest(whole) else "OTHER BYTES")
     row = [f"{n:,}", f"{whole.stat().st_size / 1e9:.3f}", f"{seconds:.0f}", f"{n / seconds:,.0f}",
            f"{peak / 1e9:.3f}", again]

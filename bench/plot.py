@@ -15,6 +15,7 @@ from the seed. Needs matplotlib.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -55,8 +56,9 @@ def read_log(path: Path) -> list[dict]:
 
 def comparable(settings: dict) -> dict:
     """Settings without the seed, the place, and what changes no result."""
-    other = ("seed", "out", "threads", "device", "model", "save_every")
-    return {key: value for key, value in settings.items() if key not in other}
+    other = ("seed", "out", "threads", "device", "save_every")
+    model = re.sub(r"-\d+$", "", Path(str(settings.get("model", ""))).name)  # ctkd-0: its seed
+    return {key: value for key, value in settings.items() if key not in other} | {"model": model}
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, list]]:
@@ -171,8 +173,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run():
-        runs = {label.replace("$", r"\$"): found  # a $ begins a formula
-                for name in args.run for label, found in read(name).items()}
+        runs: dict = {}
+        for name in args.run:
+            for label, found in read(name).items():
+                label = f"{label} ({name})" if label in runs else label
+                runs[label] = found
+        runs = {label.replace("$", r"\$"): found for label, found in runs.items()}  # no formula
         there = {key for _, found in runs.values() for key in found} - {"step"}
         if unknown := set(args.show or ()) - there:
             raise UserError(f"--show {' '.join(sorted(unknown))}: no run has logged it; there are "

@@ -175,7 +175,7 @@ def claims_section(runs: Runs) -> str:
     judged, rows, missing = judge_all(runs), [], []
     study_of = {name: study for study, variants in reversed(runs.studies.items())
                 for name in variants}
-    count = sum(not np.isnan(f.p) for _, found in judged for f in found)
+    count = len({(f.sides, f.sign) for _, found in judged for f in found if not np.isnan(f.p)})
     chance = (f"Comparisons: {count}; if nothing differed, {count * ALPHA:.1f} would have p < "
               f"{ALPHA} by\nchance, half of them with the expected sign." if count else
               "No comparison has enough seeds yet.")

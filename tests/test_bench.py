@@ -4,19 +4,24 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_of
+from helpers import ROOT, run_of, write_llama, write_tokenizer
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive
 import evaluate
 import mine
 import pretrain_ctkd as stage1
+from data.tokenizer import Tokenizer
+from model import load_llama
 from runtime.errors import UserError
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -44,6 +49,8 @@ SCRIPTS = {  # script and flags -> label of a row -> the packages that it needs
         "ours": (), "mteb": ("mteb", "pytrec_eval")},
     "scaling.py --shape tiny --dtype float32 --axes processes --values 1 2 --warm-up 0 "
     "--length 24 --batch 2 --neighbour": {"1": (), "2": ()},
+    "scaling.py --shape tiny --dtype float32 --axes length --values 24 --tokens 48 --warm-up 0": {
+        "training step": (), "encoding pass": ()},
 }
 
 
@@ -96,6 +103,49 @@ def test_gguf_rows_of_neighbours_become_halves():
     rows = np.arange(2 * 6)[:, None] * np.ones((1, 3))  # two heads of six rows
     found = smollm2.halves(rows, 2)[:, 0].tolist()
     assert found == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+
+
+def test_a_gguf_becomes_the_llama_that_it_was_made_from(tmp_path, monkeypatch):
+    """Written here as llama.cpp names and orders it, but for the 4 bits."""
+    base = write_llama(tmp_path / "base", tie_word_embeddings=True, dtype=torch.bfloat16)
+    write_tokenizer(base)
+    model = json.loads((base / "tokenizer.json").read_text())["model"]
+    heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}
+    names = {hub: gguf for gguf, hub in (smollm2.PLACES | smollm2.OUTSIDE).items()}
+    tensors = []
+    for name, tensor in load_file(base / "model.safetensors").items():
+        x, block = tensor.float().numpy(), ""
+        place = name.removeprefix("model.").removesuffix(".weight")
+        if place.startswith("layers."):
+            _, layer, place = place.split(".", 2)
+            block = f"blk.{layer}."
+        if place in heads:  # from half a head apart to neighbours
+            x = x.reshape(heads[place], 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        name = f"{block}{names[place]}.weight"
+        tensors.append(SimpleNamespace(name=name, data=x, tensor_type=0))
+    contents = {
+        "tokenizer.ggml.tokens": sorted(model["vocab"], key=model["vocab"].get),
+        "tokenizer.ggml.token_type": [smollm2.CONTROL] * 3 + [1] * 317,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+        "llama.embedding_length": 32, "llama.feed_forward_length": 48, "llama.block_count": 2,
+        "llama.context_length": 256, "llama.rope.freq_base": 10000.0,
+        "llama.attention.layer_norm_rms_epsilon": np.float32(1e-5)}
+    fields = {key: SimpleNamespace(contents=lambda value=value: value)
+              for key, value in contents.items()}
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(
+        GGUFReader=lambda _: SimpleNamespace(tensors=tensors, fields=fields),
+        dequantize=lambda data, _: data))
+    monkeypatch.setattr(smollm2, "fetch", lambda folder: folder)
+    assert smollm2.main([str(tmp_path / "out")]) == 0
+    assert smollm2.main([str(tmp_path / "out")]) == 2  # never over a folder
+    ours, theirs = load_llama(tmp_path / "out"), load_llama(base)
+    expected = dict(theirs.named_parameters())
+    assert all(torch.equal(p, expected.pop(name)) for name, p in ours.named_parameters())
+    assert not expected and ours.config == replace(theirs.config, bos_token_id=0)
+    a, b = (Tokenizer(folder, 320, 0).encode(["the quick </s> fox"])[0].tolist()
+            for folder in (tmp_path / "out", base))
+    assert (a[0], b[0]) == (0, 1) and a[1:] == b[1:]
 
 
 def test_validation_tasks_have_no_text_of_a_test_set_and_none_twice(tmp_path, monkeypatch):
@@ -195,6 +245,8 @@ def test_a_domain_goes_from_rows_to_a_table_of_negatives(tmp_path, monkeypatch, 
     assert len(table) == 1 + 2 + 2 + 3 and table[1].startswith("| untrained, weighted-mean | 0.1 |")
     before = len(calls)
     assert domain.main(flags) == 0 and len(calls) == before
+    assert domain.main([*flags, "--steps", "7"]) == 2 and len(calls) == before
+    assert "--steps 7: " in (line := capsys.readouterr().err) and "was begun with 50" in line
     again = [*flags, "--out", str(tmp_path / "more"), "--pairs", "90"]
     assert domain.main(again) == 2
     assert "of 12 topics are left for training; lower --queries or" in capsys.readouterr().err
@@ -281,10 +333,10 @@ def test_the_estimate_is_near_what_was_measured_and_stands_on_its_page(capsys):
 
 
 def test_embed_is_measured(tmp_path):
-    command = [sys.executable, BENCH / "embedding.py", "--texts", "30"]
+    command = [sys.executable, BENCH / "embedding.py", "--texts", "30", "--kills", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and re.search(
-        r"^\| 30 \| 0.000 \| \d+ \| .* \| - \|$", done.stdout, re.M), done
+        r"^\| 30 \| 0.000 \| \d+ \| .* \| 1, at \d+: same bytes \|$", done.stdout, re.M), done
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,6 +366,17 @@ def test_plot_draws_runs_of_the_same_settings_in_one_color(tmp_path, capsys):
     assert [len(found - {"#000000"}) for found in colors] == [2, 2, 2]  # C0 twice, C1
     points = np.arange(100.0).reshape(50, 2)
     assert np.allclose(plot.smooth(points), points.reshape(10, 5, 2).mean(axis=1))
+
+
+def test_plot_tells_runs_apart_by_their_start_and_names_each(tmp_path):
+    one, two = ({"model": f"runs/{name}", "seed": seed} for seed, name in enumerate(
+        ["ctkd-0", "ctkd-1"]))
+    assert plot.comparable(one) == plot.comparable(two)
+    assert plot.comparable(one) != plot.comparable({"model": "runs/mntp-0", "seed": 0})
+    paths = [str(ROOT / f"bench/records/{folder}/ctkd-0.json") for folder in (
+        "smollm2", "smollm2-32000")]
+    assert plot.main([*paths, "--out", str(tmp_path / "plot.svg")]) == 0
+    assert {"ctkd-0", f"ctkd-0 ({paths[1]})"} <= set(labels(tmp_path / "plot.svg"))
 
 
 def labels(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from helpers import ROOT, SMOLLM2, refused, write_smollm2
 from safetensors import safe_open
 
 from model import load_encoder
+
+sys.path.insert(0, str(ROOT / "bench"))
+import claims
 
 RECORDS = ROOT / "bench" / "records"
 TASKS = {  # the card's names -> the records'
@@ -62,6 +66,36 @@ def test_the_readme_has_the_scores_of_the_records(title, folder, variant):
     found = [np.mean([scores(folder, run)[name] for name in TASKS.values()]) for run in runs]
     assert seeds.replace(";", ",") == ", ".join(f"{x:.1f}" for x in found)
     assert mean.strip("*") == cell(found)
+
+
+LONG = "smollm2-32000"
+
+
+def means(folder: str, variant: str) -> np.ndarray:
+    """The mean of the six tasks, of each seed that has a record."""
+    runs = sorted(path.stem for path in (RECORDS / folder).glob(f"{variant}-[0-9].json"))
+    return np.array([np.mean([scores(folder, run)[name] for name in TASKS.values()])
+                     for run in runs])
+
+
+@pytest.mark.parametrize("a, b, said", [
+    (("smollm2", "ctkd"), ("smollm2", "prompteol"),
+     "{:.1f} points above PromptEOL (95 % interval {:.1f} to {:.1f})"),
+    (("smollm2", "ctkd"), ("smollm2", "nll"), "seed by seed +{:.1f} and"),
+    (("smollm2", "ctkd"), ("smollm2", "rc"), "and +{:.1f}, neither significant"),
+    (("smollm2", "ctkd"), (LONG, "ctkd"), "scores {:.0f} points less, each seed by 6 to 27 (95 % "
+     "interval of the three {:.0f} to {:.0f}"),
+    ((LONG, "ucl-ctkd"), (LONG, "ctkd"), "it adds {:.1f} points ({:.0f} to {:.0f})"),
+    ((LONG, "ucl-ctkd"), (LONG, "ucl-none"), "alone** ({:.1f}, 95 % interval {:.1f} to {:.1f})"),
+    ((LONG, "ucl-none"), (LONG, "ucl-mntp"), "{:.1f} points worse than alone ({:.1f} to {:.1f})"),
+])
+def test_the_readmes_differences_are_those_of_the_records(a, b, said):
+    """Paired over the seeds that both have; against an untrained method, over all seeds."""
+    x, y = means(*a), means(*b)
+    if len(y) > 1:
+        x, y = x[: len(y)], y[: len(x)]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert said.format(*claims.student(x - y)[:3]) in text
 
 
 def test_it_is_small_and_holds_no_name_of_a_machine():
