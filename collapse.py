@@ -54,7 +54,7 @@ from runtime.hub import find_model
 from runtime.results import GROUPS
 
 PAIRS_OF = 4096  # texts whose pairs make the uniformity
-STATES_OF = 1024  # texts, about, by whose memory states the tokens' dimensions are told
+STATES_OF = 1024  # about so many texts' memory states are kept, for wide_tokens
 
 # ---------------------------------------------------------------------------------------------
 # Measures: arrays in, numbers out, all in float64
@@ -349,6 +349,7 @@ def run(args: argparse.Namespace):
     print(f"{len(source[0]) + len(source[1]):,} texts of {printable(args.text or args.task)}")
     results = []
     for name in args.model:
+        encoder = None  # before the next copy of the weights is loaded
         found, encoder = analyse(name, source, args)
         results.append(found)
         write_file(out / "collapse.json", json.dumps(results, indent=1) + "\n")

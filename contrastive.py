@@ -50,7 +50,7 @@ from runtime.hub import find_model
 from runtime.identity import identity
 from runtime.ranks import Ranks
 from runtime.run import Run, run_stage
-from runtime.schedule import ADAPTER, DROPOUT, generator, learning_rate, seed_torch, warmup_steps
+from runtime.schedule import ADAPTER, DROPOUT, learning_rate, seed_torch, torch_seed, warmup_steps
 from runtime.settings import RunConfig, check_bounds, flag, parse_config, require_unset
 from runtime.settings import setting, stored_settings
 
@@ -69,8 +69,7 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor
     """Eq. 8: mean over i of -log( exp(cos(q_i, k_i) / tau) / sum_j exp(cos(q_i, k_j) / tau) ).
 
     queries (B, D), keys (M, D) with query i's positive at i: M = B for ucl, 2 B for scl with one
-    hard negative per row.
-    excluded (B, M): keys that are no negatives of a query, see data.batches.same_texts.
+    hard negative per row. excluded (B, M): keys that are no negatives (data.batches.same_texts).
     """
     # one direction only, as in the official code: keys do not look for their queries
     logits = scaled_cosines(queries, keys, temperature, excluded)
@@ -236,8 +235,8 @@ def check(config: Config):
     longest = max(config.max_tokens, config.document_tokens if config.stage == "scl" else 0)
     if config.micro_tokens < longest:
         raise UserError(f"--micro-tokens {config.micro_tokens}: smaller than one text, which may "
-                        f"have {longest} tokens and its memory tokens; raise it, or lower "
-                        f"--max-tokens and --document-tokens")
+                        f"have {longest} tokens (its memory tokens come on top); raise it, or "
+                        f"lower --max-tokens and --document-tokens")
     if 0 < config.encoder_tokens < config.max_tokens:
         raise UserError(f"--encoder-tokens {config.encoder_tokens}: below --max-tokens; raise it")
     if config.stage == "scl" and not config.triples:
@@ -305,8 +304,7 @@ def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
     note_positions(encoder, limit, config.document_tokens * (config.stage == "scl"))
     before = [entry["stage"] for entry in encoder.history]
     # every stage draws anew: an adapter that began like the merged one would repeat its directions
-    random = torch.Generator()
-    random.manual_seed(int(generator(config.seed, ADAPTER, len(before)).integers(2**62)))
+    random = torch.Generator().manual_seed(torch_seed(config.seed, ADAPTER, len(before)))
     if encoder.config.num_memory_tokens and not before:
         init = "mean" if config.memory_init == "auto" else config.memory_init
         encoder.add_memory(init, train_table=False, generator=random)
@@ -366,10 +364,14 @@ class BestEncoder:
         if not run.ranks.from_first(int(scored)):
             self.after(done, "auto" if done else instruction)
 
+    def due(self, done: int) -> bool:
+        """Whether to score after so many steps; saved before that, OUT/best is never ahead."""
+        at_end = done == self.run.last_step
+        return bool(self.tasks) and (at_end or done % self.config.eval_every == 0)
+
     def after(self, done: int, instruction: str = "auto"):
         """Score the encoder after so many steps if it is time to, and keep it if it is the best."""
-        due = done == self.run.last_step or done % self.config.eval_every == 0
-        if not self.tasks or not due or self.run.stopped:
+        if not self.due(done) or self.run.stopped:
             return
         from evaluate import score_on_ranks
 
@@ -379,9 +381,8 @@ class BestEncoder:
         self.run.ranks.on_first(self._keep, done, scores)
 
     def _keep(self, done: int, scores: dict[str, float]):
-        best = max((row.get("mean", -np.inf) for row in self.log.rows if row["step"]),
-                   default=-np.inf)
-        if done and scores["mean"] > best:
+        means = [row["mean"] for row in self.log.rows if row["step"] and "mean" in row]
+        if done and scores["mean"] > max(means, default=-np.inf):
             self.encoder.history[-1]["trained_steps"] = done
             save_encoder(self.encoder, self.run.out / "best", self.earlier)
         self.log.write(step=done, **scores)
@@ -401,8 +402,7 @@ def train(config: Config, run: Run):
     steps = config.steps or sum(n // config.batch_size for n in data.sizes.values())
     schedule = config.schedule_steps or steps
     warmup, clip = warmup_steps(config.warmup, schedule), config.clip or float("inf")
-    run.start(encoder, optimizer, steps,
-              {"base": identity(encoder), "texts": data.sha256},
+    run.start(encoder, optimizer, steps, {"base": identity(encoder), "texts": data.sha256},
               f"{config.stage}, {encoder.config.pooling} pooling, {encoder.config.attention}",
               str(data))
     best, instruction = BestEncoder(config, run, encoder, earlier), "auto"
@@ -426,8 +426,8 @@ def train(config: Config, run: Run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         about = diagnostics(queries, keys, config.temperature, batch.excluded)
-        run.end_step(step, f"loss {loss:.3f}, accuracy {about['accuracy']:.2f}", loss=loss.item(),
-                     **about, masked=int(batch.excluded.sum()), cut=batch.cut,
+        run.end_step(step, f"loss {loss:.3f}, accuracy {about['accuracy']:.2f}", best.due(step + 1),
+                     loss=loss.item(), **about, masked=int(batch.excluded.sum()), cut=batch.cut,
                      learning_rate=rate, grad_norm=norm.item(), real_tokens=batch.real_tokens)
         best.after(step + 1)
 

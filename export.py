@@ -386,9 +386,11 @@ def command_of(stage: dict) -> str:
 
 
 def results_of(name: str, encoder: Encoder, folder: Path) -> list[dict]:
-    """What evaluate.py has written of the encoder under this name, with these weights."""
+    """What evaluate.py has written of the encoder under this name: these weights on this base."""
     found = map(read_result, sorted((folder / label_of(name, "memory")).glob("*.json")))
-    return [r for r in found if r["settings"].get("sha256") == encoder.sha256]
+    ours = encoder.sha256, encoder.base["sha256"]
+    return [r for r in found if ours == (
+        r["settings"].get("sha256"), (r["settings"].get("base") or {}).get("sha256"))]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -105,12 +105,14 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLinear) or name.rpartition(".")[2] not in config.targets:
             continue
-        weight = at_least_fp32(layer.weight[:0])
-        a = torch.empty(config.r, layer.in_features, dtype=weight.dtype)
+        device = layer.weight.device
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        a = torch.empty(config.r, layer.in_features, dtype=dtype)
         # drawn on the CPU, hence the same numbers whatever the device
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        layer.lora_A = nn.Parameter(a.to(weight.device))
-        layer.lora_B = nn.Parameter(weight.new_zeros(layer.out_features, config.r))
+        layer.lora_A = nn.Parameter(a.to(device))
+        b = torch.zeros(layer.out_features, config.r, dtype=dtype, device=device)
+        layer.lora_B = nn.Parameter(b)
         layer.scaling, layer.dropout = config.alpha / config.r, config.dropout
 
 

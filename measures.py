@@ -1,4 +1,4 @@
-"""The six kinds of score: embeddings and labels in, MTEB's numbers out (fractions). And spread.
+"""The six kinds of score, embeddings and labels in, MTEB's numbers out (fractions); dimension.
 
 Imports NumPy and torch only. Oracles of the tests: SciPy, scikit-learn, pytrec_eval, mteb. Random
 draws are those of NumPy's and scikit-learn's generators, so that the same clusters are drawn.

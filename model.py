@@ -357,8 +357,7 @@ class Encoder(nn.Module):
         if pooling in ("last", "echo"):
             last = [1] * len(lengths) if pooling == "last" else [max(1, n) for n in tails]
         hidden, sizes = self(ids, lengths, dropout, last)
-        states = at_least_fp32(hidden).split(sizes)
-        return torch.stack([POOLINGS[pooling](h) for h in states])
+        return torch.stack([POOLINGS[pooling](h) for h in at_least_fp32(hidden).split(sizes)])
 
     def add_memory(self, init: str, train_table: bool, generator: torch.Generator | None = None):
         """Draw the K memory rows, and with `train_table` copy the table to train it, in fp32.
@@ -377,7 +376,7 @@ class Encoder(nn.Module):
             rows = mean + table.std(dim=0) * noise
         else:
             rows = table[torch.randperm(v, generator=generator)[:k]]
-        rows = rows.bfloat16()  # as the official code holds its table while it trains in fp32
+        rows = rows.bfloat16()  # as officially: drawn in bf16, then trained in fp32
         self.memory_tokens = nn.Parameter(rows.to(self.device, table.dtype))
         if train_table:
             self.table = nn.Parameter(table.to(self.device, copy=True))
@@ -417,10 +416,12 @@ class Encoder(nn.Module):
         texts, was_training = check_texts(texts), self.training
         out = np.empty((len(texts), self.table.shape[1]), np.float32)
         self.eval()
-        for batch, row, lengths, tails in self.batches(texts, instruction, document, batch_tokens,
-                                                       progress):
-            out[batch] = self.embed(row, lengths, tails=tails).float().cpu().numpy()
-        self.train(was_training)
+        try:
+            for batch, row, lengths, tails in self.batches(texts, instruction, document,
+                                                           batch_tokens, progress):
+                out[batch] = self.embed(row, lengths, tails=tails).float().cpu().numpy()
+        finally:
+            self.train(was_training)
         return out
 
 
@@ -446,14 +447,13 @@ def build_llama(files: formats.ModelFolder, dtype: torch.dtype, device) -> Llama
 
 def plain_encoder(name: str | Path, config=PLAIN, revision=None, dtype=torch.float32, device="cpu",
                   base_of=None) -> Encoder:
-    """An encoder around a frozen Llama, without adapters or memory rows: as it is, one of the
-    training-free methods (PLAIN: mean pooling)."""
+    """A frozen Llama without adapters or memory rows: a training-free method (PLAIN: the mean)."""
     files = formats.ModelFolder(name, revision, BASES, base_of)
     llama = build_llama(files, dtype, device)
     sizes, reading = (llama.config.vocab_size, llama.config.bos_token_id), config.special_tokens
     encoder = Encoder(llama, Tokenizer(files.folder, *sizes, config.bos, reading), config)
     encoder.base = files.record(encoder.tokenizer.bos)
-    return encoder
+    return encoder.eval()
 
 
 def load_encoder(name: str | Path, base: str | None = None, dtype=torch.float32, device="cpu",

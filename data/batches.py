@@ -179,11 +179,11 @@ class Batch(NamedTuple):
         return sum(map(len, self.queries + self.keys))
 
 
-def same_texts(keys: list[np.ndarray], rows: int) -> Tensor:
-    """(rows, M): whether key j != i duplicates the text of row i's positive: a false negative."""
+def same_texts(keys: list[np.ndarray], queries: int) -> Tensor:
+    """(queries, M): whether key j != i has the text of row i's positive: a false negative."""
     names: dict[bytes, int] = {}
     text = torch.tensor([names.setdefault(ids.tobytes(), len(names)) for ids in keys])
-    return (text[:rows, None] == text).fill_diagonal_(False)
+    return (text[:queries, None] == text).fill_diagonal_(False)
 
 
 def other_positives(texts: list[str], triples: list[Triple]) -> Tensor:

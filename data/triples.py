@@ -130,7 +130,7 @@ def read_text(name: str, value, unread: list[str]) -> str:
     return value.strip()
 
 
-def read_texts(row: dict, name: str | None, unread: list[str]) -> list[str]:
+def field_texts(row: dict, name: str | None, unread: list[str]) -> list[str]:
     """The texts of a field that has one, or a list of them."""
     value = row[name] if name else []
     return [read_text(name, one, unread) for one in (value if isinstance(value, list) else [value])]
@@ -171,8 +171,8 @@ def parse_row(line: bytes) -> Row:
             raise ValueError(f"has no {wanted} (it has {list_names(row)})")
     unread: list[str] = []
     found = read_text(query, row[query], unread)
-    positives = list(dict.fromkeys(read_texts(row, positive, unread)))
-    negatives = [text for name in numbered or [negative] for text in read_texts(row, name, unread)]
+    positives = list(dict.fromkeys(field_texts(row, positive, unread)))
+    negatives = [text for name in numbered or [negative] for text in field_texts(row, name, unread)]
     own = row[instruction] if instruction else None
     if own is not None and not isinstance(own, str):
         raise ValueError(f"{instruction} is {str(own)[:50]!r}, a text is expected")

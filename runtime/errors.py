@@ -77,9 +77,9 @@ def printable(text: str, keep: str = "") -> str:
                       match[0].encode("unicode_escape").decode(), str(text))
 
 
-def print_error(error: Exception, rank: str = "0") -> int:
+def print_error(error: Exception) -> int:
     """Print the user-facing text of a fatal error on one line; returns the command's exit code."""
-    where = f" on rank {rank}" if rank != "0" else ""
+    where = "" if first_process() else f" on rank {os.environ['RANK']}"
     fix = "; fix that, or name another place" if isinstance(error, OSError) else ""
     line = printable(str(error).replace("\n", " "))
     with suppress(BrokenPipeError):

@@ -40,7 +40,7 @@ class ModelFolder:
         self.config = read_llama_config(path, model_types)
         self.source, self.revision = describe_source(name, self.folder)
         self.places = tensor_places(self.files, self.config["tie_word_embeddings"])
-        # saved without a head (a LlamaModel) all names lack what they have in common otherwise
+        # saved as a LlamaModel, names have no "model." before them, and there is no head
         bare = not any(key.startswith("model.") for _, key in self.places.values())
         self.config["has_head"] = not bare or "lm_head.weight" in self.places
         if (file := self.folder / "tokenizer.json").exists():

@@ -137,10 +137,10 @@ def join_ranks(device: str, threads: int, timeout_minutes: float, deterministic:
 
 def start_ranks(device: str, threads: int, timeout_minutes: float, deterministic: bool) -> Ranks:
     """Set device and threads, and connect the processes; see `join_ranks`."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    given = [os.environ.get(name, "01"[i % 2]) for i, name in enumerate(names)]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    given = [os.environ.get(name, value) for name, value in alone.items()]
     if not all(map(str.isdecimal, given)) or 0 in map(int, given[1::2]):
-        raise UserError(f"{', '.join(names)} are {', '.join(given)} in the environment, no numbers "
+        raise UserError(f"{', '.join(alone)} are {', '.join(given)} in the environment, no numbers "
                         f"of processes; start with torchrun, or unset them")
     rank, size, local, local_size = map(int, given)
     if deterministic:

@@ -32,8 +32,10 @@ from runtime.errors import (
     LostRank,
     UserError,
     interruptible,
+    first_process,
     print_error,
     print_interrupt,
+    take_signals,
     terminal,
 )
 from runtime.files import finish_renaming, read_json, sha256_of_files, sha256_of_json, try_lock
@@ -60,7 +62,7 @@ class Run:
         self.stopped = 0  # the number of the signal that ended the run early
         self.signals: list[int] = []  # those caught so far
         self.handlers: dict = {}  # what handled them before
-        self.bar = None
+        self.bar = self.checkpoints = None
 
     # -- before the first step
 
@@ -89,8 +91,7 @@ class Run:
         self.log = self.open_log("metrics.jsonl", self.first_step)
         if self.first_rank:
             self._print_header(encoder, trained, about, data)
-        self.handlers = {s: signal.signal(s, lambda number, _: self.signals.append(number))
-                         for s in STOPS}
+        self.handlers = take_signals(lambda number, _: self.signals.append(number))
         self.bar = tqdm(total=steps, initial=self.first_step, disable=not self.first_rank,
                         dynamic_ncols=True,  # few lines in a log file
                         mininterval=0.2 if sys.stderr.isatty() else 15)
@@ -197,8 +198,8 @@ class Run:
             f"{'; '.join(map(name, odd[:8]))}{'; ...' * (len(odd) > 8)}. Lower --lr or use "
             f"--dtype float32; checkpoints are in {self.out}/checkpoints")
 
-    def end_step(self, step: int, shown: str, **metrics):
-        """Log a step, and save if it is time to, or if any rank was told to stop.
+    def end_step(self, step: int, shown: str, save: bool = False, **metrics):
+        """Log a step, and save if asked to, if it is time to, or if any rank was told to stop.
 
         metrics: one line of metrics.jsonl, `real_tokens` among them; shown: beside the bar.
         """
@@ -209,7 +210,7 @@ class Run:
             self.bar.update()
         self.stopped, late = self._sync_stop()
         done = step + 1
-        due = done == self.last_step or done % self.config.save_every == 0
+        due = save or done == self.last_step or done % self.config.save_every == 0
         if due or late or self.stopped:
             self.ranks.on_first(self.checkpoints.save, done)
 
@@ -231,7 +232,8 @@ class Run:
             self.ranks.on_first(save_encoder, folder)
 
     def close(self):
-        """Give the signals back to whoever handled them before."""
+        """Give the signals back to whoever handled them before, and let go of the model."""
+        self.checkpoints = None  # they hold its tensors; the report loads its own
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.bar is not None:
@@ -246,20 +248,13 @@ class Log:
 
     def __init__(self, path: Path, first_step: int):
         self.path, self.rows = path, []
-        kept = []
-        if path.is_file():
-            for line in path.read_text(errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                    early = row["step"] < first_step
-                    if not all(isinstance(value, int | float) for value in row.values()):
-                        continue
-                except (ValueError, KeyError, TypeError, RecursionError):  # that a crash cut off
-                    continue
-                if early:
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # a crash cut it off
+                row = json.loads(line)
+                if row["step"] < first_step and all(
+                        isinstance(value, int | float) for value in row.values()):
                     self.rows.append(row)
-                    kept.append(line + "\n")
-        write_file(path, "".join(kept))
+        write_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, **values):
         """Append one step."""
@@ -394,7 +389,7 @@ def run_stage(config, check: Callable, train: Callable, report: Callable) -> int
     Returns the exit code: 0; 2 after a UserError, or for a file or folder that cannot be used; 1 if
     another rank was lost; 128 + n after signal n.
     """
-    rank, checked = os.environ.get("RANK", "0"), False
+    checked = False
     with terminal(), interruptible():
         try:
             check(config)
@@ -412,8 +407,8 @@ def run_stage(config, check: Callable, train: Callable, report: Callable) -> int
             return 128 + signal.SIGPIPE
         except (UserError, LostRank, OSError) as error:
             code = 1 if isinstance(error, LostRank) else 2
-            if checked or rank == "0":  # all ranks have the same settings, one complains
-                code = print_error(error, rank)
+            if checked or first_process():  # all ranks have the same settings, one complains
+                code = print_error(error)
             if isinstance(error, LostRank) and "TORCHELASTIC_RUN_ID" in os.environ:
                 time.sleep(2)  # torchrun shows the traceback of whoever ends first: not this one
             return code

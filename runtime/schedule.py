@@ -46,9 +46,14 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(list(key))
 
 
+def torch_seed(*key: int) -> int:
+    """A seed for torch that depends on its key alone."""
+    return int(generator(*key).integers(2**62))
+
+
 def seed_torch(*key: int):
     """Seed torch's dropout by a key alone, so that a micro-batch drops the same after a resume."""
-    torch.manual_seed(int(generator(*key).integers(2**62)))
+    torch.manual_seed(torch_seed(*key))
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:

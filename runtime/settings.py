@@ -135,8 +135,9 @@ def changed_settings(config, before: dict, resuming: bool = False) -> list[str]:
     Left out are settings on which nothing depends; if `resuming`, what a resumed run may change.
     A setting that is newer than the run had its default, or what `older` says.
     """
+    allowed = (True, "place", "bits") if resuming else (True,)
     return [f"{name}: {old!r} -> {new!r}" for name, (old, new, kind) in
-            differences(config, before).items() if not kind or kind is not True and not resuming]
+            differences(config, before).items() if kind not in allowed]
 
 
 def differences(config, before: dict) -> dict[str, tuple]:

@@ -273,17 +273,9 @@ def same_tensors(left: Path, right: Path) -> bool:
     return a.keys() == b.keys() and len(a) > 1 and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@contextmanager
 def signal_after(steps: int, number: int):
     """A signal to this process in its optimiser step of that number, after which a run ends."""
-    counter = itertools.count(1)
-    handle = register_optimizer_step_post_hook(
-        lambda *_: next(counter) == steps and signal.raise_signal(number)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+    return after_step(steps, lambda: signal.raise_signal(number))
 
 
 def error_line(code: int, capsys, *fragments, bar=False) -> str:
@@ -560,6 +552,7 @@ def write_encoder(base: Path, where: Path, seed=0, **settings) -> Path:
     generator = torch.Generator().manual_seed(seed)
     encoder.add_memory("normal", True, generator)
     lora.add_lora(encoder.llama, encoder.lora_config, generator)
+    randomize_adapters(encoder.llama, seed)
     encoder.history = [{"stage": "ctkd", "seed": seed}]
     save_encoder(encoder, where)
     return where

@@ -8,7 +8,8 @@ and sends SIGKILL. A killed rank is torchrun's to restart; a killed job is start
 
 Each process notes its phase in a file that the killer reads, before and after the kill: what counts
 is what was hit, not what was aimed at. Phases are stretched by a sleep (a rename takes
-microseconds), or the killer would seldom meet them.
+microseconds), or the killer would seldom meet them; it stops the rank (SIGSTOP) to see that it is
+still in the phase.
 """
 
 import mmap
@@ -154,11 +155,22 @@ class Job:
                 first = step if first is None and step >= 0 else first
                 if first is not None and step >= first + steps and phase == aim:
                     time.sleep(delay)
-                    return True
+                    if self.hold(found, rank, aim):
+                        return True
             elif found != process:
                 begun, process, first = time.monotonic(), found, None
             time.sleep(0.0005)
         return False
+
+    def hold(self, process: int, rank: int, aim: str) -> bool:
+        """Whether the rank, stopped, is still in the phase; if not, it runs on."""
+        kill(process, signal.SIGSTOP)
+        while state(process) not in "TZX":
+            time.sleep(0.0005)
+        held = self.notes[rank].read()[::2] == (process, aim)
+        if not held:
+            kill(process, signal.SIGCONT)
+        return held
 
     def kill(self, whom: str, rank: int) -> str:
         """SIGKILL to one rank or to all; returns the phase in which `rank` died."""
@@ -188,18 +200,23 @@ class Job:
             self.torchrun.wait()
 
 
+def state(process: int) -> str:
+    """R, S, T, Z, ... as the kernel has it; X if the process is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
 def alive(process: int) -> bool:
     """Whether the process runs (a dead one that nobody has waited for does not)."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    return state(process) not in "ZX"
 
 
-def kill(process: int):
-    """SIGKILL, if it is still there."""
+def kill(process: int, number: int = signal.SIGKILL):
+    """The signal, if it is still there."""
     try:
-        os.kill(process, signal.SIGKILL)
+        os.kill(process, number)
     except ProcessLookupError:
         pass
 

@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, write_encoder
 
 import embed
+from data.tokenizer import INSTRUCTED
 from measures import unit
 from model import load_encoder
 
@@ -65,10 +65,17 @@ def test_the_flags(two_stages, tmp_path, small_blocks):
     half = found("--half")
     assert half.dtype == np.float16 and np.array_equal(half, found().astype(np.float16))
     assert close(found("--instruction", "Find it"), encoder.encode(LINES, "Find it"))
-    both = [f"t{i} {line}".strip() if line else f"t{i}" for i, line in enumerate(LINES)]
-    assert close(found("--field", "title", "text"),
-                 encoder.encode([b if line.strip() == line else f"t{i} {line}"
-                                 for i, (b, line) in enumerate(zip(both, LINES))]))
+    both = [f"t{i} {line}" if line else f"t{i}" for i, line in enumerate(LINES)]
+    assert close(found("--field", "title", "text"), encoder.encode(both))
+
+
+def test_documents_are_read_in_their_template(tiny, tmp_path):
+    model = write_encoder(tiny, tmp_path / "encoder", template=INSTRUCTED,
+                          document_template="passage: {text}")
+    path, out, encoder = write_texts(tmp_path), tmp_path / "out.npy", load_encoder(model)
+    assert embed.main([str(model), str(path), str(out), "--document"]) == 0
+    assert close(np.load(out), expected := encoder.encode(LINES, document=True))
+    assert not close(encoder.encode(LINES), expected)
 
 
 def test_a_plain_llama_is_read_by_its_method(tmp_path):
@@ -81,7 +88,7 @@ def test_a_plain_llama_is_read_by_its_method(tmp_path):
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_an_interrupted_command_resumes_with_the_same_bytes(after, two_stages, tmp_path,
-                                                            monkeypatch, small_blocks):
+                                                            monkeypatch, small_blocks, capsys):
     path, calls = write_texts(tmp_path, lines=LINES * 2), []
     command = [str(two_stages[1]), str(path)]
     assert embed.main([*command, str(tmp_path / "whole.npy")]) == 0
@@ -93,9 +100,11 @@ def test_an_interrupted_command_resumes_with_the_same_bytes(after, two_stages, t
             raise KeyboardInterrupt
         ours(self, x, *rest)
 
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(embed.Embeddings, "append", append)
-        embed.main([*command, str(tmp_path / "out.npy")])
+        assert embed.main([*command, str(tmp_path / "out.npy")]) == 130
+    assert capsys.readouterr().err.endswith(
+        "\ninterrupted; what is embedded is kept, the same command goes on\n")
     assert len(calls) == after + 1 and (tmp_path / "out.npy.json").exists()
     done = json.loads((tmp_path / "out.npy.json").read_text())["done"]
     assert done == 3 * after
@@ -116,9 +125,9 @@ def test_what_was_begun_otherwise_is_not_resumed(change, what, two_stages, tmp_p
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(embed.Embeddings, "append", stop)
-        embed.main([str(model), str(path), str(out)])
+        assert embed.main([str(model), str(path), str(out)]) == 130
     if change == "text":
         write_texts(tmp_path, lines=[*LINES[:-1], "other"])
     elif change == "encoder":
@@ -223,12 +232,24 @@ def test_a_method_that_there_is_not_is_refused(tmp_path, capsys):
     assert stop.value.code == 2 and "invalid choice: 'foo'" in capsys.readouterr().err
 
 
-def test_two_processes_share_the_work(two_stages, tmp_path):
-    path = write_texts(tmp_path, lines=LINES * 4)
+def test_two_processes_share_the_work_and_resume_it(two_stages, tmp_path, monkeypatch):
+    """What one process has begun, two go on with."""
+    path, ours, calls = write_texts(tmp_path, lines=LINES * 200), embed.Embeddings.append, []
+
+    def append(*inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        ours(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed.Embeddings, "append", append)
+        assert embed.main([str(two_stages[1]), str(path), str(tmp_path / "two.npy")]) == 130
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                ROOT / "embed.py", two_stages[1], path, tmp_path / "two.npy", "--threads", "1"]
     done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True,
                           text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("wrote") == 1, done.stderr
     assert embed.main([str(two_stages[1]), str(path), str(tmp_path / "one.npy")]) == 0
-    assert close(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"))
+    two, one = (np.load(tmp_path / f"{name}.npy") for name in ("two", "one"))
+    assert len(one) == 1200 > embed.BLOCK and close(two, one)

@@ -61,10 +61,11 @@ def test_a_defect_keeps_its_traceback(error, capsys):
 
 
 @pytest.mark.parametrize("rank, where", [("0", ""), ("3", " on rank 3")])
-def test_an_error_names_its_rank_unless_it_is_the_first(rank, where, capsys):
-    assert print_error(UserError("texts differ"), rank) == 2
-    assert print_error(LostRank("rank 1 is gone"), rank) == 1
-    assert print_error(OSError(28, "No space left on device"), rank) == 2
+def test_an_error_names_its_rank_unless_it_is_the_first(rank, where, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    assert print_error(UserError("texts differ")) == 2
+    assert print_error(LostRank("rank 1 is gone")) == 1
+    assert run_command(failing(OSError(28, "No space left on device"))) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
         f"error{where}: texts differ", f"error{where}: rank 1 is gone",
@@ -217,7 +218,7 @@ def test_one_process_of_several_says_that_it_was_interrupted(monkeypatch, capsys
     assert capsys.readouterr() == ("", "")
 
 
-COMMANDS = ("pretrain_ctkd", "contrastive", "evaluate", "collapse", "mine", "export")
+COMMANDS = ("pretrain_ctkd", "contrastive", "evaluate", "collapse", "embed", "mine", "export")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -228,6 +229,9 @@ def test_a_command_takes_signals_before_it_imports_what_takes_seconds(name):
     before = {word for line in lines[:first] if line.startswith(("import ", "from "))
               for word in line.replace(".", " ").split()}
     assert not before & {"torch", "numpy", "tokenizers", "data", "model", "runtime", "pretexts"}
+
+
+def test_what_takes_the_signals_is_imported_at_once():
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, runtime.errors; print('numpy' in sys.modules)"],
         capture_output=True, text=True, cwd=ROOT)

@@ -315,15 +315,18 @@ def test_the_card_has_the_scores_of_these_weights(two_stages, tmp_path, capsys, 
     task = {"name": "STS17", "revision": "abc", "subset": "en-en"}
     run = tmp_path / "runs" / "mine"
     shutil.copytree(two_stages[1], run / "encoder")
-    for name, sha256, score in (("STS17", encoder.sha256, 0.71), ("SICK-R", "another", 0.9)):
+    adapters, base = encoder.sha256, encoder.base["sha256"]
+    for name, weights, llama, score in (
+            ("STS17", adapters, base, 0.71), ("SICK-R", "another", base, 0.9),
+            ("STSBenchmark", adapters, "another", 0.8)):
         result = result_of({**task, "name": name}, {"main_score": score, "notes": []},
-                           {"sha256": sha256}, 1.0)
+                           {"sha256": weights, "base": {"sha256": llama}}, 1.0)
         write_result(tmp_path / "results" / "runs__mine" / f"{name}.json", result)
     monkeypatch.chdir(tmp_path)
     assert export.main(["runs/mine", "out", "--license", "apache-2.0"]) == 0
     assert "1 score in its card" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| STS17 | 71.00 |" in card and "SICK-R" not in card
+    assert "| STS17 | 71.00 |" in card and "SICK-R" not in card and "STSB" not in card
     about = yaml.safe_load(card.split("---")[1])
     assert about["license"] == "apache-2.0" and "base_model" not in about  # a folder of ours
     assert Path(encoder.base["name"]).name in card and encoder.base["name"] not in card
@@ -337,6 +340,16 @@ def test_the_card_has_the_scores_of_these_weights(two_stages, tmp_path, capsys, 
 # ---------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_is_a_line_and_leaves_nothing(two_stages, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "write_tensors", stop)
+    assert export.main([str(two_stages[1]), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_line_exports_once_and_then_refuses(two_stages, tmp_path, capsys):

@@ -34,7 +34,7 @@ from runtime.results import PUBLISHED
 CASES = int(os.environ.get("FUZZ_CASES", 0))
 fuzz = settings(max_examples=CASES or 80, derandomize=not CASES, database=None, deadline=None,
                 phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
-SECONDS = 60  # no case may take longer
+SECONDS = 600  # no case may take longer
 COUNT: Counter = Counter()  # exit codes of all cases
 SAID: list[str] = []  # what they printed
 

@@ -3,12 +3,13 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import ECHO, EOL, MEMORY, OTHERS, TEXT, TEXTS, K
-from helpers import edit_json, random_qkv, slow_attention, trained_encoder, write_llama
+from helpers import edit_json, random_qkv, refused, slow_attention, trained_encoder, write_llama
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import PreTrainedTokenizerFast
@@ -370,6 +371,12 @@ def test_encode_uses_no_dropout_and_restores_training_mode(tiny):
     encoder.train()
     assert np.array_equal(encoder.encode(TEXTS), expected)
     assert encoder.training and encoder.llama.training
+    encoder.config = replace(encoder.config, document_template="passage: {text}")
+    refused(lambda: encoder.encode(TEXTS, "Find it", document=True), "instruction")
+    assert encoder.training and encoder.llama.training
+    plain = plain_encoder(tiny)
+    plain.encode(TEXTS)
+    assert not any(module.training for module in plain.modules())
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])

@@ -44,7 +44,7 @@ def pair():
         for rank in range(2)]
 
     def answers(job: dict) -> list[SimpleNamespace]:
-        timer = threading.Timer(120, end_all, [processes])
+        timer = threading.Timer(600, end_all, [processes])
         timer.start()
         for process in processes:
             process.stdin.write(json.dumps(job) + "\n")

@@ -335,6 +335,7 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(stage, run, tmp_path
 @pytest.mark.parametrize("stage, number, dtype", [
     ("ctkd", signal.SIGTERM, "float32"), ("ctkd", signal.SIGINT, "float32"),
     ("ctkd", signal.SIGTERM, "bfloat16"), ("ucl", signal.SIGTERM, "float32"),
+    ("ucl", signal.SIGTERM, "bfloat16"), ("scl", signal.SIGTERM, "float32"),
     ("scl", signal.SIGTERM, "bfloat16"),
 ])
 def test_a_stopped_run_is_resumed_bit_for_bit(stage, number, dtype, run, tmp_path, capsys):

@@ -22,12 +22,12 @@ from runtime.encoders import own_file
 
 @pytest.fixture(autouse=True)
 def no_waiting():
-    """What waits for a pipe fails after a minute."""
+    """What waits for a pipe fails after ten minutes."""
     def late(*_):
         raise TimeoutError("waits for a pipe or reads without an end")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
+    signal.alarm(600)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
