@@ -301,7 +301,7 @@ def score_settings(encoder: Encoder, name: str, method: str, ranks: Ranks) -> di
     row, why_none = paper_row(encoder, method)
     return {
         "format": FORMAT, "model": name, "method": method, "base": encoder.base,
-        "sha256": encoder.sha256, "adapters": encoder.loaded,
+        "sha256": encoder.sha256, "adapters": encoder.stored_adapters,
         **asdict(config), "kept_tokens": list(config.kept_tokens),
         "dtype": str(encoder.dtype), "device": str(encoder.device),
         "threads": torch.get_num_threads(), "ranks": ranks.size, "history": encoder.history,

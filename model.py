@@ -313,7 +313,7 @@ class Encoder(nn.Module):
         self.adapters, self.lora_config = False, LoraConfig()  # whether the adapters take part
         self.base: dict = {}  # what the Llama is: name, revision, sha256 and what it is made of
         self.sha256 = ""  # of what was trained: adapters, memory tokens, table
-        self.loaded: list[list] = []  # stage, r, alpha, targets of each stored adapter
+        self.stored_adapters: list[list] = []  # stage, r, alpha, targets of each
         self.history: list[dict] = []  # the stages that made the adapters, oldest first
         self.cut = 0  # texts that `batches` and `encode` have had to cut so far
 
@@ -471,7 +471,7 @@ def load_encoder(name: str | Path, base: str | None = None, dtype=torch.float32,
     for entry in history:
         merge_lora(encoder.llama)  # the adapter before: only the last one stays apart
         encoder.lora_config = c = load_adapter(encoder.llama, folder / entry["stage"])
-        encoder.loaded.append([entry["stage"], c.r, c.alpha, *c.targets])
+        encoder.stored_adapters.append([entry["stage"], c.r, c.alpha, *c.targets])
     (v, d), k = encoder.table.shape, config.num_memory_tokens
     rows = encoders.read_embeddings(folder, {"memory_tokens": (k, d), "embed_tokens": (v, d)})
     for key, tensor in rows.items():

@@ -286,8 +286,8 @@ def new_encoder(config: Config, run: Run) -> Encoder:
 
 def open_texts(config: Config, tokenizer: Tokenizer, num_texts: int) -> SplitTexts:
     """The first texts of the run."""
-    return SplitTexts(config.text, tokenizer, num_texts, config.min_characters,
-                      config.max_text_tokens, config.max_tokens, config.text_seed)
+    return SplitTexts.read(config.text, tokenizer, num_texts, config.min_characters,
+                           config.max_text_tokens, config.max_tokens, config.text_seed)
 
 
 def prepare(config: Config, run: Run) -> tuple[Encoder, SplitTexts]:

@@ -68,7 +68,7 @@ def random_texts(args) -> SplitTexts:
     random, (low, high) = np.random.default_rng(args.seed), args.lengths
     lengths = random.integers(low, high + 1, args.batch * (args.turns + args.warm_up))
     ids = harness.random_texts(random, lengths, shape_of(args).vocab_size)
-    return SplitTexts.of_ids("random ids", ids)
+    return SplitTexts("random ids", ids)
 
 
 class CtkdStep(TrainingStep):

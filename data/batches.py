@@ -78,9 +78,18 @@ def split_point(seed: int, position: int, length: int) -> int:
 class SplitTexts:
     """Stage 1: texts that a step cuts into a context and its continuation."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, num_texts: int = 0,
-                 min_characters: int = -1, max_text_tokens: int = -1, max_tokens: int = 512,
-                 text_seed: int = 42):
+    def __init__(self, source: str, texts: list[np.ndarray], places: list[int] | None = None,
+                 max_tokens: int | None = None, dropped: str = "none dropped"):
+        """Token ids with BOS, cut to max_tokens; places: of the texts in the source, from 0."""
+        self.source, self.dropped = source, dropped
+        self.places = range(len(texts)) if places is None else places
+        self.cut = sum(len(ids) > (max_tokens or len(ids)) for ids in texts)
+        self.texts = [ids[:max_tokens] for ids in texts]
+        self.sizes, self.sha256 = {f"{source} ({dropped})": len(texts)}, digest_ids(self.texts)
+
+    @classmethod
+    def read(cls, source: str, tokenizer: Tokenizer, num_texts: int = 0, min_characters: int = -1,
+             max_text_tokens: int = -1, max_tokens: int = 512, text_seed: int = 42) -> "SplitTexts":
         """Shuffle by text_seed, filter, and take the first num_texts (0: all), cut to max_tokens.
 
         -1 is the paper's filter for wikitext103 (from 1,000 characters, under 512 tokens), no
@@ -115,20 +124,7 @@ class SplitTexts:
         if not kept:
             raise UserError(f"{source}: no text left of {len(there)} after the filters ({counts}); "
                             f"change --min-characters or --max-text-tokens")
-        self._hold(source, kept[:wanted], places[:wanted], max_tokens, counts)
-
-    @classmethod
-    def of_ids(cls, source: str, texts: list[np.ndarray]) -> "SplitTexts":
-        """Texts that are token ids with BOS already."""
-        data = object.__new__(cls)
-        data._hold(source, texts, list(range(len(texts))), max(map(len, texts)), "none dropped")
-        return data
-
-    def _hold(self, source: str, texts: list, places: list[int], max_tokens: int, dropped: str):
-        self.source, self.places, self.dropped = source, places, dropped
-        self.cut = sum(len(ids) > max_tokens for ids in texts)
-        self.texts = [ids[:max_tokens] for ids in texts]
-        self.sizes, self.sha256 = {f"{source} ({dropped})": len(texts)}, digest_ids(self.texts)
+        return cls(source, kept[:wanted], places[:wanted], max_tokens, counts)
 
     def read_batch(self, seed: int, step: int, batch_size: int) -> SplitBatch:
         """The global batch of a step, each text with its split point."""

@@ -100,5 +100,5 @@ def base_changes(recorded: dict, found: dict, files: Callable[[], str]) -> list[
 def identity(encoder) -> str:
     """sha256 of all that an encoder's embeddings depend on but its dtype: base, adapters with their
     scale, trained rows, and how texts are read."""
-    return sha256_of_json([encoder.base["sha256"], encoder.sha256, encoder.loaded,
+    return sha256_of_json([encoder.base["sha256"], encoder.sha256, encoder.stored_adapters,
                            vars(encoder.config)])

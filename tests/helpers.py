@@ -133,7 +133,7 @@ def run_of(config, ranks: Ranks = ONE, resuming: bool = False) -> Run:
 
 def split_texts(texts: list, source: str = "texts") -> SplitTexts:
     """Stage 1's data made of token ids (with BOS), without reading a file."""
-    return SplitTexts.of_ids(source, texts)
+    return SplitTexts(source, texts)
 
 
 def ctkd_step(encoder, data: SplitTexts, config, step: int, ranks: Ranks = ONE):

@@ -59,7 +59,7 @@ def test_wikitext_keeps_texts_of_1000_characters_and_less_than_512_tokens(
     assert [ids.tolist() for ids in data.texts] == [ids.tolist() for ids in expected]
     assert data.dropped == "1 under 1000 characters, 2 512 tokens or more" and data.cut == 0
     assert [data.name(row) for row in range(2)] == ["wikitext103, text 2", "wikitext103, text 4"]
-    off = SplitTexts("wikitext103", tokenizer, 0, min_characters=0, max_text_tokens=0)
+    off = SplitTexts.read("wikitext103", tokenizer, 0, min_characters=0, max_text_tokens=0)
     assert len(off.texts) == len(lines) and off.dropped == "none dropped"
     assert off.cut == 1  # of 1,600 characters; 512 tokens are not too many
 
@@ -87,11 +87,11 @@ def test_cut_texts_are_counted_after_the_filters_and_among_the_first_texts(
     path.write_text("\n".join(lines))
     lengths = [len(ids) for ids in tokenizer.encode(lines)]
     assert lengths == [n + 1 for n in (60, 30, 31, 12, 29, 80, 90)]
-    data = SplitTexts(str(path), tokenizer, 4, max_text_tokens=81, max_tokens=31, text_seed=-1)
+    data = SplitTexts.read(str(path), tokenizer, 4, max_text_tokens=81, max_tokens=31, text_seed=-1)
     assert [len(ids) for ids in data.texts] == [31, 31, 31, 30] and data.cut == 2
     assert str(data) == f"{path}: 4 texts, 31 tokens each, 2 of them cut"
     assert data.dropped == "1 under 20 tokens, 2 81 tokens or more"
-    whole = SplitTexts(str(path), tokenizer, 0, max_tokens=91, text_seed=-1)
+    whole = SplitTexts.read(str(path), tokenizer, 0, max_tokens=91, text_seed=-1)
     assert whole.cut == 0 and "of them cut" not in str(whole)
 
 
@@ -120,7 +120,7 @@ def test_stage_1_shuffles_as_the_library_datasets_does_before_it_filters(
     kept = [ids.tolist() for ids in tokenizer.encode(there) if len(ids) >= 20]
     assert 20 < len(kept) < len(there) == 32
     for wanted in (0, 5):
-        data = SplitTexts(str(gaps), tokenizer, wanted, text_seed=seed)
+        data = SplitTexts.read(str(gaps), tokenizer, wanted, text_seed=seed)
         assert [ids.tolist() for ids in data.texts] == kept[: wanted or None]
     named = [int(re.fullmatch(re.escape(str(gaps)) + r", text (\d+)", data.name(row))[1])
              for row in range(5)]
@@ -131,11 +131,12 @@ def test_stage_1_shuffles_as_the_library_datasets_does_before_it_filters(
 
 def test_the_text_seed_of_minus_one_keeps_the_files_order(tokenizer, gaps):
     in_order = [ids.tolist() for ids in tokenizer.encode(read_texts(str(gaps))) if len(ids) >= 20]
-    data = SplitTexts(str(gaps), tokenizer, 6, text_seed=-1)
+    data = SplitTexts.read(str(gaps), tokenizer, 6, text_seed=-1)
     assert [ids.tolist() for ids in data.texts] == in_order[:6]
-    others = [SplitTexts(str(gaps), tokenizer, 6, text_seed=seed).sha256 for seed in (42, 0, 42)]
+    others = [SplitTexts.read(str(gaps), tokenizer, 6, text_seed=seed).sha256
+              for seed in (42, 0, 42)]
     assert others[0] == others[2] and len({data.sha256, *others}) == 3
-    assert SplitTexts(str(gaps), tokenizer, 6).sha256 == others[0]  # 42 is the default
+    assert SplitTexts.read(str(gaps), tokenizer, 6).sha256 == others[0]  # 42 is the default
 
 
 def test_which_texts_are_read_does_not_depend_on_the_runs_seed(tokenizer, gaps):
@@ -151,18 +152,18 @@ def test_which_texts_are_read_does_not_depend_on_the_runs_seed(tokenizer, gaps):
 def test_filters_drop_and_count_texts(tokenizer, texts, tmp_path):
     path, whole = tmp_path / "more.txt", texts.read_text()
     path.write_text("short\nsmall\nthe embedding of the text is here\n" + whole)
-    data = SplitTexts(str(path), tokenizer, text_seed=-1)
+    data = SplitTexts.read(str(path), tokenizer, text_seed=-1)
     assert len(data.texts) == 40 and data.sizes == {f"{path} (3 under 20 tokens)": 40}
-    assert data.sha256 == SplitTexts(str(texts), tokenizer, text_seed=-1).sha256
-    assert data.sha256 != SplitTexts(str(texts), tokenizer, num_texts=39, text_seed=-1).sha256
+    assert data.sha256 == SplitTexts.read(str(texts), tokenizer, text_seed=-1).sha256
+    assert data.sha256 != SplitTexts.read(str(texts), tokenizer, num_texts=39, text_seed=-1).sha256
     assert str(data) == f"{path}: 40 texts, {sum(map(len, data.texts)) / 40:.0f} tokens each"
     counts = sorted(map(len, data.texts))
-    short = SplitTexts(str(path), tokenizer, min_characters=30, max_text_tokens=counts[10])
+    short = SplitTexts.read(str(path), tokenizer, min_characters=30, max_text_tokens=counts[10])
     assert len(short.texts) == sum(count < counts[10] for count in counts)
     assert short.dropped == (f"2 under 30 characters, 1 under 20 tokens, "
                              f"{40 - len(short.texts)} {counts[10]} tokens or more")
     with pytest.raises(UserError, match="no text left of 43") as caught:
-        SplitTexts(str(path), tokenizer, max_text_tokens=20)
+        SplitTexts.read(str(path), tokenizer, max_text_tokens=20)
     assert "--min-characters" in str(caught.value) and str(path) in str(caught.value)
 
 

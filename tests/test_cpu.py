@@ -171,7 +171,7 @@ def test_the_plain_forms_of_other_devices_compute_the_same(monkeypatch):
         torch.nn.init.normal_(layer.lora_B, std=0.02, generator=random)
     encoder.add_memory("normal", train_table=True, generator=random)
     encoder.adapters, results = True, []
-    batch = SplitTexts("demo", encoder.tokenizer, 2).read_batch(0, 0, 2)
+    batch = SplitTexts.read("demo", encoder.tokenizer, 2).read_batch(0, 0, 2)
     for on_cpu in (True, False):
         monkeypatch.setattr(cpu, "is_cpu", lambda x: on_cpu)  # what cpu.py asks before each trick
         loss = ctkd(encoder, batch, Config())

@@ -132,7 +132,7 @@ def test_a_step_on_cuda_has_the_loss_and_gradients_of_fp64_on_the_cpu(dtype, lim
         memory = encoder.memory_tokens.data
         memory.copy_(0.05 * torch.randn(memory.shape, generator=random))
         encoder.adapters = True
-        batch = SplitTexts("demo", encoder.tokenizer, 4).read_batch(0, 0, 4)
+        batch = SplitTexts.read("demo", encoder.tokenizer, 4).read_batch(0, 0, 4)
         loss = ctkd(encoder, batch, Config())
         trained = [p for p in encoder.parameters() if p.requires_grad]
         results.append([loss.detach(), *torch.autograd.grad(loss, trained)])
