@@ -1,4 +1,4 @@
-"""How far embeddings and memory tokens collapse: the analysis of the paper's section 4.
+"""How far embeddings and memory tokens collapse: the analysis in section 4 of the paper.
 
     python collapse.py --model runs/ctkd runs/nll --task sts17      table, JSON
     python collapse.py --model runs/nll --text texts.jsonl.gz --save runs/nll-merged
@@ -9,19 +9,19 @@ dimension         of a spectrum s with shares p = s / sum s, in three senses: ex
                   rank, how many are above 1e-10 of the first
 correlation       of the K memory tokens: mean over the texts of m~_i . m~_j, and of their cosine
                   (Eq. 7; Figures 5 and 6)
-effective tokens  clusters of the tokens by complete linkage: two join while every pair between
+effective tokens  clusters of the tokens by complete linkage: two merge while every pair between
                   them has a mean cosine of at least --merge (section 4.2). --save writes an
-                  encoder whose embedding is the mean of one token of each, drawn by --seed
+                  encoder whose embedding is the mean of one token per cluster, drawn by --seed
 wide tokens       those whose own states have a participation ratio of at least 3/4 of the
-                  largest (ours); --save with --keep wide writes the encoder of their mean
+                  largest (ours); --save with --keep wide writes an encoder that averages them
 alignment         mean squared distance of positive pairs on the unit sphere, here the pairs of an
                   STS task with at least 4/5 of the highest score (Wang & Isola 2020); none if the
                   texts are a sample
 uniformity        log of the mean over pairs of exp(-2 squared distance), of up to 4,096 texts
 
-Tokens are clustered by the correlation over all texts and drawn once. Drawn for each text, two
-texts would be represented by different tokens, and their cosine would lose what they share.
-Wide tokens are what a long stage 1 asks for: there the content of a text moves into few tokens, and
+Tokens are clustered by the correlation over all texts and drawn once. If they were drawn per text,
+two texts would be represented by different tokens, and their cosine would lose what they share.
+Wide tokens matter after a long stage 1: the content of a text has then moved into few tokens, and
 the others hold little but the next words (docs/measured.md has both).
 """
 
@@ -31,7 +31,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+if __name__ == "__main__":  # handle Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
 
     await_command()
@@ -53,8 +53,8 @@ from runtime.formats import encoder_of, is_encoder
 from runtime.hub import find_model
 from runtime.results import GROUPS
 
-PAIRS_OF = 4096  # texts whose pairs make the uniformity
-STATES_OF = 1024  # about so many texts' memory states are kept, for wide_tokens
+PAIRS_OF = 4096  # texts whose pairs give the uniformity
+STATES_OF = 1024  # keep the memory states of about this many texts, for wide_tokens
 
 # ---------------------------------------------------------------------------------------------
 # Measures: arrays in, numbers out, all in float64
@@ -72,7 +72,7 @@ def covariance(x: np.ndarray, block: int = 4096) -> np.ndarray:
 
 def spectrum(x: np.ndarray) -> np.ndarray:
     """Singular values (D,) of the covariance of x (n, D), largest first."""
-    return np.linalg.eigvalsh(covariance(x))[::-1].clip(0)  # it is symmetric, none is negative
+    return np.linalg.eigvalsh(covariance(x))[::-1].clip(0)  # positive semidefinite: singular values
 
 
 def dimensions(values: np.ndarray) -> dict[str, float]:
@@ -90,8 +90,8 @@ def dimensions(values: np.ndarray) -> dict[str, float]:
 
 
 def correlation(memory: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 7 before the division by N: sums over the texts of the products, and of the cosines, of
-    memory states (n, K, D): two (K, K)."""
+    """Eq. 7 before the division by N: sums over the texts of the products and of the cosines of
+    memory states (n, K, D): two (K, K) arrays."""
     memory = memory.astype(np.float64)
     norm = np.linalg.norm(memory, axis=-1, keepdims=True)
     direction = memory / np.where(norm > 0, norm, 1)
@@ -99,8 +99,8 @@ def correlation(memory: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def complete_linkage(cosine: np.ndarray, threshold: float) -> list[list[int]]:
-    """Clusters of tokens by their cosines (K, K): the two whose least similar pair is the most
-    similar are joined, again and again while that pair has at least `threshold`."""
+    """Clusters of tokens by their cosines (K, K): the two clusters whose least similar pair is most
+    similar are merged, repeatedly, as long as that pair's cosine is at least `threshold`."""
     clusters = [[i] for i in range(len(cosine))]
     while len(clusters) > 1:
         least = {(a, b): cosine[np.ix_(clusters[a], clusters[b])].min()
@@ -119,8 +119,8 @@ def draw_tokens(clusters: list[list[int]], seed: int) -> list[int]:
 
 
 def wide_tokens(states: np.ndarray) -> tuple[list[float], list[int]]:
-    """The participation ratio of each token's states (n, K, D), and the tokens of at least 3/4 of
-    the largest: all of them if each token is the same for all texts."""
+    """The participation ratio of each token's states (n, K, D), and the tokens with at least 3/4 of
+    the largest: all of them if no token's state differs between texts."""
     ratios = [effective_dimension(torch.from_numpy(states[:, k])) for k in range(states.shape[1])]
     return ratios, [k for k, ratio in enumerate(ratios) if ratio >= 0.75 * max(ratios)]
 
@@ -137,7 +137,7 @@ def uniformity(x: np.ndarray, block: int = 512) -> float:
     for start in range(0, n, block):
         squared = 2 - 2 * x[start : start + block] @ x.T
         kernel = np.exp(-2 * squared.clip(0))
-        total += kernel.sum() - np.trace(kernel, offset=start)  # a row and itself are no pair
+        total += kernel.sum() - np.trace(kernel, offset=start)  # a row and itself are not a pair
     return float(np.log(total / (n * (n - 1))))
 
 
@@ -148,7 +148,7 @@ def uniformity(x: np.ndarray, block: int = 512) -> float:
 
 @torch.no_grad()
 def read_states(encoder: Encoder, method: str, texts: list[str], **options):
-    """Embeddings (n, D) float32; the sums of Eq. 7 over the texts; memory states of some (m, K, D).
+    """Embeddings (n, D) float32; the sums of Eq. 7 over texts; some texts' memory states (m, K, D).
 
     The last two are 0 and None without memory tokens. `options` are those of Encoder.encode.
     """
@@ -169,9 +169,9 @@ def read_states(encoder: Encoder, method: str, texts: list[str], **options):
 
 
 def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
-    """Up to --texts distinct texts, and those of them that are a task's documents; positive pairs.
+    """Up to --texts distinct texts: those that are no task's documents, those that are; pairs.
 
-    The pairs (n, 2) are places among the texts; None without an STS task, and if texts were drawn.
+    The positive pairs (n, 2) index the texts; None without an STS task, and if texts were drawn.
     """
     if args.text:
         texts, documents, pairs = read_texts(args.text), [], None
@@ -203,8 +203,8 @@ def read_source(args) -> tuple[list[str], list[str], np.ndarray | None]:
 
 
 def open_named(name: str, args) -> tuple[Encoder, str]:
-    """A model and how it is read; --method, --max-tokens and --special-tokens are for untrained
-    models, --base for the others."""
+    """A model and how it is read; --method, --max-tokens and --special-tokens apply to untrained
+    models, --base and --other-base to the others."""
     device = find_device(args.device)
     options = {"device": device, "dtype": scoring_dtype(args.dtype, device)}
     if is_encoder(find_model(encoder_of(name))):
@@ -213,9 +213,9 @@ def open_named(name: str, args) -> tuple[Encoder, str]:
 
 
 def keep_tokens(encoder: Encoder, kept: list[int]):
-    """Make the mean of these memory tokens, in rising order, the embedding.
+    """Make the mean of these memory tokens, in ascending order, the embedding.
 
-    Under causal attention nothing reads the tokens after the last of them, which are left out.
+    Under causal attention, none of them sees the tokens after the last one, which are dropped.
     """
     k = kept[-1] + 1 if encoder.config.attention == "causal" else encoder.config.num_memory_tokens
     encoder.memory_tokens = torch.nn.Parameter(encoder.memory_tokens[:k])
@@ -289,7 +289,7 @@ def print_table(results: list[dict]):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -327,8 +327,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace):
-    """Analyse the models; print the table, write the JSON and, with --save, an encoder of fewer
-    memory tokens."""
+    """Analyse the models; print the table, write the JSON and, with --save, an encoder that is read
+    by fewer memory tokens."""
     keep_freed_memory()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.save and (is_encoder(args.save) or is_encoder(Path(args.save) / "encoder")):
@@ -367,7 +367,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     return run_command(lambda: run(parse_arguments(argv)), "the same command begins anew")
 
 

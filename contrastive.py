@@ -6,17 +6,17 @@
         --out runs/llama2-ucl
     torchrun --nproc-per-node 8 contrastive.py --preset paper --stage scl \\
         --model runs/llama2-ucl --triples FOLDER --out runs/llama2-scl
-    torchrun contrastive.py --stage scl --triples FOLDER --dry-run        what its rows are read as
+    torchrun contrastive.py --stage scl --triples FOLDER --dry-run        how its rows are read
     python contrastive.py --help                              every setting
 
     ucl    query and key are the same text under two dropout masks; B keys
     scl    query, positive, hard negative; the 2 B keys of Eq. 8
 
-Both stages minimise InfoNCE over a global batch of B rows and differ by that batch only. It never
-has to fit: its texts are embedded in micro-batches of at most --micro-tokens tokens, whose
+Both stages minimise InfoNCE over a global batch of B rows and differ only in that batch. It need
+not fit in memory: its texts are embedded in micro-batches of at most --micro-tokens tokens, whose
 activations are recomputed in the backward pass. Micro-batches are cut from the global batch and
 dealt out to the processes: their size changes nothing but the dropout, the number of processes not
-even that. Letters as in model.py; B rows in a batch, M keys.
+even that. Notation as in model.py; B rows in a batch, M keys.
 """
 
 import sys
@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from shlex import quote
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+if __name__ == "__main__":  # handle Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
 
     await_command()
@@ -69,9 +69,9 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor
     """Eq. 8: mean over i of -log( exp(cos(q_i, k_i) / tau) / sum_j exp(cos(q_i, k_j) / tau) ).
 
     queries (B, D), keys (M, D) with query i's positive at i: M = B for ucl, 2 B for scl with one
-    hard negative per row. excluded (B, M): keys that are no negatives (data.batches.same_texts).
+    hard negative per row. excluded (B, M): keys not used as negatives (data.batches.same_texts).
     """
-    # one direction only, as in the official code: keys do not look for their queries
+    # one direction only, as in the official code: no loss from keys to queries
     logits = scaled_cosines(queries, keys, temperature, excluded)
     return F.cross_entropy(logits, torch.arange(len(queries), device=logits.device))
 
@@ -82,13 +82,13 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor
 
 
 class GlobalBatch:
-    """The embeddings of a batch whose activations never have to fit (GradCache, arXiv 2101.06983).
+    """The embeddings of a batch too large for its activations to fit (GradCache, arXiv 2101.06983).
 
-    The micro-batches, dealt out to the ranks, are embedded without a graph, all but the last. Once
-    the loss has been differentiated with respect to the embeddings, `backward` embeds the texts of
-    the others again, one micro-batch after another, with the same dropout and a graph, and carries
-    the gradient on to the parameters. Every rank computes the loss of the whole batch and
-    propagates the gradient of its own rows; the sum over ranks is the full gradient.
+    The micro-batches, dealt out to the ranks, are embedded without a graph, except each rank's
+    last. Once the loss has been differentiated with respect to the embeddings, `backward` embeds
+    the other micro-batches again, one at a time, with the same dropout and a graph, and propagates
+    the gradient to the parameters. Every rank computes the loss of the whole batch and propagates
+    the gradient of its own rows; the sum over ranks is the full gradient.
     """
 
     def __init__(self, encoder: Encoder, texts: list[np.ndarray], config: "Config", step: int,
@@ -104,7 +104,7 @@ class GlobalBatch:
             with torch.set_grad_enabled(part is self.parts[-1]):
                 self.last = self.embed(part)
             z[part] = self.last.detach()
-        self.embeddings = ranks.sum(z).requires_grad_()  # gathered: zeros are added to rows
+        self.embeddings = ranks.sum(z).requires_grad_()  # a gather: other ranks add zeros
 
     def embed(self, part: list[int]) -> Tensor:
         """Embeddings of these texts, with the same dropout each time."""
@@ -114,7 +114,7 @@ class GlobalBatch:
                                   self.config.attention_dropout)
 
     def backward(self, loss: Tensor):
-        """Add to the parameters' gradients what this rank's rows contribute to the loss's."""
+        """Add this rank's rows' share of the loss's gradient to the parameters' gradients."""
         loss.backward()
         for part in reversed(self.parts):
             z = self.last if part is self.parts[-1] else self.embed(part)
@@ -161,7 +161,7 @@ class Config(RunConfig):
     document_template: str = setting("", "of a plain Llama's documents")
     special_tokens: str = setting("auto", "of a plain Llama, see pretrain_ctkd.py; auto = literal",
                                   ("auto", "literal", "parsed"), older="parsed")
-    # the official code's 512 and 1,024 have its 8 memory tokens in them
+    # the official code's 512 and 1,024 include its 8 memory tokens
     max_tokens: int = setting(504, "cut texts and queries to this, BOS counted; the K memory "
                               "tokens come on top", least=10)
     document_tokens: int = setting(1016, "cut documents to this", least=10, only="scl")
@@ -189,15 +189,15 @@ class Config(RunConfig):
     dry_run: bool = setting(False, "show what the data are read as, and stop", resumable=True)
 
 
-SCL = {  # the paper's row is at step 200 (section 5.4, Figure 10) of a schedule of 2,000
+SCL = {  # the paper reports step 200 (section 5.4, Figure 10) of a schedule of 2,000
     "stage": "scl", "model": "runs/ucl", "out": "runs/scl", "num_texts": 0, "batch_size": 1024,
     "micro_tokens": 8192, "steps": 200, "schedule_steps": 2000, "lr": 1e-4, "weight_decay": 3e-4,
     "clip": 0.0, "attention_dropout": 0.0,
 }
 DEMO = {"max_tokens": 256, "batch_size": 64, "micro_tokens": 4096, "num_texts": 0,
         "eval_tasks": "demo-sts demo-retrieval", "eval_every": 10, "save_every": 30}
-# LLM2Vec's (its train_configs): a linear decay over three epochs is stopped after 1,000 steps, when
-# it has hardly begun with a million sentences; with E5's rows, if 1.5 million, it has 8,800 steps
+# LLM2Vec's (its train_configs): training stops after 1,000 steps of a linear decay over 3 epochs,
+# which has hardly begun for a million sentences; for E5's rows, if 1.5 million, it has 8,800 steps
 LLM2VEC = {"steps": 1000, "weight_decay": 0.0, "clip": 1.0, "lora_k_proj": True}
 PRESETS = {
     "ucl": {
@@ -228,7 +228,7 @@ PRESETS = {
 
 
 def check(config: Config):
-    """Raise UserError for values that no run can have."""
+    """Raise UserError for values that no run can use."""
     check_bounds(config)
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature}: must be above 0")
@@ -249,7 +249,7 @@ def check(config: Config):
 
 
 def parse_arguments(argv: list[str] | None) -> Config:
-    """The command line; the preset is the stage's demo unless a model other than it is named."""
+    """Parse the command line; the preset is `demo` unless a model other than `demo` is named."""
     return parse_config(Config, PRESETS, argv, __doc__)
 
 
@@ -295,15 +295,15 @@ def open_base(config: Config, run: Run) -> tuple[Encoder, Path | None]:
 def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
     """The encoder that the stage trains, with a fresh adapter, and the folder it came from.
 
-    Memory tokens and table of an earlier stage are frozen; those of a plain Llama are new here, and
-    are trained.
+    An earlier stage's memory tokens and table are frozen; a plain Llama gets new memory tokens,
+    which are trained.
     """
     encoder, folder = open_base(config, run)
     limit = config.encoder_tokens or config.max_tokens
     encoder.config = replace(encoder.config, max_tokens=limit)
     note_positions(encoder, limit, config.document_tokens * (config.stage == "scl"))
     before = [entry["stage"] for entry in encoder.history]
-    # every stage draws anew: an adapter that began like the merged one would repeat its directions
+    # each stage draws its own: one that began like the merged one would repeat its directions
     random = torch.Generator().manual_seed(torch_seed(config.seed, ADAPTER, len(before)))
     if encoder.config.num_memory_tokens and not before:
         init = "mean" if config.memory_init == "auto" else config.memory_init
@@ -319,7 +319,7 @@ def new_encoder(config: Config, run: Run) -> tuple[Encoder, Path | None]:
 
 
 def open_data(config: Config, encoder: Encoder, progress: bool) -> Sentences | TripleRows:
-    """The data of the stage; UserError if they make no batch."""
+    """The data of the stage; UserError if there are too few for a batch."""
     tokenize = partial(encoder.tokenize, max_tokens=config.max_tokens)
     if config.stage == "ucl":
         data = Sentences(config.text, config.num_texts, tokenize, config.text_seed)
@@ -355,7 +355,7 @@ class BestEncoder:
         self.log = run.open_log("scores.jsonl", run.first_step + 1) if self.tasks else None
 
     def start(self, instruction: str):
-        """Score the encoder before the first step, or what a crash has left without a score.
+        """Score the encoder before the first step, or a checkpoint that a crash left unscored.
 
         instruction: before the first step, as --instruction of evaluate.py.
         """
@@ -365,12 +365,12 @@ class BestEncoder:
             self.after(done, "auto" if done else instruction)
 
     def due(self, done: int) -> bool:
-        """Whether to score after so many steps; saved before that, OUT/best is never ahead."""
+        """Whether to score after `done` steps (saved first, so that OUT/best is never ahead)."""
         at_end = done == self.run.last_step
         return bool(self.tasks) and (at_end or done % self.config.eval_every == 0)
 
     def after(self, done: int, instruction: str = "auto"):
-        """Score the encoder after so many steps if it is time to, and keep it if it is the best."""
+        """Score the encoder after `done` steps if that is due, and keep it if it is the best."""
         if not self.due(done) or self.run.stopped:
             return
         from evaluate import score_on_ranks
@@ -439,7 +439,7 @@ def train(config: Config, run: Run):
 def diagnostics(queries: Tensor, keys: Tensor, temperature: float, excluded: Tensor) -> dict:
     """What a batch's embeddings look like; alignment and uniformity as in arXiv 2005.10242.
 
-    accuracy: queries whose positive is the nearest key. alignment: mean squared distance of the
+    accuracy: share of queries nearest to their positive. alignment: mean squared distance of the
     pairs. uniformity: log of the mean of exp(-2 squared distance) over pairs of positives.
     """
     b = len(queries)
@@ -458,7 +458,7 @@ def diagnostics(queries: Tensor, keys: Tensor, temperature: float, excluded: Ten
 
 
 def report(config: Config, device: torch.device):
-    """Score the encoder on the embedded STS set beside what it came from; say what to run."""
+    """Score the encoder and what it came from on the embedded STS set; say what to run next."""
     from evaluate import demo_sts, open_model
 
     folder = Path(config.out)
@@ -471,7 +471,7 @@ def report(config: Config, device: torch.device):
     for name, model in rows.items():
         revision = config.revision or None if name == "before" else None
         encoder, method = open_model(str(model), revision=revision, **options)
-        if not encoder.history:  # a plain Llama, cut like what was trained from it
+        if not encoder.history:  # a plain Llama: cut texts as the new encoder does
             limit = config.encoder_tokens or config.max_tokens
             encoder.config = replace(encoder.config, max_tokens=limit)
         stages = " + ".join(entry.get("objective", entry["stage"])
@@ -480,7 +480,7 @@ def report(config: Config, device: torch.device):
         del encoder  # before the next copy of the weights is loaded
     place = quote(str(folder))  # for a shell
     flags = f" --model {place} --triples FOLDER --out FOLDER"
-    if config.text == "demo":  # stage 3's demo starts from this stage's, wherever that lies
+    if config.text == "demo":  # stage 3's demo starts from this stage's, wherever that is
         default = config.out == PRESETS["ucl"]["demo"]["out"]
         flags = "" if default else f" --preset demo --model {place} --out FOLDER"
     after = f"\n  torchrun contrastive.py --stage scl{flags}" * (config.stage == "ucl")

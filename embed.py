@@ -1,14 +1,14 @@
-"""Embed the texts of a file: row i of OUT.npy is the embedding of its text i.
+"""Embed the texts of a file: row i of OUT.npy is the embedding of text i.
 
     python embed.py runs/scl-demo passages.jsonl passages.npy
     python embed.py runs/scl-demo corpus.jsonl.gz corpus.npy --field title text --document
     torchrun --nproc-per-node 8 embed.py runs/llama2-scl passages.txt passages.npy \\
         --dtype bfloat16 --normalize --half
 
-A .jsonl(.gz) has an object per line, a .txt(.gz) a text; of several fields the texts are joined by
-spaces. The file may be larger than memory: it is read twice, once to count, and embedded in blocks,
-each of which is on the disk before the next one begins. The same command resumes where an
-interrupted one was, with the same bits if it has as many processes.
+A .jsonl(.gz) has one object per line, a .txt(.gz) one text; the texts of several fields are joined
+by spaces. The file may be larger than memory: it is read twice, once to count, and embedded in
+blocks, each of which is on disk before the next one begins. The same command resumes where an
+interrupted one stopped, with the same bits if the number of processes is the same.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+if __name__ == "__main__":  # handle Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
 
     await_command()
@@ -43,26 +43,26 @@ from runtime.files import read_json, try_lock, write_file
 from runtime.identity import identity
 from runtime.ranks import Ranks, join_ranks
 
-BLOCK = 1024  # texts between two notes of how far it is
-GIVE_BACK = 2  # blocks after which freed memory goes back: after each, short texts take longer
+BLOCK = 1024  # texts embedded between two writes of the progress
+GIVE_BACK = 2  # blocks, after which freed memory is returned: each time would slow down short texts
 
 
 # ---------------------------------------------------------------------------------------------
-# Embeddings on the disk
+# Embeddings on disk
 # ---------------------------------------------------------------------------------------------
 
 
 class Embeddings:
-    """A .npy of embeddings (n, D) in the making, and beside it a note of how many are there.
+    """A .npy of embeddings (n, D) in the making, and next to it a note of how many are done.
 
-    The file is mapped anew for each access, so that none of it stays in memory.
+    The file is mapped afresh for each access, so that none of it stays in memory.
     """
 
     def __init__(self, path: Path, about: dict, dtype=np.float32, other="another OUT"):
-        """Begin, or resume, the file of what `about` says; UserError if it is another's.
+        """Begin or resume the file that `about` describes; UserError if it has other contents.
 
-        about: `shape`, and what else the embeddings depend on, as JSON has it. other: what a user
-        gives to have another file.
+        about: `shape`, and all else that the embeddings depend on, as JSON values. other: what to
+        name to get another file, for messages.
         """
         self.path, self.note, self.other = path, path.with_name(path.name + ".json"), other
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class Embeddings:
             self._allocate(about["shape"])
 
     def _allocate(self, shape: list[int]):
-        """The whole file at once: a map crashes when the disk is full."""
+        """Allocate the whole file at once: writing to a map crashes when the disk is full."""
         try:
             np.lib.format.open_memmap(self.path, "w+", self.dtype, tuple(shape))
             with open(self.path, "r+b") as file:
@@ -101,7 +101,7 @@ class Embeddings:
                             f"make room, or name {self.other}")
 
     def open(self, mode: str) -> np.ndarray:
-        """The file as a map; UserError if it is not what the note says."""
+        """The file as a memory map; UserError if it is not what the note says."""
         try:
             rows = np.lib.format.open_memmap(self.path, mode)
             if list(rows.shape) != self.state["shape"] or rows.dtype != self.dtype:
@@ -118,7 +118,7 @@ class Embeddings:
     def append(self, x: np.ndarray, cut: int, texts: list[str]):
         """Write the next rows, the texts' embeddings; then the note, which counts the `cut` texts.
 
-        UserError if one is not finite, as it is or in the file's dtype.
+        UserError if a value is not finite, as given or in the file's dtype.
         """
         with np.errstate(over="ignore"):
             x = x.astype(self.dtype)
@@ -139,8 +139,8 @@ class Embeddings:
 
 def read_file(path: Path, fields: list[str], unread: Counter,
               lacking: Counter | None = None) -> Iterator[str]:
-    """The texts of a file, one at a time, an empty line of a .txt among them; UserError with file
-    and line. `unread` counts the fields that are not read, `lacking` those of several that a row
+    """The texts of a file, one at a time, including the empty lines of a .txt; UserError with file
+    and line. `unread` counts the fields that are not read, `lacking` those of `fields` that a row
     does not have."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("txt", "jsonl"):
@@ -177,7 +177,7 @@ def hashed(texts: Iterator[str], digest) -> Iterator[str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -210,7 +210,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, ranks: Ranks):
-    """Embed what is not there yet."""
+    """Embed the texts that are not done yet."""
     keep_few_products()
     encoder, method = open_model(
         args.model, args.method, args.max_tokens, args.special_tokens, base=args.base,
@@ -261,9 +261,9 @@ def run(args: argparse.Namespace, ranks: Ranks):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     def command():
-        """What the arguments ask for."""
+        """Do what the arguments ask for."""
         args = parse_arguments(argv)
         with join_ranks(args.device, args.threads, args.timeout) as ranks:
             run(args, ranks)

@@ -3,7 +3,7 @@
     python evaluate.py --task demo-sts                   the newest encoder under runs/
     python evaluate.py --task all --model runs/llama2    the paper's row; resumes if interrupted
     python evaluate.py --task sts retrieval --model demo --method echo       no training at all
-    python evaluate.py --task-dir FOLDER --kind clustering                   data of your own
+    python evaluate.py --task-dir FOLDER --kind clustering                   your own data
     python evaluate.py --compare runs/llama2 "LLM2Comp KL + SCL"
     torchrun --nproc-per-node 4 evaluate.py --task all --model runs/llama2   texts split over ranks
 
@@ -25,7 +25,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+if __name__ == "__main__":  # handle Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
 
     await_command()
@@ -52,12 +52,12 @@ DATA = Path(__file__).parent / "data"
 METHODS = json.loads((DATA / "prompts.json").read_text())  # training-free: prompts and pooling
 INSTRUCTIONS = json.loads((DATA / "instructions.json").read_text())["instructions"]
 ROLES = {"retrieval": ("corpus", "queries", "qrels"), "classification": ("train", "test")}
-UNTRAINED = ("last", "mean", "weighted-mean")  # what stage 1 reports beside its encoder
+UNTRAINED = ("last", "mean", "weighted-mean")  # what stage 1 reports next to its encoder
 
 Encode = Callable[[list[str]], np.ndarray]
 
 # ---------------------------------------------------------------------------------------------
-# Tasks: texts become embeddings, and go with the labels to their kind
+# Tasks: texts become embeddings, which are scored with the labels
 # ---------------------------------------------------------------------------------------------
 
 
@@ -99,19 +99,19 @@ def score_task(task: dict, read: tuple, encode: Encode, encode_documents: Encode
 
 def evaluate_task(task: str | dict, encode: Encode, data_dir: str | Path | None = None,
                   encode_documents: Encode | None = None) -> dict:
-    """Score any `encode(list[str]) -> (n, D) array` on a task of data/tasks.json, or a folder's.
+    """Score any `encode(list[str]) -> (n, D) array` on a task of data/tasks.json or a folder's.
 
-    `encode_documents` is for the documents of retrieval and reranking, if they are encoded in
-    another way than queries (without an instruction). Returns main_score (a fraction), MTEB's
-    other scores, arrays of single samples, and notes. Raises UserError for data that are missing
-    or damaged, and for embeddings that are not finite (n, D) arrays.
+    `encode_documents` is for the documents of retrieval and reranking, if they are encoded
+    differently from queries (without an instruction). Returns main_score (a fraction), MTEB's
+    other scores, per-sample arrays, and notes. Raises UserError for data that are missing or
+    damaged, and for embeddings that are not finite (n, D) arrays.
     """
     task = find_task(task) if isinstance(task, str) else task
     return score_task(task, read_task(task, data_dir), encode, encode_documents or encode)
 
 
 def demo_sts(encoder: Encoder) -> float:
-    """Spearman x 100 on the embedded STS set, with its instruction if the encoder had some."""
+    """Spearman x 100 on the embedded STS set, with its instruction if the encoder takes one."""
     instruction = instruction_for("demo-sts", "auto", encoder)
     encode = partial(encoder.encode, instruction=instruction)
     return 100 * evaluate_task("demo-sts", encode)["main_score"]
@@ -144,9 +144,9 @@ def open_model(
 ) -> tuple[Encoder, str]:
     """An encoder, and how it is read: by its own pooling, or untrained by one of METHODS.
 
-    `name` is an encoder's, a run's, an exported or a Llama's folder or a hub repository; `options`
-    go to model.load_encoder or plain_encoder. UserError if `method`, `max_tokens` (512 for a plain
-    Llama) or `special_tokens` (literal for one) contradicts the training.
+    `name` is the folder of an encoder, a run, an export or a Llama, or a hub repository; `options`
+    go to model.load_encoder or plain_encoder. UserError if `method`, `max_tokens` (a plain Llama's
+    default: 512) or `special_tokens` (its default: literal) contradicts the training.
     """
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"--max-tokens {max_tokens}: must be at least 2, for BOS and a text")
@@ -188,8 +188,8 @@ def open_model(
 
 
 def as_sentence(text: str) -> str:
-    """A text as the one-word prompts want it (code of PromptEOL and MetaEOL): a full stop at its
-    end, also for a question mark, but not after a quote; double quotes become single ones."""
+    """A text as the one-word prompts expect it (code of PromptEOL and MetaEOL): with a final full
+    stop, also in place of a question mark, but not after a quote; double quotes become single."""
     if text and text[-1] not in ".?\"'":
         text += "."
     text = text.replace('"', "'")
@@ -213,26 +213,26 @@ def encoding(encoder: Encoder, method: str) -> Callable:
             encoder.cut = 0
             total = total + encoder.encode(texts, instruction, progress=bar, **options)
             most = max(most, encoder.cut)
-        encoder.cut = before + most  # a text that is cut in several prompts is one text
+        encoder.cut = before + most  # a text that is cut in several prompts counts once
         return total / np.float32(n)
 
     return encode
 
 
 def instruction_for(task: str, wanted: str, encoder: Encoder) -> str:
-    """The instruction of --instruction: `auto` gives the task's to encoders trained with some."""
+    """What --instruction stands for; `auto`: the task's, for encoders trained with instructions."""
     if wanted == "none" or wanted == "auto" and "{instruction}" not in encoder.config.template:
         return ""
     return bare_instruction(INSTRUCTIONS.get(task, "") if wanted == "auto" else wanted)
 
 
 def over_ranks(encode: Encode, ranks: Ranks) -> Encode:
-    """The same function, each rank encoding its share of the texts; every rank gets all rows."""
+    """`encode` shared by the ranks: each encodes its part of the texts, and all get every row."""
     if ranks.size == 1:
         return encode
 
     def shared(texts: list[str]) -> np.ndarray:
-        """Every size-th text by length is this rank's; the sum over ranks fills all rows."""
+        """This rank takes every `size`-th text by length; the sum over ranks fills all rows."""
         by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         mine = by_length[ranks.rank :: ranks.size]
         with ranks.fail_together():  # a text that is refused is refused on all ranks
@@ -274,9 +274,9 @@ def score_on_ranks(name: str, encoder: Encoder, data_dir: str, ranks: Ranks, wan
 
 
 def paper_row(encoder: Encoder, method: str) -> tuple[str | None, str]:
-    """The row of data/published.json that an encoder or a method is to be compared with.
+    """The row of data/published.json to compare an encoder or a method with, or None.
 
-    Without one, also why: the first setting that is not the row's (`recipes` there).
+    The second value says why there is none: the first setting that differs (`recipes` there).
     """
     if not encoder.history:
         return METHODS[method]["paper"], "the paper has none for this method"
@@ -296,7 +296,7 @@ def paper_row(encoder: Encoder, method: str) -> tuple[str | None, str]:
 
 
 def score_settings(encoder: Encoder, name: str, method: str, ranks: Ranks) -> dict:
-    """What a score depends on besides the data, as it is written beside each score."""
+    """What a score depends on besides the data, as stored with each score."""
     config = encoder.config
     row, why_none = paper_row(encoder, method)
     return {
@@ -311,17 +311,17 @@ def score_settings(encoder: Encoder, name: str, method: str, ranks: Ranks) -> di
 
 
 def task_files(task: dict, data_dir: str | None) -> dict[str, str]:
-    """Role -> sha256 of its file, of all files that the task's score is made from."""
+    """Role -> sha256 of its file, for all files that the task's score depends on."""
     return {role: sha256_of_files([find_file(task, role, data_dir)])
             for role in ROLES.get(task["kind"], ("test",))}
 
 
 def look_up(path: Path, task: dict, settings: dict, encoder: Encoder,
             data_dir: str | None) -> dict | None:
-    """The result in `path`, if there is one; UserError if it is not what would be made now."""
+    """The result in `path`, if there is one; UserError if it does not fit the current settings."""
     pinned, files = task_place(task, data_dir)[0] is None, {}
     if path.exists() and not pinned:
-        with suppress(UserError):  # what is finished is shown, its files there or not
+        with suppress(UserError):  # a finished result is shown even if its files are gone
             files = task_files(task, data_dir)
     folder = encoder.tokenizer.file.parent
     return finished(path, {**settings, "files": files},
@@ -362,7 +362,7 @@ def chosen_tasks(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def add_reading_flags(add: Callable):
-    """What evaluate.py, collapse.py, embed.py and mine.py ask of whoever has a model read texts."""
+    """Add the flags on how a model reads texts (evaluate.py, collapse.py, embed.py, mine.py)."""
     add("--base", help="path of an encoder's base model, if it has moved")
     add("--other-base", action="store_true", help="take that base even if it is another one than "
         "the encoder was trained on; recorded with what is made")
@@ -377,7 +377,7 @@ def add_reading_flags(add: Callable):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -425,10 +425,10 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
     label = label_of(name, "memory" if encoder.history else method, args.instruction)
     folder = Path(args.results) / label
     common = score_settings(encoder, name, method, ranks)
-    jobs = {}  # task -> file, settings, the result if it is there
+    jobs = {}  # task -> file, settings, the result if there is one
     for key, task in tasks.items():
         instruction = instruction_for(key, args.instruction, encoder)
-        encoder.tokenize([], instruction)  # raises if the method has no place for one
+        encoder.tokenize([], instruction)  # raises if the template has no place for one
         settings = common | {"instruction": instruction, "kind": task["kind"],
                              "data": task_place(task, args.data_dir)[1]}
         path = folder / f"{task['name']}.json"
@@ -442,9 +442,9 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
     encode, scores, failed = encoding(encoder, method), {}, False
     for key, (path, settings, result) in jobs.items():
         start, mark = time.perf_counter(), "  finished before"
-        if not ranks.from_first(int(result is not None)):  # others may not see its files
+        if not ranks.from_first(int(result is not None)):  # other ranks may not see its files
             try:
-                with ranks.fail_together():  # before they are read: an edit meanwhile shows later
+                with ranks.fail_together():  # before they are read, so that a later edit shows
                     settings["files"] = task_files(tasks[key], args.data_dir)
                 found = evaluate_on_ranks(
                     tasks[key], encoder, encode, settings["instruction"], args.data_dir, ranks,
@@ -475,10 +475,10 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code (see run_command)."""
+    """Run the command line; returns the exit code (see run_command)."""
 
     def command() -> int | None:
-        """What the arguments ask for."""
+        """Do what the arguments ask for."""
         args = parse_arguments(argv)
         if sum(map(bool, (args.list, args.compare, args.task or args.task_dir))) > 1:
             raise UserError("--list, --compare, and --task or --task-dir: one at a time")

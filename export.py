@@ -1,4 +1,4 @@
-"""Write a trained encoder as one folder that other tools load, with its embeddings.
+"""Write a trained encoder as a folder from which other tools compute the same embeddings.
 
     python export.py runs/llama2-scl OUT             adapters merged, in float32
     python export.py runs/llama2-scl OUT --dtype bfloat16 --license llama2
@@ -6,12 +6,12 @@
     SentenceTransformer("OUT").encode(texts)         sentence-transformers 6 and newer
     AutoModel, AutoTokenizer.from_pretrained("OUT")  transformers 5.2 and newer: see OUT/README.md
 
-No code of its own is in the folder. The K memory tokens are special tokens with the ids V..V+K-1,
-which the tokenizer itself appends, so that a text is cut before they are; `"is_causal": false` lets
-the Llama attend in both directions; WordWeights with the weight 1 for memory tokens and 0 for all
-others, then the mean, is Eq. 6. Templates and instructions are a chat template, in which a prompt
-is the instruction. OUT/README.md is the model's card, OUT/probe.json two texts and their vectors,
-by which a reader sees whether a tool reads the folder as it should: older ones ignore is_causal.
+The folder contains no custom code. The K memory tokens are special tokens with the ids V..V+K-1,
+which the tokenizer itself appends, so that only the text is ever cut; `"is_causal": false` lets the
+Llama attend in both directions; WordWeights with weight 1 for memory tokens and 0 for all others,
+followed by the mean, is Eq. 6. Templates and instructions become a chat template, in which a prompt
+is the instruction. OUT/README.md is the model card, OUT/probe.json has two texts and their vectors,
+which show whether a tool reads the folder as it should: older ones ignore is_causal.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+if __name__ == "__main__":  # handle Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
 
     await_command()
@@ -44,7 +44,7 @@ from runtime.formats import write_tensors
 from runtime.results import label_of, read_result
 from runtime.settings import command_line
 
-SENTENCE_TRANSFORMERS = {  # the versions from which the folder is read as it is meant
+SENTENCE_TRANSFORMERS = {  # the oldest versions that read the folder correctly
     "sentence_transformers": "6.0.0", "transformers": "5.2.0", "pytorch": "2.5.0"}
 PROBES = ["A bird sings.", "Owls hunt at night:\n  they hear a mouse beneath the snow, and strike."]
 POOLINGS = {"mean": "mean", "weighted-mean": "weightedmean", "last": "lasttoken"}
@@ -54,8 +54,8 @@ POOLINGS = {"mean": "mean", "weighted-mean": "weightedmean", "last": "lasttoken"
 def export_encoder(encoder: Encoder, folder: str | Path, license: str = "", results=()):
     """Write an encoder for transformers and sentence-transformers: V + K rows, adapters merged.
 
-    For its card: license, the base's, as its page names it; results, what evaluate.py has written.
-    Modifies the encoder: its adapters are merged in place. UserError for what cannot be exported.
+    For the card: license, the base's, as its page names it; results, as evaluate.py wrote them.
+    Modifies the encoder: its adapters are merged in place. UserError if it cannot be exported.
     """
     c = encoder.config
     for template in (c.template, c.document_template):
@@ -68,7 +68,7 @@ def export_encoder(encoder: Encoder, folder: str | Path, license: str = "", resu
     config = read_json(encoder.tokenizer.file.with_name("config.json"))
     names = config.get("architectures") or [f"{config['model_type'].capitalize()}ForCausalLM"]
     config["architectures"] = [name.replace("ForCausalLM", "Model") for name in names]  # no head
-    config.pop("dtype", None)  # the newer name of torch_dtype, which would win over it
+    config.pop("dtype", None)  # the newer name of torch_dtype, which would take precedence
     config |= {"vocab_size": encoder.llama.config.vocab_size + c.num_memory_tokens,
                "torch_dtype": str(encoder.dtype).removeprefix("torch."),
                "llm2comp": asdict(c) | {"history": encoder.history}}  # for evaluate.py
@@ -105,17 +105,17 @@ def memory_names(encoder: Encoder) -> list[str]:
 
 
 def tokenizer_with_memory(encoder: Encoder) -> tokenizers.Tokenizer:
-    """The encoder's tokenizer with a token for every row of V + K; memory follows each text.
+    """The encoder's tokenizer with a token for each of V + K rows; memory tokens follow each text.
 
     UserError if the tokenizer's ids have gaps, or if it has such tokens already.
     """
     v, memory = encoder.llama.config.vocab_size, memory_names(encoder)
     about = json.loads(encoder.tokenizer.file.read_text(encoding="utf-8"))
-    # without a pad token beyond the table, whose id the first memory token has
+    # drop a pad token beyond the table: the first memory token takes its id
     about["added_tokens"] = [t for t in about.get("added_tokens", []) if t["id"] < v]
     about |= {"truncation": None, "padding": None}
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(about))
-    # every id of the table gets a token, in order: those that the tokenizer lacks, then the memory
+    # every id gets a token, in order: those of the table that the tokenizer lacks, then the memory
     new = [f"<unused_{i}>" for i in range(tokenizer.get_vocab_size(), v)] + memory
     taken = [token for token in new if tokenizer.token_to_id(token) is not None]
     tokenizer.add_special_tokens(new)
@@ -137,14 +137,14 @@ def bos_names(encoder: Encoder) -> list[str]:
 
 
 def is_prompted(encoder: Encoder) -> bool:
-    """Whether the encoder reads some texts in a template: there is a chat template then."""
+    """Whether the encoder reads any texts in a template, which makes a chat template necessary."""
     return (encoder.config.template, encoder.config.document_template) != ("{text}", "")
 
 
 def chat_template(encoder: Encoder) -> str:
-    """The encoder's templates in Jinja: the system's message is the instruction.
+    """The encoder's templates in Jinja: the system message is the instruction.
 
-    `task` is "document" where sentence-transformers' encode_document is asked.
+    `task` is "document" in sentence-transformers' encode_document.
     """
     def fill(template: str) -> str:
         names = {"{instruction}": "system[0]", "{text}": "text"}
@@ -179,10 +179,10 @@ def tokenizer_config(encoder: Encoder) -> dict:
 
 
 def check_ids(encoder: Encoder, tokenizer: tokenizers.Tokenizer):
-    """UserError if the exported tokenizer reads a text otherwise than the encoder does.
+    """UserError if the exported tokenizer reads a text differently from the encoder.
 
     A chat template is tokenised as one string with its control tokens; a tokenizer that treats the
-    beginning of a string in a way of its own reads the text behind them differently.
+    beginning of a string specially reads the text after them differently.
     """
     c = encoder.config
     instruction = "Find it" if "{instruction}" in c.template else ""
@@ -216,11 +216,11 @@ def module_files(encoder: Encoder) -> dict[str, object]:
     kept = [memory[i] for i in c.kept_tokens] or memory
     pooling = {"embedding_dimension": d, "pooling_mode": "mean", "include_prompt": True}
     modules, files = ["Transformer", "WordWeights", "Pooling"], {}
-    if k > 1:  # all names but the memory's only hold a place
+    if k > 1:  # all names but the memory tokens' are placeholders
         files["1_WordWeights/config.json"] = {
             "vocab": [""] * v + memory, "word_weights": dict.fromkeys(kept, 1.0),
             "unknown_word_weight": 0.0}
-    else:  # one memory token is the last one, which more tools can take
+    else:  # a single memory token is the last token: more tools support that
         modules.remove("WordWeights")
         pooling["pooling_mode"] = POOLINGS[c.pooling] if k == 0 else "lasttoken"
     paths = [f"{i}_{name}" if i else "" for i, name in enumerate(modules)]
@@ -246,7 +246,7 @@ def module_files(encoder: Encoder) -> dict[str, object]:
 
 
 def task_prompts(encoder: Encoder) -> dict[str, str]:
-    """Names by which mteb looks prompts up -> the tasks' instructions, if the encoder takes any."""
+    """Names under which mteb looks up prompts -> tasks' instructions, if the encoder takes any."""
     if "{instruction}" not in encoder.config.template:
         return {}
     only_queries = ("retrieval", "reranking")
@@ -324,7 +324,7 @@ SYSTEM = """# instructed: [{"role": "system", "content": "Find it"}, ...]
 def card(encoder: Encoder, title: str, license: str, results: list[dict]) -> str:
     """README.md of the folder: what the hub reads, how to use the model, how it was made.
 
-    results: what evaluate.py has written of this encoder.
+    results: what evaluate.py has written about this encoder.
     """
     c, k, prompted = encoder.config, encoder.config.num_memory_tokens, is_prompted(encoder)
     how, pooled = f"its last layer's states under the pooling `{c.pooling}`.", STATES.get(c.pooling)
@@ -386,7 +386,7 @@ def command_of(stage: dict) -> str:
 
 
 def results_of(name: str, encoder: Encoder, folder: Path) -> list[dict]:
-    """What evaluate.py has written of the encoder under this name: these weights on this base."""
+    """The results of evaluate.py under this name that have the encoder's weights and base."""
     found = map(read_result, sorted((folder / label_of(name, "memory")).glob("*.json")))
     ours = encoder.sha256, encoder.base["sha256"]
     return [r for r in found if ours == (
@@ -399,7 +399,7 @@ def results_of(name: str, encoder: Encoder, folder: Path) -> list[dict]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -415,7 +415,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace):
-    """Export, and say where a reader of the folder has to take care."""
+    """Export, and say what a user of the folder has to watch out for."""
     if Path(args.out).exists():
         raise UserError(f"{args.out}: exists already; name a new folder")
     dtype = getattr(torch, args.dtype)
@@ -431,7 +431,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     return run_command(lambda: run(parse_arguments(argv)), "nothing was written")
 
 

@@ -1,8 +1,8 @@
 """Losses through the frozen language-model head, without ever holding all logits.
 
-A loss of stage 1 is a sum over rows of hidden states (R, D) of something that needs their logits
-(R, V): with V = 32,000 and a few thousand rows, gigabytes. `ThroughHead` forms them a chunk of rows
-at a time. Letters as in model.py.
+A stage 1 loss is a sum over rows of hidden states (R, D) of a term that needs their logits (R, V):
+with V = 32,000 and a few thousand rows, gigabytes. `ThroughHead` computes them a chunk of rows at a
+time. Notation as in model.py.
 """
 
 import torch
@@ -15,14 +15,14 @@ from runtime import cpu
 class ThroughHead(torch.autograd.Function):
     """Sum of row_loss(hidden @ head^T) over chunks of rows; the (rows, V) logits are never kept.
 
-    The head is frozen, so a chunk's gradient with respect to its hidden states can be formed while
-    its logits are at hand: nothing of size V outlives the chunk.
+    The head is frozen, so a chunk's gradient with respect to its hidden states is computed while
+    its logits exist: nothing of size V outlives the chunk.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, row_loss, chunk_rows: int) -> Tensor:
         """hidden (R, D), head (V, D), row_loss(logits, rows) -> scalar, for each chunk of rows."""
-        total, gradients = hidden.new_zeros(()), [hidden[:0]]  # a rank's texts may have no row
+        total, gradients = hidden.new_zeros(()), [hidden[:0]]  # a rank's texts may have no rows
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
             with torch.enable_grad():

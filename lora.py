@@ -38,8 +38,8 @@ class LoraConfig:
 
 
 class AdaptedLinear(Function):
-    """The formula above with its gradient by hand: what the adapter adds is added in place, forward
-    and backward, and of the dropout only the dropped x and its places are kept."""
+    """The formula above with a hand-written gradient: the adapter's part is added in place, forward
+    and backward, and dropout keeps only the masked x and which elements it dropped."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
@@ -57,7 +57,7 @@ class AdaptedLinear(Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        """gradient (T, out) -> those of x, a and b."""
+        """gradient (T, out) -> the gradients of x, a and b."""
         x, weight, a, b, low, where = ctx.saved_tensors
         grad_low = (gradient @ b).mul_(ctx.scaling)
         grad_a, grad_b, grad_x = grad_low.t() @ x, (low.t() @ gradient).t() * ctx.scaling, None
@@ -89,7 +89,7 @@ class LoraLinear(nn.Linear):
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Name -> layer, of the layers that hold an adapter."""
+    """Name -> layer, for all layers that hold an adapter."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -108,7 +108,7 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
         device = layer.weight.device
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         a = torch.empty(config.r, layer.in_features, dtype=dtype)
-        # drawn on the CPU, hence the same numbers whatever the device
+        # drawn on the CPU, so that all devices get the same numbers
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         layer.lora_A = nn.Parameter(a.to(device))
         b = torch.zeros(layer.out_features, config.r, dtype=dtype, device=device)
@@ -118,7 +118,7 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module):
-    """W <- W + (alpha / r) B A, summed in at least fp32 and rounded once; the adapter is gone."""
+    """W <- W + (alpha / r) B A, summed in at least fp32 and rounded once; removes the adapter."""
     for layer in lora_layers(model).values():
         a, b = at_least_fp32(layer.lora_A), at_least_fp32(layer.lora_B)
         layer.weight.copy_(at_least_fp32(layer.weight) + layer.scaling * (b @ a))
@@ -142,7 +142,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str):
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     """Put the adapter stored in `folder` on the model; strict in names and shapes."""
     config = LoraConfig(**read_adapter(folder))
-    shapes = {  # of all tensors, before room is made for a single one
+    shapes = {  # of all tensors, checked before any adapter is allocated
         f"{PEFT_PREFIX}{name}.lora_{which}.weight": shape
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLinear) and name.rpartition(".")[2] in config.targets

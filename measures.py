@@ -1,7 +1,7 @@
-"""The six kinds of score, embeddings and labels in, MTEB's numbers out (fractions); dimension.
+"""The six kinds of scores: embeddings and labels in, MTEB's numbers out (fractions); dimension.
 
-Imports NumPy and torch only. Oracles of the tests: SciPy, scikit-learn, pytrec_eval, mteb. Random
-draws are those of NumPy's and scikit-learn's generators, so that the same clusters are drawn.
+Imports NumPy and torch only. The tests' oracles: SciPy, scikit-learn, pytrec_eval, mteb. Random
+numbers are drawn as by NumPy and scikit-learn, so that the same clusters come out.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ SEED = 42  # MTEB's
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """The rows of x (n, D) at length one; a zero row stays zero."""
+    """The rows of x (n, D) scaled to unit length; zero rows stay zero."""
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     return x / np.where(norm > 0, norm, 1)
 
@@ -80,18 +80,18 @@ def sts(left: np.ndarray, right: np.ndarray, gold: np.ndarray) -> dict:
 
 
 def pack_scores(scores: torch.Tensor, start: int) -> torch.Tensor:
-    """Scores (Q, n) float32 and places start..start + n - 1 as one integer each (Q, n).
+    """Scores (Q, n) float32 and positions start..start + n - 1, packed into one int64 each (Q, n).
 
-    The integers sort as the scores do, and among equal scores the earlier place is above: top-k
-    over blocks of places is exact whatever the blocks.
+    The integers sort as the scores do, and among equal scores the earlier position ranks higher:
+    top-k over blocks of positions is exact for any blocks.
     """
     bits = (scores + 0.0).view(torch.int32)  # no -0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # sorts as the floats
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # sorts like the floats
     return (ordered << 32) - torch.arange(start, start + scores.shape[1], device=scores.device)
 
 
 def unpack_scores(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The places (int64) and the scores (float32) in what pack_scores made."""
+    """The positions (int64) and the scores (float32) that pack_scores packed."""
     places = -packed & 0xFFFFFFFF
     ordered = ((packed + places) >> 32).int()
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
@@ -102,8 +102,8 @@ def rank_documents(queries: np.ndarray, documents: np.ndarray, ids: list[str], k
                    block: int = 4096) -> np.ndarray:
     """The k nearest documents of each query by cosine, best first: indices (Q, min(k, n)).
 
-    Equal scores rank by document id, descending (trec_eval's rule). Scores are float32, of sums in
-    float64: equal documents get equal scores.
+    Equal scores rank by document id, descending (trec_eval's rule). Scores are summed in float64
+    and rounded to float32: equal documents get equal scores.
     """
     order = sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
     q, d = torch.from_numpy(unit(queries)), torch.from_numpy(unit(documents)[order])
@@ -120,10 +120,10 @@ def rank_documents(queries: np.ndarray, documents: np.ndarray, ids: list[str], k
 
 def retrieval(queries: np.ndarray, documents: np.ndarray, query_ids: list[str],
               document_ids: list[str], judged: list[dict], skip_same_id: bool = False) -> dict:
-    """nDCG@10 (linear gain), MAP@10 and recall@100 as trec_eval has them, means over the queries.
+    """nDCG@10 (linear gain), MAP@10 and recall@100 as in trec_eval, averaged over the queries.
 
     queries (Q, D), documents (n, D); judged[i] maps document ids to the grades of query i.
-    skip_same_id takes a document with the query's own id out of its ranking (ArguAna).
+    skip_same_id removes a document with the query's own id from its ranking (ArguAna).
     """
     ranking = rank_documents(queries, documents, document_ids, 101)  # 100, and the query's own
     discount = 1 / np.log2(np.arange(2, 12))
@@ -182,7 +182,7 @@ def classification(train: np.ndarray, test: np.ndarray, train_labels: list, test
                    draws: list[np.ndarray]) -> dict:
     """Accuracy and macro-F1 of logistic regression on each drawn training set, and their means.
 
-    train (n, D) and test (m, D), the draws index rows of train; no scaling of embeddings.
+    train (n, D) and test (m, D); the draws index rows of train; embeddings are not scaled.
     """
     names = {name: i for i, name in enumerate(sorted(set(train_labels), key=str))}
     y, truth = (np.array([names[v] for v in labels]) for labels in (train_labels, test_labels))
@@ -220,8 +220,8 @@ def k_means_plus_plus(x: np.ndarray, k: int, random: np.random.RandomState) -> n
 
 
 def mini_batch_k_means(x: np.ndarray, k: int, batch: int = 500, seed: int = SEED) -> np.ndarray:
-    """Cluster labels (n,) of x (n, D) by mini-batch k-means (Sculley 2010), drawn and stopped as
-    scikit-learn's MiniBatchKMeans does it (1.9, default settings).
+    """Cluster labels (n,) of x (n, D) by mini-batch k-means (Sculley 2010), with the draws and the
+    stopping rule of scikit-learn's MiniBatchKMeans (1.9, default settings).
 
     It ends after 100 passes, or 10 batches without a new minimum of the smoothed inertia; centres
     with under 1 % of the largest count are now and then replaced by samples.
@@ -229,7 +229,7 @@ def mini_batch_k_means(x: np.ndarray, k: int, batch: int = 500, seed: int = SEED
     n, random = len(x), np.random.RandomState(seed)
     batch = min(batch, n)
     start = min(n, 3 * batch if 3 * batch >= k else 3 * k)
-    random.randint(0, n, start)  # the validation set of several starts; there is one
+    random.randint(0, n, start)  # scikit-learn draws a validation set even for one start
     centers = k_means_plus_plus(x[random.randint(0, n, start)] if start < n else x, k, random)
     counts, since, smooth, lowest, waited = np.zeros(k), 0, None, np.inf, 0
     for step in range(100 * n // batch):
@@ -296,7 +296,7 @@ def pair_classification(left: np.ndarray, right: np.ndarray, labels: np.ndarray,
                         block: int = 4096) -> dict:
     """Average precision of four similarities of pairs, and their maximum.
 
-    left and right (n, D), labels (n,) of 0 and 1; sums over D go by blocks of pairs.
+    left and right (n, D), labels (n,) of 0 and 1; computed in blocks of pairs.
     """
     scores = {name: np.empty(len(labels)) for name in ("cosine", "dot", "manhattan", "euclidean")}
     for start in range(0, len(labels), block):
@@ -348,7 +348,7 @@ def effective_dimension(x: torch.Tensor) -> float:
 
     x (n, D). Between 1 (all on a line) and min(n - 1, D); 0 if all rows are equal.
     """
-    x = x.double()  # in which equal rows differ from their mean by no more than is clamped
+    x = x.double()  # so that equal rows differ from their mean by no more than the clamp
     x = x - x.mean(dim=0)
-    gram = x @ x.T  # has the covariance's eigenvalues, times n
+    gram = x @ x.T  # has n times the covariance's nonzero eigenvalues
     return float(gram.trace() ** 2 / gram.square().sum().clamp_min(1e-30))

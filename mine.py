@@ -1,17 +1,17 @@
-"""Mine hard negatives for stage 3: of each query, the texts that an encoder itself takes for near.
+"""Mine hard negatives for stage 3: for each query, the texts that an encoder finds most similar.
 
     python mine.py --model runs/scl-demo --triples demo --out mined.jsonl
     python mine.py --model runs/scl --triples rows.jsonl --corpus corpus.jsonl --negatives 4 \\
         --out mined.jsonl
     torchrun contrastive.py --stage scl --triples mined.jsonl ...         trains on what was mined
 
-Rows {query, positive} become {query, positive, negative: [...]}, best first. Left out are all
+Rows {query, positive} become {query, positive, negative: [...]}, nearest first. Left out are all
 positives of the query, its own text, and what may be a false negative: texts whose cosine is not
 below --margin times the (first) positive's (TopK-PercPos of NV-Retriever, arXiv 2407.15831).
 
 The same command resumes after an interruption. Embeddings are written block by block into a .npy
-beside --out, with a note of how far; rows go into a hidden file that is renamed at the end. Memory
-holds the texts once, and a block of the rest.
+next to --out, with a note of the progress; rows go into a hidden file that is renamed at the end.
+Memory holds all texts once, and one block of everything else.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+if __name__ == "__main__":  # handle Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
 
     await_command()
@@ -43,7 +43,7 @@ from runtime.errors import UserError, printable, run_command
 from runtime.files import sha256_of_json, try_lock
 from runtime.identity import identity
 
-QUERIES = 4096  # that are searched together: the corpus is read once for so many
+QUERIES = 4096  # searched together, in one pass over the corpus
 
 # ---------------------------------------------------------------------------------------------
 # Texts, and their embeddings
@@ -51,7 +51,7 @@ QUERIES = 4096  # that are searched together: the corpus is read once for so man
 
 
 def corpus_texts(path: str) -> Iterator[str]:
-    """The documents of a file, `title text` as retrieval tasks read them; empty ones left out."""
+    """The documents of a file as `title text`, as in retrieval tasks; empty ones are left out."""
     if not Path(path).exists():
         raise UserError(f"--corpus {path}: no such file")
     notes: list[str] = []
@@ -64,8 +64,8 @@ def corpus_texts(path: str) -> Iterator[str]:
 class Pool:
     """The documents of a corpus and the queries of the rows, each once.
 
-    The first `size` documents can be mined, positives that the corpus lacks come after them. An
-    embedding's place counts all documents, then all queries.
+    The first `size` documents can be mined; positives that the corpus lacks come after them.
+    Embeddings are numbered over all documents, then all queries.
     """
 
     def __init__(self, rows: Triples, corpus: str):
@@ -93,7 +93,7 @@ class Pool:
         self.pairs = np.array([(first[name] + number, place) for name, number, place in pairs])
 
     def require(self, negatives: int):
-        """UserError unless the corpus has so many texts for every query."""
+        """UserError unless the corpus has `negatives` candidates for every query."""
         for query, taken in self.taken.items():
             left = self.size - sum(place < self.size for place in taken)
             if left < negatives:
@@ -110,7 +110,7 @@ class Pool:
             first += len(texts)
 
     def sha256(self) -> str:
-        """Of all texts, how they are read, and where blocks begin."""
+        """sha256 of all texts, how they are read, and where blocks begin."""
         digest = hashlib.sha256()
         for _, texts, options in self.blocks():
             digest.update(json.dumps([options, texts]).encode())
@@ -118,7 +118,7 @@ class Pool:
 
 
 def encode_pool(pool: Pool, encoder: Encoder, encode: Callable, embeddings: Embeddings, **options):
-    """Embed the blocks that are not there yet; `options` are those of Encoder.encode."""
+    """Embed the blocks that are not done yet; `options` are those of Encoder.encode."""
     done = embeddings.state["done"]
     with tqdm(total=pool.count, initial=done, desc="encode", disable=None) as bar:
         for start, texts, how in pool.blocks():
@@ -136,13 +136,13 @@ def encode_pool(pool: Pool, encoder: Encoder, encode: Callable, embeddings: Embe
 
 def search(queries: np.ndarray, corpus: Iterable[np.ndarray], limits: np.ndarray,
            taken: np.ndarray, k: int, device="cpu") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k nearest of the corpus below each query's limit: places and cosines (Q, k), best first.
+    """The k nearest texts below each query's limit: places and cosines (Q, k), best first.
 
-    queries (Q, D) and the parts of the corpus, together (n, D), are unit rows; limits (Q,) float32;
-    taken (m, 2): a query and a place that it may not find. Where fewer than k are left, cosines are
-    -inf. The third array (Q,) counts the texts, without the taken ones, that are not below the
-    limit. Cosines are float32, of sums in float64; equal ones rank by place: parts of any size give
-    the same.
+    queries (Q, D) and the parts of the corpus, together (n, D), have unit rows; limits (Q,)
+    float32; taken (m, 2): a query and a place that it must not find. Where fewer than k are left,
+    cosines are -inf. The third array (Q,) counts the texts, except the taken ones, that are not
+    below the limit. Cosines are summed in float64 and rounded to float32; ties rank by place, so
+    that parts of any size give the same.
     """
     q = to_device(torch.from_numpy(queries), device).double()
     limits, taken = (to_device(torch.from_numpy(x), device) for x in (limits, taken))
@@ -166,7 +166,7 @@ def mine_block(pool: Pool, rows: list, pairs: np.ndarray, embeddings: Embeddings
                margin: float, device) -> Iterator[dict]:
     """The rows with their negatives; pairs (len(rows), 2) are places of queries and positives.
 
-    cosines: the positive's, then the negatives'; above: texts that the margin keeps out.
+    cosines: the positive's, then the negatives'; above: how many texts the margin excludes.
     """
     queries, positives = embeddings[pairs[:, 0]], embeddings[pairs[:, 1]]
     own = np.einsum("qd,qd->q", queries, positives, dtype=np.float64).astype(np.float32)
@@ -185,13 +185,13 @@ def mine_block(pool: Pool, rows: list, pairs: np.ndarray, embeddings: Embeddings
 
 
 def mine_rows(pool: Pool, rows: Triples, embeddings: Embeddings, path: Path, *options):
-    """Write the rows to `path`, after those that stand there already; options of mine_block."""
+    """Append the rows to `path`, after those already there; options: those of mine_block."""
     with open(path, "ab+") as file, tqdm(total=len(rows), desc="search", disable=None) as bar:
         if not try_lock(file.fileno(), path):
             raise UserError(f"{path}: another process writes it; wait for that one, or name "
                             f"another --out")
         file.seek(0)
-        whole = [len(line) for line in file if line.endswith(b"\n")]  # a kill may have cut one
+        whole = [len(line) for line in file if line.endswith(b"\n")]  # a kill may have cut a line
         file.truncate(sum(whole))
         bar.update(len(whole))
         for start in range(len(whole), len(rows), QUERIES):
@@ -205,7 +205,7 @@ def mine_rows(pool: Pool, rows: Triples, embeddings: Embeddings, path: Path, *op
 
 
 def report(path: Path, k: int, margin: float):
-    """Print what was mined; UserError if that is nothing."""
+    """Print what was mined; UserError if nothing was."""
     total, full, none, removed, sums = 0, 0, 0, 0, np.zeros(3)
     with open(path, encoding="utf-8") as file:
         for row in map(json.loads, file):
@@ -228,7 +228,7 @@ def report(path: Path, k: int, margin: float):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -271,7 +271,7 @@ def open_rows(args: argparse.Namespace, encoder: Encoder) -> Triples:
 
 
 def check(args: argparse.Namespace):
-    """Raise UserError for arguments that cannot be."""
+    """Raise UserError for invalid arguments."""
     if args.negatives < 1 or args.batch_tokens < 1 or args.threads < 0:
         raise UserError("--negatives and --batch-tokens must be at least 1, --threads 0")
     if not 0 <= args.margin <= 1.5:
@@ -281,7 +281,7 @@ def check(args: argparse.Namespace):
 
 
 def run(args: argparse.Namespace):
-    """Encode, search, write; each resumes where an interrupted command has left it."""
+    """Encode, search, write; each resumes where an interrupted command left off."""
     check(args)
     keep_freed_memory()
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -317,7 +317,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     return run_command(lambda: run(parse_arguments(argv)), "the same command goes on where it was")
 
 

@@ -1,12 +1,12 @@
-"""The Llama family by hand, and the text encoder made of it (LLM2Comp, arXiv 2511.17129).
+"""The Llama family from scratch, and the text encoder built on it (LLM2Comp, arXiv 2511.17129).
 
-Letters: N texts, T tokens of all of them in one row, K memory tokens, D hidden size, H query heads,
-         G key-value heads, V vocabulary.
+Notation: N texts, T tokens of all texts packed in one row, K memory tokens, D hidden size, H query
+          heads, G key-value heads, V vocabulary size.
 
-A batch is one row of T tokens plus the list of its N lengths, without padding or a mask tensor (but
-see runtime/cpu.py): attention and positions need the lengths, all else works on single rows. The
-same frozen weights serve as language model g_phi (`causal=True, adapters=False`) and as encoder
-f_theta (`causal=False, adapters=True`): causality and adapters are arguments of the forward call.
+A batch is one packed row of T tokens and the list of its N lengths, with no padding and no mask
+tensor (but see runtime/cpu.py): attention and positions use the lengths, all else works token by
+token. The same frozen weights serve as language model g_phi (`causal=True, adapters=False`) and as
+encoder f_theta (`causal=False, adapters=True`), by arguments of the forward call.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -47,8 +47,8 @@ class LlamaConfig:
     model_type: str = "llama"  # one of BASES
     qkv_bias: bool = False  # of q_proj, k_proj and v_proj, as in Qwen2
     qk_norm: bool = False  # an RMSNorm for the queries and one for the keys, as in Qwen3
-    sliding_window: int | None = None  # tokens that a sequence may have, as in Mistral 0.1
-    has_head: bool = True  # not if it was saved as a LlamaModel
+    sliding_window: int | None = None  # longest sequence supported, as in Mistral 0.1
+    has_head: bool = True  # False if saved as a LlamaModel
 
 
 # ---------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def inverse_frequencies(rope: dict, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021): pair (i, i + head_dim / 2) of x (T, heads, head_dim)."""
+    """Rotary embedding (Su et al. 2021) of pairs (i, i + head_dim / 2); x (T, heads, head_dim)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -102,19 +102,19 @@ class Pass(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dropout=0.0):
-    """Softmax attention within each sequence of a packed row; causal or bidirectional by a boolean.
+    """Softmax attention within each sequence of a packed row, `causal` or bidirectional.
 
-    q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). Neighbours of equal length
-    share a call; bf16 on the CPU, and CUDA, use faster equivalents.
+    q (T, H, head_dim), k and v (T, G, head_dim) -> (T, H, head_dim). Adjacent sequences of equal
+    length share a call; bf16 on the CPU, and 16 bits on CUDA, have faster equivalents.
     """
     if cpu.is_cpu_bf16(q):
         return cpu.attend(q, k, v, lengths, causal, dropout)
     if cuda.takes_any_lengths(q):  # one call of FlashAttention for all of them
         return cuda.attend(q, k, v, lengths, causal, dropout)
-    if k.shape[1] != q.shape[1]:  # grouped queries: not every kernel repeats the heads by itself
+    if k.shape[1] != q.shape[1]:  # grouped queries: not every kernel repeats the heads itself
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     outputs, groups = [], [list(same) for _, same in groupby(lengths)]
-    sizes = [sum(group) for group in groups]  # tokens of neighbours that are equally long
+    sizes = [sum(group) for group in groups]  # tokens in each run of equal lengths
     for group, *part in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes)):
         batch = [t.unflatten(0, (len(group), -1)).transpose(1, 2) for t in part]
         out = F.scaled_dot_product_attention(*batch, dropout_p=dropout, is_causal=causal)
@@ -123,8 +123,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, dr
 
 
 def last_of_each(x: Tensor, lengths: list[int], last: list[int] | None) -> Tensor:
-    """The last[i] last rows of each sequence i of a packed row x (T, D), and zeros as cpu.pad_rows
-    has them; all rows if `last` is None."""
+    """The final last[i] rows of each sequence i of a packed row x (T, D), zero-padded by
+    cpu.pad_rows; all rows if `last` is None."""
     if last is None:
         return x
     sizes = [size for length, n in zip(lengths, last) for size in (length - n, n)]
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, p: Pass, last: list[int] | None) -> Tensor:
-        """x (T, D) -> (T, D), or the `last` rows of each sequence only."""
+        """x (T, D) -> (T, D), or only the `last` rows of each sequence."""
         projections = (self.q_proj, self.k_proj, self.v_proj)  # -> (T, H or G, head_dim)
         q, k, v = (proj(x, p.adapters).unflatten(-1, (-1, self.head_dim)) for proj in projections)
         q, k = rotate(self.q_norm(q), p.cos, p.sin), rotate(self.k_norm(k), p.cos, p.sin)
@@ -170,7 +170,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then MLP, each after a norm and added to the residual stream."""
 
-    attention = Attention  # what another base replaces, see docs/extending.md
+    attention = Attention  # another base may replace this, see docs/extending.md
 
     def __init__(self, c: LlamaConfig):
         super().__init__()
@@ -180,7 +180,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, p: Pass, last: list[int] | None = None) -> Tensor:
-        """x (T, D) -> (T, D), or the `last` rows of each sequence only."""
+        """x (T, D) -> (T, D), or only the `last` rows of each sequence."""
         attended = self.self_attn(self.input_layernorm(x), p, last)
         x = last_of_each(x, p.lengths, last) + attended
         return x + self.mlp(self.post_attention_layernorm(x), p.adapters)
@@ -194,9 +194,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.recompute = False  # activations again in the backward pass instead of keeping them
+        self.recompute = False  # recompute activations in backward instead of keeping them
         blocks = (self.block(config) for _ in range(config.num_hidden_layers))
-        # nn.Embedding(V, D) would draw the table, which on `meta` imports sympy: a second
+        # nn.Embedding(V, D) would initialise the table; on `meta` that imports sympy: a second
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
@@ -208,7 +208,7 @@ class Llama(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The language-model head (V, D); the table if they are tied, or if there is none."""
+        """The language-model head (V, D); the table if the two are tied or there is no head."""
         return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -221,22 +221,22 @@ class Llama(nn.Module):
     ) -> Tensor:
         """x (T, D) input embeddings -> (T, D) hidden states after the final RMSNorm.
 
-        `lengths` sum to T and positions count from 0 in each sequence; `dropout` is that of the
-        attention weights and takes part in training mode only. With `last` only the last[i] states
-        of each sequence i are returned, and only they are computed after the last attention.
+        `lengths` sum to T, and positions restart at 0 in each sequence; `dropout` applies to the
+        attention weights, in training mode only. With `last`, only the final last[i] states of each
+        sequence i are returned, and only they are computed after the last attention.
         """
         rows = sum(last or lengths)
         x, lengths, last = cpu.pad_pass(x, lengths, last)  # bf16 on the CPU is slow on new shapes
         cos, sin = self.rotary_table(lengths, x)
         p = Pass(lengths, causal, adapters, dropout if self.training else 0.0, cos, sin)
         for block in self.model.layers:
-            # the states of other tokens are needed as keys and values up to the last attention
+            # up to the last attention, the other tokens are needed as keys and values
             of_each = last if block is self.model.layers[-1] else None
             if self.recompute:
                 x = checkpoint(block, x, p, of_each, use_reentrant=False)
             else:
                 x = block(x, p, of_each)
-        return self.model.norm(x)[:rows]  # without those of cpu.pad_pass
+        return self.model.norm(x)[:rows]  # without what cpu.pad_pass added
 
     def rotary_table(self, lengths: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, head_dim), computed in fp32 and cast to the activations' dtype."""
@@ -245,10 +245,10 @@ class Llama(nn.Module):
         angles = torch.outer(positions, to_device(speeds, like.device))
         cos, sin = angles.cos(), angles.sin()
         tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return tuple(t.unsqueeze(1).to(like.dtype) for t in tables)  # one for all heads
+        return tuple(t.unsqueeze(1).to(like.dtype) for t in tables)  # the same for all heads
 
 
-# model_type of config.json -> network; these differ in optional parts, see LlamaConfig
+# model_type in config.json -> network; these differ only in optional parts, see LlamaConfig
 BASES: dict[str, type[Llama]] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama)
 
 
@@ -258,12 +258,12 @@ BASES: dict[str, type[Llama]] = dict.fromkeys(("llama", "mistral", "qwen2", "qwe
 
 
 def weighted_mean(h: Tensor) -> Tensor:
-    """The mean of h (n, D) in which token i weighs i (SGPT, arXiv 2202.08904)."""
+    """The mean of h (n, D) with weight i for token i (SGPT, arXiv 2202.08904)."""
     w = torch.arange(1, len(h) + 1, device=h.device).to(h.dtype)
     return w @ h / w.sum()
 
 
-# Poolings beside `memory`: the states (n, D) of a text's tokens, BOS included -> its embedding.
+# Poolings other than `memory`: states (n, D) of a text's tokens, BOS included -> its embedding.
 POOLINGS = {
     "last": lambda h: h[-1],
     "mean": lambda h: h.mean(dim=0),
@@ -276,20 +276,20 @@ POOLINGS = {
 class EncoderConfig:
     """How texts become embeddings; stored with the encoder, so that no flag contradicts training.
 
-    template: what the tokenizer reads. With `{instruction}` in it the encoder was trained with
-    instructions, and a text without one stands alone. document_template: the same for documents of
-    retrieval and reranking; empty if they are read like texts without an instruction.
+    template: what the tokenizer reads. If it has `{instruction}`, the encoder was trained with
+    instructions, and a text without one is read bare. document_template: the same for documents in
+    retrieval and reranking; if empty, they are read like texts without an instruction.
     """
 
     num_memory_tokens: int = 8
-    pooling: str = "memory"  # (Eq. 6), or one of POOLINGS
+    pooling: str = "memory"  # Eq. 6, or one of POOLINGS
     attention: str = "bidirectional"  # or causal
-    max_tokens: int = 512  # of a text with its template, BOS counted; memory tokens come on top
+    max_tokens: int = 512  # of a text in its template, BOS included; memory tokens are extra
     template: str = "{text}"
     document_template: str = ""
-    kept_tokens: tuple = ()  # memory tokens that make the embedding, empty for all (collapse.py)
+    kept_tokens: tuple = ()  # memory tokens averaged into the embedding; empty: all (collapse.py)
     bos: int = -1  # id of the token before each text; -1: the base's own
-    special_tokens: str = "literal"  # </s> in a text: its letters; or parsed, as transformers does
+    special_tokens: str = "literal"  # </s> in a text is plain text; or parsed, as in transformers
 
     def __post_init__(self):
         encoders.check_encoder_config(self, ("memory", *POOLINGS))
@@ -308,16 +308,16 @@ class Encoder(nn.Module):
     def __init__(self, llama: Llama, tokenizer: Tokenizer, config: EncoderConfig):
         super().__init__()
         self.llama, self.tokenizer, self.config = llama, tokenizer, config
-        self.table = llama.model.embed_tokens.weight  # (V, D), g_phi's until it is trained
+        self.table = llama.model.embed_tokens.weight  # (V, D), g_phi's own until trained
         self.memory_tokens = nn.Parameter(self.table.new_zeros(0, self.table.shape[1]))
         self.adapters, self.lora_config = False, LoraConfig()  # whether the adapters take part
-        self.base: dict = {}  # what the Llama is: name, revision, sha256 and what it is made of
+        self.base: dict = {}  # the Llama's identity: name, revision, sha256 and its parts
         self.sha256 = ""  # of what was trained: adapters, memory tokens, table
         self.stored_adapters: list[list] = []  # stage, r, alpha, targets of each
         self.history: list[dict] = []  # the stages that made the adapters, oldest first
-        self.cut = 0  # texts that `batches` and `encode` have had to cut so far
+        self.cut = 0  # texts that `batches` and `encode` have cut so far
 
-    dtype = property(lambda self: self.llama.head.dtype)  # of activations; what is trained is fp32
+    dtype = property(lambda self: self.llama.head.dtype)  # of activations; trained weights are fp32
     device = property(lambda self: self.llama.head.device)
 
     def forward(self, ids: Tensor, lengths: list[int], dropout=0.0,
@@ -325,7 +325,7 @@ class Encoder(nn.Module):
         """Eq. 1 and 3: f_theta reads n_1..n_a m_1..m_K.
 
         ids (T,) of N texts with BOS -> hidden states of texts and memory tokens (T + N K, D) and
-        their N lengths, or the `last` states of each text only.
+        their N lengths, or only the `last` states of each text.
         """
         n, k = len(lengths), len(self.memory_tokens)
         tokens = F.embedding(ids, self.table).to(self.dtype)  # trained in fp32, read in bf16
@@ -341,7 +341,7 @@ class Encoder(nn.Module):
         return self(ids, lengths, dropout, last=[k] * n)[0].unflatten(0, (n, k))
 
     def pool(self, memory: Tensor) -> Tensor:
-        """Eq. 6: memory (N, K, D) -> z (N, D) in at least fp32, the mean of all or of the kept."""
+        """Eq. 6: memory (N, K, D) -> z (N, D) in at least fp32, the mean over all or kept K."""
         kept = list(self.config.kept_tokens)
         return at_least_fp32(memory[:, kept] if kept else memory).mean(dim=1)
 
@@ -349,7 +349,7 @@ class Encoder(nn.Module):
               tails: list[int] | None = None) -> Tensor:
         """ids (T,) of N texts -> embeddings z (N, D) in at least fp32.
 
-        `tails` are the numbers of last tokens that `echo` averages.
+        `tails`: how many final tokens of each text `echo` averages.
         """
         pooling, last = self.config.pooling, None
         if pooling == "memory":
@@ -360,14 +360,14 @@ class Encoder(nn.Module):
         return torch.stack([POOLINGS[pooling](h) for h in at_least_fp32(hidden).split(sizes)])
 
     def add_memory(self, init: str, train_table: bool, generator: torch.Generator | None = None):
-        """Draw the K memory rows, and with `train_table` copy the table to train it, in fp32.
+        """Draw the K memory rows; with `train_table`, also copy the table to train it in fp32.
 
-        init `mean`: from N(mean, 1e-9 covariance) of the table's rows, nearly equal: transformers'
-        resize, which the official code calls (docs/official.md); `normal`: with their mean and
-        deviation in each dimension; `rows`: K of its rows themselves, drawn at random (one of the
-        starts of a soft prompt in arXiv 2104.08691).
+        init `mean`: from N(mean, 1e-9 covariance) of the table's rows, so nearly equal, like
+        transformers' resize in the official code (docs/official.md); `normal`: with the rows' mean
+        and deviation per dimension; `rows`: K rows of the table, drawn at random (one of the
+        initialisations of a soft prompt in arXiv 2104.08691).
         """
-        table = at_least_fp32(self.table.detach()).cpu()  # drawn there: equal on all devices
+        table = at_least_fp32(self.table.detach()).cpu()  # drawn on the CPU: equal on all devices
         (v, d), k, mean = table.shape, self.config.num_memory_tokens, table.mean(dim=0)
         noise = torch.randn(k, v if init == "mean" else d, generator=generator).to(table)
         if init == "mean":  # noise times the centred table has V times its covariance
@@ -376,7 +376,7 @@ class Encoder(nn.Module):
             rows = mean + table.std(dim=0) * noise
         else:
             rows = table[torch.randperm(v, generator=generator)[:k]]
-        rows = rows.bfloat16()  # as officially: drawn in bf16, then trained in fp32
+        rows = rows.bfloat16()  # as in the official code: drawn in bf16, trained in fp32
         self.memory_tokens = nn.Parameter(rows.to(self.device, table.dtype))
         if train_table:
             self.table = nn.Parameter(table.to(self.device, copy=True))
@@ -393,7 +393,7 @@ class Encoder(nn.Module):
 
     def batches(self, texts: list[str], instruction="", document=False, batch_tokens=4096,
                 progress: bool | str = False):
-        """Yield (places among the texts, ids (T,), lengths, tails) as `encode` reads them."""
+        """Yield (indices into the texts, ids (T,), lengths, tails) of `encode`'s batches."""
         ids, tails, cut = self.tokenize(texts, instruction, document)
         self.cut += sum(cut)
         sizes = [len(i) + self.config.num_memory_tokens for i in ids]
@@ -407,11 +407,11 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def encode(self, texts: list[str], instruction="", document=False, batch_tokens=4096,
                progress: bool | str = False) -> np.ndarray:
-        """Texts -> (n, D) float32, in their order; long texts are cut, memory tokens never.
+        """Texts -> (n, D) float32, in the same order; long texts are cut, memory tokens never.
 
-        `encode(["what is an owl"], instruction="Find it")`: one instruction, before each text;
-        `document` says that they are documents to be found. Texts of similar length share a pass of
-        up to `batch_tokens` tokens. `progress`: show a bar. TextError for what is no list of texts.
+        `encode(["what is an owl"], instruction="Find it")`: one instruction, put before each text;
+        `document`: the texts are documents to be found. Texts of similar length share a pass of up
+        to `batch_tokens` tokens. `progress`: show a bar. TextError unless given a list of texts.
         """
         texts, was_training = check_texts(texts), self.training
         out = np.empty((len(texts), self.table.shape[1]), np.float32)
@@ -426,7 +426,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Loading and saving: runtime/formats.py and encoders.py read and check, here it is put together
+# Loading and saving: runtime/formats.py and encoders.py read and check, this builds the modules
 # ---------------------------------------------------------------------------------------------
 
 
@@ -447,7 +447,7 @@ def build_llama(files: formats.ModelFolder, dtype: torch.dtype, device) -> Llama
 
 def plain_encoder(name: str | Path, config=PLAIN, revision=None, dtype=torch.float32, device="cpu",
                   base_of=None) -> Encoder:
-    """A frozen Llama without adapters or memory rows: a training-free method (PLAIN: the mean)."""
+    """A frozen Llama without adapters or memory rows, as in training-free methods (PLAIN: mean)."""
     files = formats.ModelFolder(name, revision, BASES, base_of)
     llama = build_llama(files, dtype, device)
     sizes, reading = (llama.config.vocab_size, llama.config.bos_token_id), config.special_tokens
@@ -458,10 +458,10 @@ def plain_encoder(name: str | Path, config=PLAIN, revision=None, dtype=torch.flo
 
 def load_encoder(name: str | Path, base: str | None = None, dtype=torch.float32, device="cpu",
                  revision=None, other_base=False) -> Encoder:
-    """An encoder from its folder (local or on the hub), all adapters but the last merged.
+    """An encoder from its folder (local or on the hub), with all adapters but the last merged.
 
-    `base` replaces the place recorded for the base model, which must be the same model unless
-    `other_base`. Raises UserError for anything missing, damaged or not fitting.
+    `base` overrides the recorded location of the base model, which must be the same model unless
+    `other_base`. Raises UserError for anything missing, damaged or mismatched.
     """
     folder, config, recorded, history = encoders.read_encoder(name, revision, EncoderConfig)
     place = (base, None, None) if base else (recorded["name"], recorded["revision"], folder)
@@ -469,7 +469,7 @@ def load_encoder(name: str | Path, base: str | None = None, dtype=torch.float32,
         encoder = plain_encoder(place[0], config, place[1], dtype, device, base_of=place[2])
     encoders.check_base(encoder, folder, recorded, other_base)
     for entry in history:
-        merge_lora(encoder.llama)  # the adapter before: only the last one stays apart
+        merge_lora(encoder.llama)  # the adapter before: only the last one stays separate
         encoder.lora_config = c = load_adapter(encoder.llama, folder / entry["stage"])
         encoder.stored_adapters.append([entry["stage"], c.r, c.alpha, *c.targets])
     (v, d), k = encoder.table.shape, config.num_memory_tokens

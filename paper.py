@@ -1,16 +1,16 @@
 """LLM2Comp's equations as the paper writes them (arXiv 2511.17129), one text at a time, unbatched.
-`python paper.py` prints every quantity of two passages beside the fast path's.
+`python paper.py` prints each quantity for two passages next to the fast path's value.
 
-n: ids (T,) of a text, BOS first; context n[:a], continuation n[a:] of S = T - a tokens. g_phi:
-the frozen causal Llama (.model, .head (V, D)). f_theta: the encoder, .llama is g_phi with adapters,
-.table (V, D), .memory_tokens m_1..m_K (K, D), whose states are m~_1..m~_K. The oracle of the tests.
+n: token ids (T,) of a text, BOS first; context n[:a], continuation n[a:] of S = T - a tokens.
+g_phi: the frozen causal Llama (.model, .head (V, D)). f_theta: the encoder; .llama is g_phi with
+adapters, .table (V, D), .memory_tokens m_1..m_K (K, D) with states m~_1..m~_K. The tests' oracle.
 """
 
 import torch
 
 
 def linear(layer, x, adapters):
-    """y = W x + (alpha / r) B A x of each row; x (T, in) -> (T, out)."""
+    """y = W x + (alpha / r) B A x for each row x; (T, in) -> (T, out)."""
     y = x @ layer.weight.T
     if adapters and layer.lora_A is not None:
         y = y + layer.scaling * (x @ layer.lora_A.to(x.dtype).T @ layer.lora_B.to(x.dtype).T)
@@ -24,7 +24,7 @@ def norm(layer, x):
 
 
 def rotary(x, theta):
-    """Turn row t's pair (i, i + size / 2) by t theta^(-2 i / size); x (T, heads, size)."""
+    """Rotate row t's pair (i, i + size / 2) by t theta^(-2 i / size); x (T, heads, size)."""
     length, _, size = x.shape
     speeds = 1 / theta ** (torch.arange(0, size, 2).float() / size)  # fp32, as Llamas are trained
     angles = torch.arange(length).float()[:, None, None] * speeds
@@ -42,7 +42,7 @@ def llama(model, x, causal, adapters=False):
         q, k, v = (linear(p, h, adapters).view(len(x), -1, model.config.head_dim)
                    for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k = (rotary(t, model.config.rope["rope_theta"]) for t in (q, k))
-        group, heads = q.shape[1] // k.shape[1], []  # queries that share a key head
+        group, heads = q.shape[1] // k.shape[1], []  # query heads per key head
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // group].T / q.shape[-1] ** 0.5
             heads.append(scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v[:, head // group])
@@ -60,14 +60,14 @@ def log_g(g_phi, x):
 
 
 def eq1_memory(f_theta, context):
-    """Eq. 1, 3: m~_i = f_theta(n_1..n_a, m_1..m_i)[-1] (K, D); official code: all rows see all."""
+    """Eq. 1, 3: m~_i = f_theta(n_1..n_a, m_1..m_i)[-1] (K, D); the official code is not causal."""
     x = torch.cat((f_theta.table[context], f_theta.memory_tokens)).to(f_theta.dtype)
     causal = f_theta.config.attention == "causal"
     return llama(f_theta.llama, x, causal, adapters=True)[-len(f_theta.memory_tokens) :]
 
 
 def log_g_after_memory(g_phi, bos, memory, text):
-    """log g_phi( . | BOS m~_1..m~_K n..): rows of m~_K and text (S + 1, V); BOS as officially."""
+    """log g_phi( . | BOS m~_1..m~_K text): (S + 1, V) from m~_K on; BOS as in official code."""
     table = g_phi.model.embed_tokens.weight
     return log_g(g_phi, torch.cat((table[bos], memory, table[text])))[len(memory) :]
 
@@ -86,7 +86,7 @@ def eq4_nll(f_theta, g_phi, n, a):
 
 def eq5_ctkd(f_theta, g_phi, n, a):
     """Eq. 5: log( g_phi(n_j | n_1..n_{j-1}) / g_phi(n_j | m~_1..m~_K, n_{a+1}..n_{j-1}) ), summed
-    over the vocabulary with the teacher's weights: a KL (S + 1,); the last is past the text."""
+    over the vocabulary, weighted by the teacher: a KL (S + 1,); the last is past the text."""
     teacher = log_g(g_phi, g_phi.model.embed_tokens.weight[n])[a - 1 :].detach()
     student = log_g_after_memory(g_phi, n[:1], eq1_memory(f_theta, n[:a]), n[a:])
     return (teacher.exp() * (teacher - student)).sum(-1)

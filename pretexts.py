@@ -9,8 +9,8 @@
                alone the head must predict the words of the text (auto-encoding) or, after a second
                prompt, of what follows it (auto-regression); the mean of the K is the embedding
 
-They see the same texts as ctkd. The head is frozen (LLM2Vec's code trains it and drops it, LLaRA's
-keeps it); docs/official.md lists what else differs. Letters as in model.py; a text has T tokens.
+They see the same texts as ctkd. The head is frozen (LLM2Vec's code trains it but drops it, LLaRA's
+keeps it); docs/official.md lists what else differs. Notation as in model.py; a text has T tokens.
 """
 
 import numpy as np
@@ -35,9 +35,9 @@ def mask_tokens(
     ids: np.ndarray, first: int, mask: int, vocabulary: int, share: float,
     random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose tokens from `first` on, each with probability `share`: ids (T,) as read, chosen (T,).
+    """Choose tokens from `first` on, each with probability `share`: masked ids (T,), chosen (T,).
 
-    80 % of the chosen become `mask`, 10 % any token of the vocabulary, 10 % stay (as BERT's).
+    80 % of the chosen become `mask`, 10 % a random token, 10 % stay as they are (as in BERT).
     """
     chosen, kind = random.random(len(ids)) < share, random.random(len(ids))
     chosen[:first] = False  # BOS has no state before it that could predict it
@@ -47,11 +47,11 @@ def mask_tokens(
 
 
 def mntp(encoder: Encoder, batch: SplitBatch, config) -> Tensor:
-    """-log p(token) of the chosen tokens, given the masked text; mean over those of all texts."""
+    """-log p(token) of the chosen tokens given the masked text; mean over those of all texts."""
     tokenizer, head = encoder.tokenizer, encoder.llama.head
     first, mask = len(tokenizer.bos), mask_id(tokenizer, config.mask_token)
 
-    masked = {  # of the global batch, whose tokens are counted: place in the run -> ids, chosen
+    masked = {  # of the global batch, to count its chosen tokens: place in the run -> ids, chosen
         place: mask_tokens(ids, first, mask, len(head), config.mask_share,
                            generator(config.seed, MASKS, place))
         for place, ids in zip(batch.whole.positions, batch.whole.texts)}
@@ -60,12 +60,12 @@ def mntp(encoder: Encoder, batch: SplitBatch, config) -> Tensor:
     hidden, _ = encoder(flat_ids(read, encoder.device), [len(ids) for ids in read])
     places = to_device(torch.from_numpy(np.flatnonzero(np.concatenate(chosen))), encoder.device)
     targets = flat_ids(batch.texts, encoder.device)[places]
-    # the state before a token predicts it, as the Llama was trained to
+    # the state before a token predicts it, as in the Llama's own training
     return nll_loss(hidden[places - 1], targets, head, config.chunk_rows) / max(1, total)
 
 
 def mask_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of the token that stands for a masked one; UserError if there is none."""
+    """The id of the token that replaces masked ones; UserError if there is no such token."""
     found = tokenizer.backend.token_to_id(token)
     if found is None or found >= tokenizer.vocab_size:  # a pad token may lie beyond the table
         raise UserError(f"--mask-token {token!r}: no token of {tokenizer.file}; name one that is "
@@ -87,8 +87,8 @@ def bag_of_words(
 ) -> Tensor:
     """Sum over texts of the mean of -log p(token) over a target's distinct tokens.
 
-    states (N K, D), K of each text; p is the softmax over V of the largest of the K logits of each
-    token, so that every token needs only one of the K states to expect it.
+    states (N K, D), K per text; p is the softmax over V of each token's largest logit among the K
+    states, so that only one of the K states need predict a token.
     """
     k = len(states) // len(targets)
     words = [flat_ids([np.unique(ids)], states.device) for ids in targets]
@@ -104,8 +104,8 @@ def bag_of_words(
 def ebae_ebar(encoder: Encoder, batch: SplitBatch, config) -> Tensor:
     """-log p(token) of the text, mean over tokens, plus 1/10 of the mean of the two bags of words.
 
-    Both prompts are read as sequences of their own: LLaRA's code puts them into one, where neither
-    sees the other and both have the same positions, which is the same.
+    Each prompt is read as a sequence of its own: LLaRA's code puts both into one, where neither
+    sees the other and both have the same positions, which is equivalent.
     """
     tokenizer, k = encoder.tokenizer, encoder.config.num_memory_tokens
     bos, n = np.array(tokenizer.bos, dtype=np.int32), len(batch.texts)
@@ -130,26 +130,26 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------
-# What the stage has to know of them
+# What the stage has to know about them
 # ---------------------------------------------------------------------------------------------
 
 OBJECTIVES = {"mntp": mntp, "ebae-ebar": ebae_ebar}
 
 SHAPES = {  # how their encoders read texts: fields of EncoderConfig
     "mntp": {"pooling": "mean"},
-    # a query asks for what could follow it, a document says what it is
+    # a query predicts what could follow it, a document summarises itself
     "ebae-ebar": {"template": PREDICT, "document_template": SUMMARIZE},
 }
 
 PRESETS = {
-    # train_configs/mntp/MetaLlama*.json of LLM2Vec's code; its linear decay would end after three
-    # epochs and is stopped after 1,000 steps, before it has fallen far
+    # train_configs/mntp/MetaLlama*.json of LLM2Vec's code; its linear decay spans three epochs, but
+    # training stops after 1,000 steps, before the rate has fallen far
     "llm2vec": {
         "objective": "mntp", "out": "runs/llm2vec", "memory_tokens": 0,
         "train_embeddings": "memory", "lora_k_proj": True, "batch_size": 32, "steps": 1000,
         "lr": 5e-5, "min_lr": 5e-5, "warmup": 0.0, "weight_decay": 0.0, "clip": 1.0,
     },
-    # the paper says no more than that the texts are the same: its own rate, batch and adapters
+    # the paper says only that the texts are the same; rate, batch and rank are those of stage 1
     "llama2vec": {
         "objective": "ebae-ebar", "out": "runs/llama2vec", "attention": "causal",
         "memory_init": "normal", "train_embeddings": "memory", "lora_k_proj": True,
@@ -158,7 +158,7 @@ PRESETS = {
 
 
 def check(config):
-    """UserError for settings that an objective of this file cannot have."""
+    """UserError for settings that an objective of this file does not support."""
     preset, needed = {
         "mntp": ("llm2vec", {"attention": "bidirectional", "memory_tokens": 0,
                              "train_embeddings": "memory"}),

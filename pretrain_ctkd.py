@@ -1,7 +1,7 @@
 """Stage 1 of LLM2Comp: compress a text into K memory tokens; the frozen Llama continues from them.
 
     torchrun pretrain_ctkd.py                                 the embedded demo, minutes on 2 cores
-    torchrun pretrain_ctkd.py --preset smollm2                a real Llama, 20 minutes of one core
+    torchrun pretrain_ctkd.py --preset smollm2                a real Llama, 20 minutes on one core
     torchrun --nproc-per-node 4 pretrain_ctkd.py --preset paper --out runs/llama2
     torchrun pretrain_ctkd.py --model FOLDER_OR_REPOSITORY --text texts.jsonl --out runs/mine
     python pretrain_ctkd.py --help                            every setting
@@ -14,10 +14,10 @@ it would after the whole context. Objectives (section 3 of the paper):
     nll    cross entropy of the continuation's tokens              Eq. 4, LLM2Comp_NLL
     rc     cross entropy of the context itself                     Eq. 2, LLM2Comp_RC
 
-and those of pretexts.py, with which the paper compares: mntp, ebae-ebar.
-Letters as in model.py; a continuation has S tokens. Order and splits depend on (seed, position of
-the sample in the run) alone, dropout also on which texts share a forward pass: an interruption
-changes nothing; the number of ranks and the micro-batch size change only the dropout.
+and those of pretexts.py, which the paper compares with: mntp, ebae-ebar.
+Notation as in model.py; a continuation has S tokens. Order and splits depend only on (seed, place
+of the sample in the run), dropout also on which texts share a forward pass: an interruption changes
+nothing; the number of ranks and the micro-batch size change only the dropout.
 """
 
 import sys
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from shlex import quote
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+if __name__ == "__main__":  # handle Ctrl-C while torch is imported, which takes seconds
     from runtime.errors import await_command
 
     await_command()
@@ -52,7 +52,7 @@ from runtime.schedule import DROPOUT, learning_rate, seed_torch, warmup_steps
 from runtime.settings import RunConfig, check_bounds, parse_config, setting, stored_settings
 
 # ---------------------------------------------------------------------------------------------
-# Objectives (section 3): what f_theta is trained for
+# Objectives (section 3): what f_theta is trained to do
 # ---------------------------------------------------------------------------------------------
 
 
@@ -109,7 +109,7 @@ def nll(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
 
 
 def rc(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
-    """Eq. 2: the whole text is the context, and has to be read out of its memory again."""
+    """Eq. 2: the whole text is the context, and has to be reconstructed from its memory."""
     bos_length = len(encoder.tokenizer.bos)
     targets = [ids[bos_length:] for ids in batch.texts]
     total = batch.total_tokens - bos_length * batch.total_texts
@@ -123,7 +123,7 @@ OBJECTIVES: dict[str, Callable[[Encoder, SplitBatch, "Config"], Tensor]] = {
 }
 
 # ---------------------------------------------------------------------------------------------
-# Losses of hidden states
+# Losses on hidden states
 # ---------------------------------------------------------------------------------------------
 
 
@@ -220,14 +220,14 @@ PRESETS = {
     "demo": {
         "model": "demo", "text": "demo", "out": "runs/ctkd-demo", "num_texts": 0, "steps": 200,
         "batch_size": 8, "lr": 1e-3, "max_tokens": 256, "save_every": 100,
-        "memory_init": "normal",  # equal rows have not come apart in so few steps
+        "memory_init": "normal",  # nearly equal rows do not separate in so few steps
     },
-    # a real Llama in minutes of one core: docs/results.md has what decided each value
+    # a real Llama in minutes on one core: docs/results.md has what decided each value
     "smollm2": {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "out": "runs/ctkd-smollm2",
         "num_texts": 2400, "steps": 600, "lr": 1e-3, "max_tokens": 128, "save_every": 100,
         "train_embeddings": "memory",
-        "memory_init": "rows",  # normal ones do not take off early with every seed
+        "memory_init": "rows",  # "normal" rows do not take off early with every seed
         "attention": "causal",  # bidirectional may not take off at this rate in so few steps
     },
     **pretexts.PRESETS,
@@ -235,7 +235,7 @@ PRESETS = {
 
 
 def check(config: Config):
-    """Raise UserError for values that no run can have."""
+    """Raise UserError for values that no run can use."""
     check_bounds(config)
     pretexts.check(config)
     if config.nll_weight and config.objective != "ctkd":
@@ -246,7 +246,7 @@ def check(config: Config):
 
 
 def parse_arguments(argv: list[str] | None) -> Config:
-    """The command line; the preset is `demo` unless a model other than the demo's is named."""
+    """Parse the command line; the preset is `demo` unless a model other than `demo` is named."""
     return parse_config(Config, {"stage 1": PRESETS}, argv, __doc__)
 
 
@@ -267,9 +267,9 @@ def new_encoder(config: Config, run: Run) -> Encoder:
     require_head(config.model, encoder.llama.config.has_head)
     note_positions(encoder, config.max_tokens)
     for document in (False, True):
-        encoder.tokenize(["a"], document=document)  # UserError if a text has no room
+        encoder.tokenize(["a"], document=document)  # UserError if there is no room for a text
     if config.objective == "mntp":
-        pretexts.mask_id(encoder.tokenizer, config.mask_token)  # UserError if it has none
+        pretexts.mask_id(encoder.tokenizer, config.mask_token)  # UserError if there is none
     encoder.requires_grad_(False)
     random = torch.Generator().manual_seed(config.seed)
     encoder.lora_config = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout,
@@ -278,14 +278,14 @@ def new_encoder(config: Config, run: Run) -> Encoder:
     if config.memory_tokens:
         encoder.add_memory(config.memory_init, config.train_embeddings == "all", random)
     encoder.llama.recompute, encoder.adapters = config.recompute, True
-    # nll and rc are rows of the same stage: "objective" says which
+    # nll and rc are variants of the same stage: "objective" tells them apart
     stage = config.objective.replace("-", "_") if pretext else "ctkd"
     encoder.history = [{"stage": stage, **stored_settings(config)}]
     return encoder.train()
 
 
 def open_texts(config: Config, tokenizer: Tokenizer, num_texts: int) -> SplitTexts:
-    """The first texts of the run."""
+    """The first `num_texts` texts of the run (0: all)."""
     return SplitTexts.read(config.text, tokenizer, num_texts, config.min_characters,
                            config.max_text_tokens, config.max_tokens, config.text_seed)
 
@@ -344,7 +344,7 @@ def train(config: Config, run: Run):
 
 @torch.no_grad()
 def generate(llama: Llama, x: Tensor, count: int) -> list[int]:
-    """Greedy continuation by `count` tokens of one sequence of input embeddings x (T, D)."""
+    """The `count` token ids that greedily continue one sequence of input embeddings x (T, D)."""
     ids = []
     for _ in range(count):
         hidden = llama(x, [len(x)], causal=True)
@@ -355,7 +355,7 @@ def generate(llama: Llama, x: Tensor, count: int) -> list[int]:
 
 @torch.no_grad()
 def show_continuations(encoder: Encoder, texts: list[np.ndarray], tokens: int = 24):
-    """Print how g_phi continues half a text, and the K memory states of that half alone."""
+    """Print how g_phi continues half a text, and how it does so from that half's memory alone."""
     llama, tokenizer = encoder.llama, encoder.tokenizer
     for ids in texts:
         half = torch.from_numpy(ids[: max(MIN_SIDE, len(ids) // 2)]).to(encoder.device)
@@ -368,7 +368,7 @@ def show_continuations(encoder: Encoder, texts: list[np.ndarray], tokens: int = 
 
 
 def report(config: Config, device: torch.device):
-    """Score the encoder beside its untrained base, show two continuations and what to run next."""
+    """Score the encoder and its untrained base, show two continuations and what to run next."""
     from evaluate import UNTRAINED, demo_sts
 
     folder = f"{config.out}/encoder"
@@ -388,7 +388,7 @@ def report(config: Config, device: torch.device):
     if config.objective not in pretexts.OBJECTIVES:  # g_phi does not read their memory
         show_continuations(encoder, open_texts(config, encoder.tokenizer, num_texts=2).texts)
     flags = f" --model {quote(config.out)} --out FOLDER"
-    if config.text == "demo":  # stage 2's demo starts from this stage's, wherever that lies
+    if config.text == "demo":  # stage 2's demo starts from this stage's, wherever that is
         default = config.out == PRESETS["demo"]["out"]
         flags = "" if default else f" --preset demo{flags}"
     print(f"\nthe encoder is in {folder}; next (evaluate.py downloads 250 pairs):\n"
