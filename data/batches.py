@@ -1,7 +1,7 @@
 """What a step reads: split texts (stage 1), sentences (ucl) or triples (scl), as global batches.
 
 Order, splits and negatives are functions of (seed, step): the same on any number of ranks. Which
-texts of a file are read is a function of text_seed alone: the same in runs of all seeds.
+texts of a file are read depends on text_seed alone: the same for all seeds.
 """
 
 import random
@@ -19,7 +19,7 @@ from data.triples import Triple, Triples
 from runtime.errors import UserError
 from runtime.schedule import NEGATIVES, SPLIT, generator, global_batch, one_source_batch
 
-MIN_SIDE = 10  # fewest tokens of a context (BOS counted) and of a continuation
+MIN_SIDE = 10  # minimum tokens of a context (BOS counted) and of a continuation
 
 # tokenize(texts, instruction="", document=False, max_tokens=None)
 Tokenize = Callable[..., Tokens]
@@ -31,10 +31,10 @@ Tokenize = Callable[..., Tokens]
 
 
 class SplitBatch(NamedTuple):
-    """Texts of a step as token ids with BOS: all of them, or the part of a micro-batch.
+    """The texts of a step as token ids with BOS: all of them, or those of a micro-batch.
 
-    splits: a of each text, the tokens of its context, BOS counted; rows: places in the data;
-    positions: places in the run, by which what is drawn for a text is drawn.
+    splits: each text's a, the number of its context tokens, BOS counted; rows: places in the data;
+    positions: places in the run, which determine what is drawn at random for a text.
     The totals are those of the global batch: sums of losses are divided by them, so that
     micro-batches add up.
     """
@@ -46,7 +46,7 @@ class SplitBatch(NamedTuple):
     total_texts: int
     total_tokens: int  # of the texts, with BOS
     total_targets: int  # of the continuations
-    of: "SplitBatch | None" = None  # what this is a part of
+    of: "SplitBatch | None" = None  # the batch that this is a part of
 
     def part(self, places: range) -> "SplitBatch":
         """The texts at these places."""
@@ -80,7 +80,7 @@ class SplitTexts:
 
     def __init__(self, source: str, texts: list[np.ndarray], places: list[int] | None = None,
                  max_tokens: int | None = None, dropped: str = "none dropped"):
-        """Token ids with BOS, cut to max_tokens; places: of the texts in the source, from 0."""
+        """texts: ids with BOS, cut here to max_tokens; places: their indices in the source."""
         self.source, self.dropped = source, dropped
         self.places = range(len(texts)) if places is None else places
         self.cut = sum(len(ids) > (max_tokens or len(ids)) for ids in texts)
@@ -92,15 +92,15 @@ class SplitTexts:
              max_text_tokens: int = -1, max_tokens: int = 512, text_seed: int = 42) -> "SplitTexts":
         """Shuffle by text_seed, filter, and take the first num_texts (0: all), cut to max_tokens.
 
-        -1 is the paper's filter for wikitext103 (from 1,000 characters, under 512 tokens), no
-        filter for other sources; as text_seed, the file's own order.
+        -1 means the paper's filter for wikitext103 (at least 1,000 characters, under 512 tokens)
+        and no filter for other sources; as text_seed, the file's own order.
         """
         paper = source == "wikitext103"
         min_characters = min_characters if min_characters >= 0 else 1000 * paper
         max_text_tokens = max_text_tokens if max_text_tokens >= 0 else 512 * paper
         rows = every_text(source)
         order = np.arange(len(rows))
-        if text_seed >= 0:  # as the library `datasets` shuffles, empty rows too (official code)
+        if text_seed >= 0:  # as the library `datasets` shuffles, with empty rows (official code)
             order = np.random.default_rng(text_seed).permutation(len(rows))
         there = [int(i) for i in order if rows[i]]
         long = [i for i in there if len(rows[i]) >= min_characters]
@@ -144,7 +144,7 @@ class SplitTexts:
 
 
 def describe(source: str, texts: list[np.ndarray], cut: int) -> str:
-    """Texts for the header of a run."""
+    """A line about the texts for the header of a run."""
     tokens = sum(map(len, texts)) / len(texts)
     shortened = f", {cut:,} of them cut" if cut else ""
     return f"{source}: {len(texts):,} texts, {tokens:.0f} tokens each{shortened}"
@@ -158,8 +158,8 @@ def describe(source: str, texts: list[np.ndarray], cut: int) -> str:
 class Batch(NamedTuple):
     """A global batch as token ids with BOS: B queries, M keys (the B positives first).
 
-    excluded (B, M) marks the keys that are no negatives; `rows` are places in the data, of the
-    queries, and `key_rows` those of the keys; `cut` counts the texts that were too long.
+    excluded (B, M) marks the keys that are not used as negatives; `rows` are the queries' places in
+    the data, `key_rows` those of the keys; `cut` counts the texts that were too long.
     """
 
     queries: list[np.ndarray]
@@ -176,14 +176,14 @@ class Batch(NamedTuple):
 
 
 def same_texts(keys: list[np.ndarray], queries: int) -> Tensor:
-    """(queries, M): whether key j != i has the text of row i's positive: a false negative."""
+    """(queries, M): whether key j != i has the same text as row i's positive: a false negative."""
     names: dict[bytes, int] = {}
     text = torch.tensor([names.setdefault(ids.tobytes(), len(names)) for ids in keys])
     return (text[:queries, None] == text).fill_diagonal_(False)
 
 
 def other_positives(texts: list[str], triples: list[Triple]) -> Tensor:
-    """(B, M): whether key j != i, a text, is one of the several positives of row i."""
+    """(B, M): whether the text of key j != i is one of the positives of row i."""
     places: dict[str, list[int]] = {}
     for j, text in enumerate(texts):
         places.setdefault(text, []).append(j)
@@ -195,7 +195,7 @@ def other_positives(texts: list[str], triples: list[Triple]) -> Tensor:
 
 
 def every_sentence(source: str) -> list[str]:
-    """The texts of a source; of the embedded passages, their sentences."""
+    """The texts of a source; for the embedded passages, their sentences."""
     rows = every_text(source)
     if source == "demo":
         rows = [s for text in rows for s in re.split(r"(?<=[.?!])\s+", text)]
@@ -203,12 +203,12 @@ def every_sentence(source: str) -> list[str]:
 
 
 class Sentences:
-    """Stage 2: each text is query and positive at once, read twice under different dropout."""
+    """Stage 2: each text is both query and positive, read twice with different dropout."""
 
     instructions: tuple = ()
 
     def __init__(self, source: str, num_texts: int, tokenize: Tokenize, text_seed: int = 42):
-        """Shuffle the texts by text_seed, and tokenise the first ones."""
+        """Shuffle the texts by text_seed, and tokenise the first num_texts (0: all)."""
         rows = every_sentence(source)
         order = list(range(len(rows)))
         if text_seed >= 0:  # Python's shuffle here, not that of `datasets` (official code)
@@ -239,12 +239,12 @@ class Sentences:
 class TripleRows:
     """Stage 3: queries with their instructions, positives and hard negatives as bare documents.
 
-    Of a row's several positives one is drawn in each step, and none of them is its negative.
+    If a row has several positives, one is drawn in each step, and none is used as its negative.
     """
 
     def __init__(self, triples: Triples, tokenize: Tokenize, document_tokens: int, negatives: int,
                  one_file: bool):
-        """negatives: drawn per row where it has more; one_file: no batch mixes files.
+        """negatives: at most this many per row, drawn if more; one_file: no batch mixes files.
 
         UserError for an instruction that the encoder has no room for.
         """
@@ -258,7 +258,7 @@ class TripleRows:
             for text in ["", *self.instructions]:
                 tokenize(["a"], text)
             tokenize(["a"], document=True, max_tokens=document_tokens)
-        except UserError as error:  # no place in a template, or no room in its length
+        except UserError as error:  # no place in the template, or no room in max_tokens
             raise UserError(f"{error} (flags: --instruction none; for more room --max-tokens, "
                             f"--document-tokens)")
 
@@ -296,7 +296,7 @@ class TripleRows:
 
 
 def open_triples(source: str, instruction: str, progress: bool = False) -> Triples:
-    """The rows of --triples with --instruction, of which `none` is for no query at all."""
+    """The rows of --triples with --instruction; with `none`, no query gets one."""
     if instruction == "auto":
         raise UserError("--instruction auto: is for mine.py and evaluate.py; here a file's own "
                         "instruction is read without the flag")
@@ -317,7 +317,7 @@ def preview(config) -> str:
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices of texts, longest first, in batches whose lengths sum to at most `budget`.
 
-    A longer text is a batch by itself.
+    A longer text is a batch of its own.
     """
     batches, room = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -19,7 +19,7 @@ from data.lines import list_names, list_unread, parse_json, read_lines
 from runtime.errors import UserError, note, shown
 
 DEMO_PASSAGES = Path(__file__).parent / "demo" / "passages.jsonl.gz"
-# WikiText-103 (Merity et al. 2016), the raw zip; the first address wants a User-Agent.
+# WikiText-103 (Merity et al. 2016), the raw zip; this server requires a User-Agent.
 WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
 WIKITEXT_MIRROR = ("mattdangerw/wikitext-103-raw", "wikitext-103-raw-v1.zip")  # a hub data set
 WIKITEXT_BYTES = 191_984_949
@@ -42,7 +42,7 @@ def every_text(source: str) -> list[str]:
 
     `source` is `demo`, `wikitext103`, `wiki1m`, a .txt(.gz) with one text per line, or a
     .jsonl(.gz) with a field `text`. Raises UserError with file and line number for whatever cannot
-    be read, and if there is no text at all. Prints a note of fields beside `text`.
+    be read, and if there is no text at all. Prints a note about fields other than `text`.
     """
     kind, unread = "", Counter()
     if source == "wikitext103":
@@ -76,15 +76,15 @@ def json_texts(path: Path, number: int, line: str, unread: Counter, fields=("tex
                fix="add it, or rename a field") -> list[str]:
     """The texts under `fields` in one line of a .jsonl file, None for one that is missing.
 
-    Its other fields are counted in `unread`. UserError, with the `fix`, if all are missing, or one
-    is no text.
+    The line's other fields are counted in `unread`. UserError, with the `fix`, if all are missing
+    or one is not a text.
     """
     try:
         row = parse_json(line)
         texts = [row.get(name) if isinstance(row, dict) else None for name in fields]
         odd = [name for name, text in zip(fields, texts) if not isinstance(text, str | None)]
         if not odd and any(text is not None for text in texts):
-            "".join(filter(None, texts)).encode()  # half a surrogate pair is JSON, but no text
+            "".join(filter(None, texts)).encode()  # half a surrogate pair is JSON, but not text
             unread.update(key for key in row if key not in fields and row[key] is not None)
             return texts
     except UnicodeEncodeError as error:
@@ -102,14 +102,14 @@ def json_texts(path: Path, number: int, line: str, unread: Counter, fields=("tex
 
 
 def require_no_json(path: Path, first: str):
-    """UserError if a .txt begins with a JSON object: it would be trained on as it stands."""
+    """UserError if a .txt begins with a JSON object: the JSON itself would be trained on."""
     with suppress(ValueError):
         if first.startswith("{") and isinstance(parse_json(first), dict):
             raise UserError(f"{path}: its lines are JSON objects; rename it to .jsonl")
 
 
 def digest_ids(corpus: list[np.ndarray]) -> str:
-    """sha256 of texts' token ids, by which a resumed run knows its data."""
+    """sha256 of the texts' token ids, by which a resumed run recognises its data."""
     digest = hashlib.sha256()
     for ids in corpus:
         digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
@@ -117,11 +117,11 @@ def digest_ids(corpus: list[np.ndarray]) -> str:
 
 
 def wiki1m_file() -> Path:
-    """The checked file of SimCSE's sentences in the hub's cache, downloaded on first use."""
+    """The verified file of SimCSE's sentences in the hub's cache, downloaded on first use."""
     repo, name = WIKI1M
     try:
         path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=WIKI1M_REVISION))
-    except Exception as error:  # whatever the network, the hub or its client has to say
+    except Exception as error:  # anything that the network, the hub or its client raises
         raise UserError(f"wiki1m cannot be downloaded: hub data set {repo}, file {name} "
                         f"({type(error).__name__}). Fetch it elsewhere and pass --text {name}")
     with open(path, "rb") as file:
@@ -133,7 +133,7 @@ def wiki1m_file() -> Path:
 
 
 def wikitext_zip() -> Path:
-    """The path of the checked zip of WikiText-103, downloaded on first use."""
+    """The path of the verified zip of WikiText-103, downloaded on first use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2comp"
     path = cache / WIKITEXT_MIRROR[1]
     if not path.is_file():
@@ -154,7 +154,7 @@ def wikitext_zip() -> Path:
 
 
 def download(url: str, target: Path):
-    """Stream `url` to `target`, at most WIKITEXT_BYTES of it; OSError if the connection fails."""
+    """Stream `url` to `target`, up to a block past WIKITEXT_BYTES; OSError if that fails."""
     request = urllib.request.Request(url, headers={"User-Agent": "llm2comp"})
     with urllib.request.urlopen(request, timeout=30) as answer, open(target, "wb") as file:
         with tqdm(total=WIKITEXT_BYTES, unit="B", unit_scale=True, desc="wikitext103") as bar:
@@ -166,11 +166,11 @@ def download(url: str, target: Path):
 
 
 def download_mirror(folder: Path, first_error: Exception) -> Path:
-    """The zip from the hub's mirror, as a file of its own."""
+    """The zip from the mirror on the hub, as a real file, not a link into the hub's cache."""
     repo, name = WIKITEXT_MIRROR
     try:
         return Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
-    except Exception as error:  # whatever the network, the hub or its client has to say
+    except Exception as error:  # anything that the network, the hub or its client raises
         raise UserError(
             f"wikitext103 cannot be downloaded: {WIKITEXT_URL} ({first_error}); hub data set "
             f"{repo} ({type(error).__name__}). Fetch the zip elsewhere, unpack it, rename "
@@ -191,7 +191,7 @@ def check_wikitext(path: Path):
 
 
 def wikitext_lines(path: Path) -> Iterator[str]:
-    """The lines of the training part, read from the zip without unpacking it."""
+    """The lines of the training split, read from the zip without unpacking it."""
     with zipfile.ZipFile(path) as archive:
         if archive.getinfo(WIKITEXT_MEMBER).file_size > WIKITEXT_MEMBER_CAP:
             raise UserError(f"{path}: {WIKITEXT_MEMBER} unpacks to more than expected; remove it")

@@ -1,6 +1,6 @@
-"""Lines of the files that a user names: gzipped or not, in UTF-8, UTF-16 or UTF-32, with bounds.
+"""Lines of the files that a user names: gzipped or not, in UTF-8, UTF-16 or UTF-32, within limits.
 
-What is no regular file, goes on without an end, or is no text is refused with what to do about it.
+A file that is not regular, never ends, or is not text is refused, with what to do about it.
 """
 
 import gzip
@@ -18,19 +18,19 @@ from typing import BinaryIO
 from runtime.errors import UserError
 from runtime.files import open_regular
 
-# Of one line: a long novel has 3 million bytes. A file without line ends would fill the memory.
+# Bytes of one line: a long novel has 3 million. A file without line ends would fill the memory.
 MAX_LINE = 64 << 20
-# Of a .json, which is read as a whole.
+# Bytes of a .json, which is read as a whole.
 MAX_JSON = 1 << 30
-# A gzipped file may unpack to so many bytes, or to so many times its size, whichever is more: text
-# shrinks to a third or a tenth, a gzip of zeros to a thousandth.
+# A gzipped file may unpack to this many bytes, or this many times its size, whichever is more: text
+# shrinks to a third or a tenth, a file of zeros to a thousandth.
 MAX_UNPACKED, MAX_RATIO = 1 << 30, 100
 
 CONVERT = ("save it as UTF-8, or convert it from what it is in, for Western European text of "
            "Windows: iconv -f WINDOWS-1252 -t utf-8 FILE > NEW")
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32-le", b"\0\0\xfe\xff": "utf-32-be",
                     b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be", b"\xef\xbb\xbf": "utf-8"}
-OTHER_FILES = {  # how files begin that lie under a name of texts by mistake
+OTHER_FILES = {  # the first bytes of other kinds of files, named like texts by mistake
     b"version https://git-lfs": "a pointer of Git LFS, not the data; fetch them: git lfs pull",
     b"<!doctype html": "a web page, not the data; fetch the file itself (on the hub, the address "
                        "has resolve in it, not blob)",
@@ -51,9 +51,9 @@ OTHER_FILES = {  # how files begin that lie under a name of texts by mistake
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding of a file that begins so: by its byte order mark, or by where its zeros are.
+    """The encoding of a file that begins with `head`: by its byte order mark or zero bytes.
 
-    Without a mark, two ASCII characters at the start tell (as JSON's RFC 4627 has it).
+    Without a mark, two ASCII characters at the start reveal it (as in JSON's RFC 4627).
     """
     for mark, name in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
@@ -65,10 +65,10 @@ def encoding_of(head: bytes) -> str:
 
 @contextmanager
 def open_data(path: Path):
-    """Yield the bytes of a file (a gzipped one's unpacked), their encoding, and a function that
-    raises UserError if more has been unpacked than can be right.
+    """Yield the open file (unpacked if gzipped), its encoding, and a function that raises UserError
+    if more has been unpacked than can be right.
 
-    UserError for what is no regular file, or plainly no text; OSError, EOFError, zlib.error while
+    UserError if it is not a regular file, or plainly not text; OSError, EOFError, zlib.error while
     it is read.
     """
     with open_regular(path) as packed:
@@ -78,7 +78,7 @@ def open_data(path: Path):
         head = file.read(512)
         file.seek(0)
         begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-        for start, what in OTHER_FILES.items():  # HTML in capitals, too
+        for start, what in OTHER_FILES.items():  # also HTML in capitals
             if begins.startswith(start) or begins.lower().startswith(start):
                 raise UserError(f"{path}: is {what}")
         if head[257:262] == b"ustar":
@@ -99,7 +99,7 @@ def open_data(path: Path):
 def next_line(file, path: Path, number: int, most: int = 0) -> bytes | str:
     """The next line of an open file, the `number`-th; empty at the end.
 
-    UserError if it is longer than `most` (0: MAX_LINE), or the first one has an old Mac's ends.
+    UserError if it is longer than `most` (0: MAX_LINE), or if the lines end in CR alone (old Macs).
     """
     most = most or MAX_LINE
     line = file.readline(most + 1)
@@ -115,9 +115,9 @@ def next_line(file, path: Path, number: int, most: int = 0) -> bytes | str:
 
 
 def read_lines(path: Path, most: int = 0) -> Iterator[str]:
-    """The lines of a text file with their ends, which only newlines are; no byte order marks.
+    """The lines of a text file with their ends, split at newlines only; no byte order marks.
 
-    UserError with the line's number for what is not in the file's encoding, has NUL bytes, or is
+    UserError with the line's number if it is not in the file's encoding, has NUL bytes, or is
     longer than `most` (0: MAX_LINE).
     """
     number, encoding = 1, "utf-8"
@@ -146,13 +146,13 @@ def read_lines(path: Path, most: int = 0) -> Iterator[str]:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file is UTF-8 as it lies there; UserError and errors as open_data has them."""
+    """Whether a file is UTF-8 and not gzipped; errors as in open_data."""
     with open_data(path) as (file, encoding, _):
         return encoding == "utf-8" and not isinstance(file, gzip.GzipFile)
 
 
 def copy_plain(path: Path, target: BinaryIO):
-    """Write the file to `target`, unpacked and in UTF-8; errors as open_data and read_lines."""
+    """Write the file to `target`, unpacked and in UTF-8; errors as in open_data and read_lines."""
     with open_data(path) as (file, encoding, check):
         while encoding == "utf-8" and (block := file.read(1 << 20)):
             check()
@@ -167,7 +167,7 @@ def copy_plain(path: Path, target: BinaryIO):
 
 
 def parse_json(text: str):
-    """The value of a JSON text; ValueError for a field that an object has twice, too."""
+    """The value of a JSON text; ValueError also if an object has a field twice."""
     def once(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -176,7 +176,7 @@ def parse_json(text: str):
         return found
 
     try:
-        if text.strip() in ("{", "["):  # the first line of a file that somebody could read well
+        if text.strip() in ("{", "["):  # the first line of pretty-printed JSON
             raise ValueError("goes on in the next line; write one object per line: jq -c "
                              + (". " if "{" in text else "'.[]' ") + "FILE > NEW")
         return json.loads(text, object_pairs_hook=once)
@@ -185,7 +185,7 @@ def parse_json(text: str):
 
 
 def holds_text(value) -> bool:
-    """Whether there is a text in a JSON value that is not blank."""
+    """Whether a JSON value contains a text that is not blank."""
     rest = [value]
     while rest:
         value = rest.pop()
@@ -204,14 +204,14 @@ def brief(name, most: int = 40) -> str:
 
 
 def list_names(names, most: int = 8) -> str:
-    """Names of fields for messages, the first ones."""
+    """The first `most` names of fields, for messages."""
     names = list(map(brief, names))
     more = f" and {len(names) - most} more" * (len(names) > most)
     return (", ".join(names[:most]) or "nothing") + more
 
 
 def list_unread(unread: Counter, most: int = 8) -> list[str]:
-    """A line that names the fields which were not read, with the number of their rows; or none."""
+    """A list of one line that names the fields not read, with their row counts; [] if none."""
     named = [f"{brief(name)} ({n:,} rows)" for name, n in unread.most_common(most)]
     more = f" and {len(unread) - most} more" * (len(unread) > most)
     return [f"fields not read: {', '.join(named)}{more}"] if unread else []

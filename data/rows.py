@@ -14,7 +14,7 @@ from data.lines import MAX_JSON, brief, list_names, list_unread, parse_json, rea
 from runtime.errors import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".tsv", ".tsv.gz", ".csv", ".csv.gz")
-# Beside what a score needs, MTEB's own files have these: no note says that they are not read.
+# MTEB's own files have these besides what a score needs: no note says that they are not read.
 KNOWN = {"_id", "id", "idx", "sid", "split", "genre", "dataset", "year", "lang", "label_text",
          "metadata"}
 
@@ -23,7 +23,7 @@ def text(value) -> str:
     """A field that must be a text."""
     if not isinstance(value, str):
         raise ValueError("a text is expected")
-    value.encode()  # half a surrogate pair is JSON, but no text
+    value.encode()  # half a surrogate pair is JSON, but not text
     return value
 
 
@@ -35,7 +35,7 @@ def number(value) -> float:
         found = float(value)
     except OverflowError as error:
         raise ValueError(error)
-    if isinstance(value, str) and "_" in value:  # Python's own spelling: 1_0 is 10 to float()
+    if isinstance(value, str) and "_" in value:  # Python's own syntax: 1_0 is 10 to float()
         raise ValueError("not a number")
     if not math.isfinite(found):
         raise ValueError("not a finite number")
@@ -52,7 +52,7 @@ def label(value) -> int | str:
 
 
 def identifier(value) -> str:
-    """A field that must be an id, or a label to compare: numbers become texts, as .csv has them."""
+    """A field that must be an id, or a label to compare: numbers become texts, as in a .csv."""
     return str(label(value))
 
 
@@ -67,18 +67,18 @@ def texts(value) -> list[str]:
 # Tables
 # ---------------------------------------------------------------------------------------------
 
-# A field in quotes, whose own are doubled, or any other; a line may end in several CRs, as Python's
-# writer on Windows leaves it. What comes after a blank and a quote is neither.
+# A field in quotes, with inner quotes doubled, or any other; a line may end in several CRs, as from
+# Python's writer on Windows. A field that begins with blanks and a quote is neither.
 QUOTED, NEVER = r'"((?:[^"]++|"")*+)"', r"((?!))"
 OTHER = r"([^{d}\r\n]*+(?:\r++(?!\n|\Z)[^{d}\r\n]*+)*+)"
 END = r"({d}|\r*+(?:\n|\Z))"
 
 
 def split_rows(text: str, delimiter: str, quotes: bool) -> Iterator[tuple[int, list[tuple]]]:
-    """The rows of a table: the line where each begins, and of each field (inside its quotes, None)
-    or (None, text); the quotes inside are still doubled. Empty lines are left out.
+    """The rows of a table: the line where each begins, and for each field (inside its quotes, None)
+    or (None, text); quotes inside are still doubled. Empty lines are left out.
 
-    quotes: whether quotes around a field are not its text. ValueError if one is not closed.
+    quotes: whether quotes around a field are syntax. ValueError if they do not enclose a field.
     """
     pattern = f'(?:{QUOTED}|(?![ ]*+"){OTHER}){END}' if quotes else f"(?:{NEVER}|{OTHER}){END}"
     field, place, begin, number, row = re.compile(pattern.format(d=delimiter)), 0, 0, 1, []
@@ -101,12 +101,12 @@ def split_rows(text: str, delimiter: str, quotes: bool) -> Iterator[tuple[int, l
 
 
 def quotes_are_the_writers(path: Path, text: str) -> bool:
-    """Whether quotes around the fields of a .tsv are not their text; UserError if nobody can tell.
+    """Whether quotes around the fields of a .tsv are a writer's syntax; UserError if ambiguous.
 
     A writer of quoted fields (csv.writer, pandas, Excel) quotes each field that has a quote, and
-    doubles those inside; in a raw file quotes are as the text has them, and a line is a row. A file
-    that can be read as both is a writer's if its header is quoted, or each quoted field has doubled
-    quotes inside.
+    doubles those inside; in a raw file quotes belong to the text, and each line is a row. A file
+    that can be read either way is a writer's if its header is quoted, or each quoted field has
+    doubled quotes inside.
     """
     if not re.search(r'(?:^|\t)"', text, re.MULTILINE):
         return False
@@ -117,7 +117,7 @@ def quotes_are_the_writers(path: Path, text: str) -> bool:
         bare = any(plain and '"' in plain for row in rows for _, plain in row)
     except ValueError:
         bare = True
-    if bare:  # no writer's, unless somebody edited it
+    if bare:  # not a writer's, unless it was edited
         odd = [field for row in lines for _, field in row
                if re.fullmatch(QUOTED, field) and '""' in field[1:-1]]
         doubt = odd[0] if odd else None
@@ -138,8 +138,8 @@ def quotes_are_the_writers(path: Path, text: str) -> bool:
 def read_table(path: Path, delimiter: str, wanted=()) -> Iterator[tuple[str, dict]]:
     """The rows of a .csv or .tsv by the names in its header, each with its place.
 
-    wanted: names that the header must have. Without them it is a row like the others, or its names
-    are not separated as the file's ending says.
+    wanted: names that the header must have. If it lacks them, it is a row like the others, or its
+    separators are not those that the file's ending implies.
     """
     text = "".join(read_lines(path))
     quotes = delimiter == "," or quotes_are_the_writers(path, text)
@@ -171,7 +171,7 @@ def read_table(path: Path, delimiter: str, wanted=()) -> Iterator[tuple[str, dic
 
 
 def records(path: Path, wanted=()) -> Iterator[tuple[str, object]]:
-    """The rows of a file as they stand, each with its place for messages (`line 3`).
+    """The rows of a file, unchecked, each with its place for messages (`line 3`).
 
     wanted: the fields that a table's header must name.
     """
@@ -220,7 +220,7 @@ def flatten(record, fields: dict[str, Callable], optional: tuple[str, ...]) -> l
 
 
 def checked(row: dict, fields: dict[str, Callable]) -> dict:
-    """The row with each value as its field wants it; ValueError names the field and the value."""
+    """The row with each value converted by its field; ValueError names the field and the value."""
     for name, value in row.items():
         try:
             row[name] = fields[name](value)

@@ -1,4 +1,4 @@
-"""Evaluation tasks: where their files are, and what a task's score is made from.
+"""Evaluation tasks: where their files are, and what a task's score is computed from.
 
 A task is an entry of tasks.json (name, kind, repository, pinned revision, expected counts) or any
 folder in the layout of a kind.
@@ -46,7 +46,7 @@ def folder_task(folder: str | Path, kind: str) -> dict:
 
 
 def task_place(task: dict, data_dir: str | Path | None) -> tuple[Path | None, str]:
-    """The local folder of a task (None: on the hub), and what the results say of its data."""
+    """The local folder of a task (None: on the hub), and what the results say about its data."""
     if task.get("repository") == "demo":
         return HERE / "demo" / task["name"], "embedded"
     if "folder" in task:
@@ -64,7 +64,7 @@ def find_file(task: dict, role: str, data_dir: str | Path | None) -> Path:
     folder, _ = task_place(task, data_dir)
     if folder is None:
         return fetch(task, stems, names)
-    # a pipe or a folder of such a name is refused by its reader
+    # a pipe or a folder with such a name is refused by its reader
     there = [folder / name for name in names if (folder / name).exists()]
     if len(there) > 1 and "folder" in task:  # a repository may have its data twice
         raise UserError(f"{folder}: has {there[0].name} and {there[1].name}; keep one of them")
@@ -98,7 +98,7 @@ def fetch(task: dict, stems: list[str], names: list[str]) -> Path:
             continue
         except LocalEntryNotFoundError as error:
             reason = f"no connection to the hub: {first_line(error.__cause__ or error)}"
-        except Exception as error:  # whatever the network, the hub or its client has to say
+        except Exception as error:  # anything that the network, the hub or its client raises
             reason = f"{type(error).__name__}: {first_line(error)}"
         break
     raise UserError(f"task {task['name']}: {task['repository']} at {task['revision'][:8]} cannot "
@@ -111,7 +111,7 @@ def first_line(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Kinds: a task -> texts to encode by role, what else the kind's score wants, counts, notes.
+# Kinds: a task -> texts to encode by role, what else the kind's score needs, counts, notes.
 # Texts of the role `documents` take no instruction.
 # ---------------------------------------------------------------------------------------------
 
@@ -152,9 +152,9 @@ def read_judgements(path: Path, notes: list[str]) -> dict[str, dict[str, float]]
 
 def check_judgements(path: Path, judged: dict[str, dict], corpus: dict,
                      skip_same_id: bool) -> dict[str, int]:
-    """What of the judgements of the task's queries cannot count, as counts of notes.
+    """A note's text -> its count, of judgements and queries of the task that cannot count.
 
-    UserError if every score would be 0: no document is there, or none that is there is relevant.
+    UserError if every score would be 0: no judged document is in the corpus, or no relevant one.
     """
     pairs = [(query, document) for query, grades in judged.items() for document in grades]
     absent = sum(document not in corpus for _, document in pairs)
@@ -195,9 +195,9 @@ def read_retrieval(task: dict, file: Callable):
 
 
 def draw_training_sets(labels: list, samples_per_label: int, draws: int = 10) -> list[np.ndarray]:
-    """Indices of ten training sets with so many samples per label, drawn as MTEB draws them.
+    """Indices of ten training sets of `samples_per_label` per label, drawn as MTEB draws them.
 
-    Each draw shuffles the order that the one before has left, with a generator seeded anew.
+    Each draw shuffles the order left by the one before, with a freshly seeded generator.
     """
     order, drawn = np.arange(len(labels)), []
     for _ in range(draws):
@@ -294,10 +294,10 @@ READERS = {
 
 
 def read_task(task: dict, data_dir: str | Path | None = None) -> tuple[dict, dict, list[str]]:
-    """A task's texts by role, what else its score wants, and notes.
+    """A task's texts by role, what else its score needs, and notes.
 
-    The notes tell what was dropped and which counts differ from the published task's. Raises
-    UserError for data that are missing, damaged, or not what the layout says.
+    The notes say what was dropped and which counts differ from the published task's. Raises
+    UserError for data that are missing, damaged, or not in the layout.
     """
     texts, labels, counts, notes = READERS[task["kind"]](
         task, lambda role: find_file(task, role, data_dir))

@@ -20,11 +20,11 @@ CHUNK = 512  # texts tokenised per call: bounds the memory of the library's Enco
 
 
 def check_texts(texts) -> list[str]:
-    """The texts as a list; TextError for what is no sequence of texts, with the index of what is
-    no text.
+    """The texts as a list; TextError if they are not a sequence of texts, with the index of what is
+    not a text.
 
-    A list, a tuple, an array or a column of texts will do; a str is not taken for its characters,
-    nor a dict for its keys, and a set has no order.
+    A list, a tuple, an array or a column of texts will do; a str is not read as its characters, nor
+    a dict as its keys, and a set has no order.
     """
     if (isinstance(texts, str | bytes | bytearray | Mapping) or getattr(texts, "ndim", 1) != 1
             or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__"))):
@@ -41,7 +41,7 @@ def check_texts(texts) -> list[str]:
 
 
 def bare_instruction(text: str) -> str:
-    """An instruction as the files and flags give it, without the colon that the template brings."""
+    """An instruction from a file or a flag, without the colon that the template adds."""
     return text.strip().removesuffix(":")
 
 
@@ -64,8 +64,8 @@ def choose_template(
 
 
 def check_special_tokens(tokenizer: "Tokenizer", templates: tuple[str, ...], new: bool = True):
-    """UserError if a template has a special token like </s> that the tokenizer does not know, or (a
-    new one) something that looks as if it were filled in and is not."""
+    """UserError if a template has a special token like </s> that the tokenizer does not know, or
+    (if `new`) something that looks like a placeholder and is not."""
     for template in templates:
         if new and (odd := re.search(r"\{(?!text\}|instruction\})\w*\}|\\n", template)):
             raise UserError(f"template {template!r}: {odd[0]} stays as it is, only {{text}} and "
@@ -82,23 +82,23 @@ class Tokens(NamedTuple):
     """Texts as a model reads them, one entry each."""
 
     ids: list[np.ndarray]  # int32, BOS first
-    tails: list[int]  # tokens from the last occurrence of the text in its template on
+    tails: list[int]  # number of tokens from the text's last occurrence in its template on
     cut: list[bool]  # whether the text was longer than the limit
 
 
 class Tokenizer:
     """Texts -> int32 arrays of token ids that begin with BOS.
 
-    A special token (`special` in tokenizer.json: </s>, <|im_end|>) in a text is `literal`, the
-    letters that it is written in, or `parsed`, the token itself, as transformers reads it. In a
-    template it is always the token.
+    A special token (`special` in tokenizer.json: </s>, <|im_end|>) in a text is read as `literal`,
+    its characters, or `parsed`, the token itself, as in transformers. In a template it is always
+    the token.
     """
 
     def __init__(self, folder: Path, vocab_size: int, bos_token_id: int | None = None, bos=-1,
                  special_tokens="literal"):
-        """Read folder/tokenizer.json; `vocab_size` rows exist in the model's table.
+        """Read folder/tokenizer.json; the model's table has `vocab_size` rows.
 
-        bos: the id to be put before each text in place of the checkpoint's own, if not negative.
+        bos: if not negative, the id to put before each text in place of the checkpoint's own.
         Raises UserError if the file is missing or damaged, if its vocabulary has ids that the model
         lacks, or if neither its post-processor nor `bos_token_id` (config.json) says what BOS is.
         """
@@ -117,7 +117,7 @@ class Tokenizer:
         if (largest := max(ids - added.keys(), default=-1)) >= vocab_size:
             raise UserError(f"{self.file}: token id {largest} is beyond the model's vocabulary of "
                             f"{vocab_size}; is it another model's tokenizer?")
-        # a pad token has often been added behind the table, and no text has it
+        # a pad token has often been added beyond the table, and occurs in no text
         self.has_ids_beyond = max(ids, default=-1) >= vocab_size
         try:
             self.bos = [bos] if bos >= 0 else self._find_bos(bos_token_id)
@@ -134,7 +134,7 @@ class Tokenizer:
         self.in_template = re.compile("|".join(
             rf"(?<!\w){re.escape(name)}(?!\w)" if self.special[name][1].single_word
             else re.escape(name) for name in longest_first))
-        self.stand_ins: dict[int, int] = {}  # id of a stand-in -> of the special token
+        self.stand_ins: dict[int, int] = {}  # id of a stand-in -> id of its special token
 
     def _find_bos(self, bos_token_id: int | None) -> list[int]:
         plain = self.backend.encode("a", add_special_tokens=False).ids
@@ -150,7 +150,7 @@ class Tokenizer:
     def read(self, texts: list[str], template: str, max_tokens: int, instruction="") -> Tokens:
         """Each text in its template, at most max_tokens with BOS: a longer text is cut.
 
-        TextError for what is no list of texts.
+        TextError unless given a list of texts.
         """
         texts = check_texts(texts)
         if max_tokens <= len(self.bos):
@@ -174,7 +174,7 @@ class Tokenizer:
         return arrays
 
     def _encode(self, encode_batch: Callable, strings: list[str], start: int) -> list:
-        """The library's encodings; UserError names the first of texts[start:] that it fails at."""
+        """The library's encodings; UserError names the first of texts[start:] that it fails on."""
         try:
             return encode_batch(strings, add_special_tokens=False)
         except BaseException as error:
@@ -197,11 +197,11 @@ class Tokenizer:
         return np.array(self.bos + ids, dtype=np.int32)
 
     def frame(self, template: str, instruction: str = "") -> list[str]:
-        """The pieces of a template between which a text stands, with the instruction in place.
+        """The pieces of a template around its `{text}`s, with the instruction filled in.
 
         The instruction is data like the text: what it has in braces is not filled in, and special
-        tokens in it are as literal as in a text. For those of the template stand-ins are put, which
-        the backend reads even where it takes special tokens for letters.
+        tokens in it are as literal as in a text. The template's own are replaced by stand-ins,
+        which the backend reads as tokens even where it reads special tokens as characters.
         """
         if self.special:
             template = self.in_template.sub(lambda match: self._stand_in(match[0]), template)
@@ -209,8 +209,8 @@ class Tokenizer:
         return [p.replace("{instruction}", instruction) for p in pieces] if instruction else pieces
 
     def _stand_in(self, token: str) -> str:
-        """A string that no text has (Unicode keeps U+FDD0 for a program's own use), as an added
-        token that is split off like the special token that it stands for."""
+        """A string that occurs in no text (Unicode reserves U+FDD0 for a program's own use), added
+        as a token that is split off like the special token it stands for."""
         found, like = self.special[token]
         name = f"\ufdd0{found}\ufdd0"
         self.backend.add_tokens([tokenizers.AddedToken(
@@ -223,8 +223,8 @@ class Tokenizer:
     ) -> Tokens:
         """The template with each text in place of its `{text}`s.
 
-        Where that makes more than max_tokens the text is cut, never the template. Raises UserError
-        if the template alone leaves no room for a text.
+        If that is more than max_tokens, the text is cut, never the template. Raises UserError if
+        the template alone leaves no room for a text.
         """
         pieces, (arrays, tails, cut) = self.frame(template, instruction), Tokens([], [], [])
         for start in range(0, len(texts), CHUNK):
@@ -235,7 +235,7 @@ class Tokenizer:
                 cut.append(len(self.bos) + len(encoding.ids) > max_tokens)
                 if cut[-1]:
                     text, encoding = self._cut(text, pieces, max_tokens, template)
-                first = len(text.join(pieces[:-1]))  # character of the last text
+                first = len(text.join(pieces[:-1]))  # where the last copy of the text begins
                 arrays.append(self._ids(encoding, text, i))
                 tails.append(sum(end > first for _, end in encoding.offsets))
         return Tokens(arrays, tails, cut)
@@ -264,7 +264,7 @@ class Tokenizer:
 
 
 def reason_of(error: BaseException) -> BaseException:
-    """What the library has to say, which raises plain Exception, and panics; all else is raised
+    """The error if it is the library's, which raises plain Exception or panics; any other is raised
     again."""
     if type(error).__name__ not in ("Exception", "PanicException"):
         raise error

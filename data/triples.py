@@ -1,8 +1,8 @@
 """Triples for stage 3: rows {query, positive, negative} of .jsonl files, read by their offset.
 
 Only the offsets are kept, so the files may be larger than memory. Every row is checked once, before
-the training starts. A file that is gzipped, or not in UTF-8, has no such offsets: each process
-writes it to a temporary file of its own (in TMPDIR).
+training starts. A file that is gzipped, or not in UTF-8, has no such offsets: each process writes a
+plain copy to a temporary file of its own (in TMPDIR).
 """
 
 import hashlib
@@ -36,16 +36,16 @@ POSITIVE = ("positive", "positives", "pos", "positive_passages", "answer", "sent
 NEGATIVE = ("negative", "negatives", "neg", "negative_passages", "hard_negative", "hard_negatives",
             "hard_neg")
 INSTRUCTION = ("instruction", "prompt")
-EARLIER = ("query", "positive", "negative")  # a file of these alone has earlier versions' sha256
-# Fields that may hold a text and are no text to train on: ids, scores, where a row is from.
+EARLIER = ("query", "positive", "negative")  # files with these alone keep their earlier sha256
+# Fields that may hold a text, but none to train on: ids, scores, where a row is from.
 HARMLESS = re.compile(r"(.*[_-])?(id|ids|idx|index|scores?|qid|pid|docid|docids|guid|uuid)|type|"
                       r"source|dataset|split|lang|language|url|metadata|meta|answers")
 
 
 class Triple(NamedTuple):
-    """One row: a query and its instruction, a text to find, and texts that only look like it.
+    """One row: a query and its instruction, a positive, and hard negatives.
 
-    others: more texts to find; own: the instruction, if it is the row's own.
+    others: further positives; own: the instruction, if the row has its own.
     """
 
     query: str
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 class File:
     """One file of triples: where its rows begin, and the instructions that take turns over them.
 
-    The rest are counts of rows, and the names and instructions that rows have.
+    The rest are row counts, and the field names and instructions found in the rows.
     """
 
     path: Path
@@ -126,12 +126,12 @@ def read_text(name: str, value, unread: list[str]) -> str:
         raise ValueError(f"{name} is {str(value)[:50]!r}, a text is expected{pair}")
     if not value.strip():
         raise ValueError(f"{name} is empty")
-    value.encode()  # half a surrogate pair is JSON, but no text
+    value.encode()  # half a surrogate pair is JSON, but not text
     return value.strip()
 
 
 def field_texts(row: dict, name: str | None, unread: list[str]) -> list[str]:
-    """The texts of a field that has one, or a list of them."""
+    """The texts of a field that holds one, or a list of them."""
     value = row[name] if name else []
     return [read_text(name, one, unread) for one in (value if isinstance(value, list) else [value])]
 
@@ -187,16 +187,16 @@ def parse_row(line: bytes) -> Row:
 class Triples:
     """The rows of a file, of a folder of files, or of the embedded `demo`.
 
-    A row's own instruction comes first. A file named like one of the public E5 training files gets
-    that data set's instructions (data/e5_instructions.json), any other one `instruction`; if that
-    is None, no query gets any.
+    A row's own instruction takes precedence. A file named like one of the public E5 training files
+    gets that data set's instructions (data/e5_instructions.json), any other file `instruction`; if
+    that is None, no query gets one.
     """
 
     def __init__(self, source: str | Path, instruction: str | None = "", progress: bool = False):
         """Check and index all rows. UserError names file and line of what cannot be used."""
         self.source, self.files, digest = source, [], hashlib.sha256()
         self.bare = instruction is None
-        positives: set[str] = set()  # two of them suffice
+        positives: set[str] = set()  # two different ones suffice
         for path in find_files(source):
             known = {} if self.bare else INSTRUCTIONS
             own = bare_instruction(instruction or "")
@@ -220,7 +220,7 @@ class Triples:
                   disable=not progress or size < 50_000_000, leave=False) as bar:
             while line := next_line(file.handle, file.path, number):
                 digest.update(line)
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):  # a byte order mark is no row
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):  # a byte order mark is not a row
                     try:
                         row = parse_row(line)
                     except ValueError as error:
@@ -235,19 +235,19 @@ class Triples:
                 bar.update(len(line))
         file.offsets = np.array(file.offsets, dtype=np.int64)
         digest.update(json.dumps([file.instructions, len(file.offsets)]).encode())
-        if more := sorted(file.read - set(EARLIER)):  # other rows than earlier versions read
+        if more := sorted(file.read - set(EARLIER)):  # fields that earlier versions did not read
             digest.update(json.dumps([more, self.bare]).encode())
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def locate(self, i: int) -> tuple[File, int]:
-        """The file of row i over all files, in their order, and the row's place in it, from 0."""
+        """The file of row i, counted over all files in order, and the row's place in it, from 0."""
         place = int(np.searchsorted(self.ends, i, side="right"))
         return self.files[place], i - (int(self.ends[place - 1]) if place else 0)
 
     def __getitem__(self, i: int) -> Triple:
-        """Row i over all files, in their order."""
+        """Row i, counted over all files in order."""
         file, row = self.locate(i)
         file.handle.seek(int(file.offsets[row]))
         found = parse_row(file.handle.readline())
@@ -266,7 +266,7 @@ class Triples:
 
     @property
     def notes(self) -> list[str]:
-        """Lines on what a reader of the files may not expect, with counts of rows."""
+        """Lines about what a user may not expect of the files, with row counts."""
         read = {file.path for file in self.files}
         place = DEMO_TRIPLES if str(self.source) == "demo" else Path(self.source)
         others = sorted(p.name for p in place.glob("[!.]*") if p not in read)
