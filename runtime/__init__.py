@@ -1,6 +1,6 @@
 """What keeps a run alive: settings, files, processes, checkpoints, logs, errors.
 
-A reader of the paper needs `schedule` and `Ranks.sum_gradients` alone. The package deals in files,
+A reader of the paper needs only `schedule` and `Ranks.sum_gradients`. The package deals in files,
 tensors, processes and numbers, and imports neither the network nor a stage:
 
     errors      a user's mistakes, and how a command ends with one
@@ -10,7 +10,7 @@ tensors, processes and numbers, and imports neither the network nor a stage:
     formats     a Llama's config.json and safetensors: read and checked
     encoders    PEFT adapters, encoder folders, exported folders: the same
     identity    what a model is: hashes of its tensors, architecture and tokenizer
-    devices     device, dtype, and copies that nothing waits for
+    devices     device, dtype, and asynchronous copies
     cpu         what makes PyTorch fast on a CPU
     cuda        attention of packed sequences in one call
     ranks       the processes of a job and what they exchange

@@ -20,8 +20,8 @@ OTHER = "is it the checkpoint of another run?"
 class Checkpoints:
     """Weights, optimiser moments and the step; the last two checkpoints are kept.
 
-    A folder is written beside its place, synced and renamed. Its state.json has the size and sha256
-    of the other files and of itself: what is not as it was written is never loaded.
+    A folder is written under a temporary name, synced and renamed. Its state.json has size and
+    sha256 of the other files, and its own sha256: what has changed since is never loaded.
     """
 
     def __init__(self, out: Path, save_minutes: float, trained: dict[str, Tensor], optimizer,
@@ -35,11 +35,11 @@ class Checkpoints:
         self.clock = time.monotonic()
 
     def place(self, step: int) -> Path:
-        """The folder of the checkpoint after so many steps."""
+        """The folder of the checkpoint after `step` steps."""
         return self.folder / f"step-{step:07d}"
 
     def all(self) -> list[Path]:
-        """The checkpoints that are there, oldest first."""
+        """The existing checkpoints, oldest first."""
         return sorted(self.folder.glob("step-" + 7 * "[0-9]"))
 
     def late(self) -> bool:
@@ -47,10 +47,10 @@ class Checkpoints:
         return time.monotonic() - self.clock >= self.seconds
 
     def save(self, step: int):
-        """Write the checkpoint after so many steps and remove all but it and the one before."""
+        """Write the checkpoint after `step` steps and remove all others but the one before it."""
         place = self.place(step)
         with write_folder(place) as folder:
-            for log in self.folder.parent.glob("*.jsonl"):  # they have all steps of the checkpoint
+            for log in self.folder.parent.glob("*.jsonl"):  # they hold the checkpoint's steps
                 sync(log)
             write_tensors(folder / "weights.safetensors", self.trained, dtype=None)
             moments = {f"{name}/{key}": value for name, p in self.trained.items()
@@ -64,7 +64,7 @@ class Checkpoints:
         self.clock = time.monotonic()
 
     def newest_step(self) -> int:
-        """The step of the newest checkpoint that is whole, 0 if there is none at all.
+        """The step of the newest checkpoint that is intact, 0 if there is none at all.
 
         A damaged checkpoint is reported and skipped. Raises UserError if all are damaged, or if
         they belong to another base or to other texts.
@@ -91,7 +91,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def load(self, step: int) -> dict:
-        """Put the checkpoint after so many steps in place; returns its state."""
+        """Load the checkpoint after `step` steps; returns its state."""
         folder = self.place(step)
         state = unseal(folder)
         shapes = {name: tuple(p.shape) for name, p in self.trained.items()}
@@ -112,7 +112,7 @@ class Checkpoints:
 
 
 def seal(folder: Path, about: dict):
-    """Write folder/state.json: `about`, size and sha256 of the files beside it, its own sha256."""
+    """Write folder/state.json: `about`, size and sha256 of the other files, its own sha256."""
     files = {path.name: [path.stat().st_size, sha256_of_files([path])]
              for path in sorted(folder.iterdir()) if path.name != "state.json"}
     state = {**about, "files": files}
@@ -121,7 +121,7 @@ def seal(folder: Path, about: dict):
 
 
 def unseal(folder: Path) -> dict:
-    """What `seal` wrote about the folder; UserError if the folder is not as it was then."""
+    """What `seal` wrote about the folder; UserError if the folder has changed since."""
     path = folder / "state.json"
     state = read_json(path, "a complete checkpoint")
     own = state.pop("sha256", None)

@@ -1,9 +1,9 @@
-"""What makes PyTorch fast on a CPU; elsewhere the plain thing is done, here or by the caller.
+"""What makes PyTorch fast on a CPU; elsewhere this file or its caller does the plain thing.
 
 Measured in docs/measured.md. The network reads the same without these functions: `normalise` is
-F.rms_norm, `swiglu` silu(gate) * up, `dropout` F.dropout, `pad_rows` adds nothing, `attend` is
-softmax attention; `keep_freed_memory`, `keep_few_products` and `give_back_freed_memory` change only
-what memory is held.
+F.rms_norm, `swiglu` silu(gate) * up, `dropout` F.dropout, `pad_rows` the identity, `attend` softmax
+attention; `keep_freed_memory`, `keep_few_products` and `give_back_freed_memory` change only how
+much memory is held.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from torch.autograd import Function
 
 from runtime.devices import at_least_fp32
 
-LONGEST_BF16 = 512  # tokens of a sequence; above, fp32 attention is as fast
+LONGEST_BF16 = 512  # tokens of a sequence; above that, fp32 attention is as fast
 
 
 def is_cpu(x: Tensor) -> bool:
@@ -33,8 +33,8 @@ def is_cpu(x: Tensor) -> bool:
 def keep_freed_memory():
     """Let glibc keep the memory that tensors free, for the next ones.
 
-    By default it hands large blocks back to the system, and faulting them in again takes a fifth of
-    a CPU's time. A threshold set in the environment takes precedence.
+    By default it returns large blocks to the system, and faulting them in again takes a fifth of
+    the CPU time. A threshold set in the environment takes precedence.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     given = "MALLOC_MMAP_THRESHOLD_" in os.environ or "malloc" in tunables
@@ -48,16 +48,16 @@ def keep_freed_memory():
 
 
 def keep_few_products():
-    """Let oneDNN keep 64 compiled bf16 products, and not 1,024 of each kind: one for each shape, of
-    up to 0.6 MB. To be called before the first; the environment takes precedence."""
+    """Let oneDNN keep 64 compiled bf16 products instead of 1,024 of each kind: one per shape, of up
+    to 0.6 MB each. Call it before the first product; the environment takes precedence."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 def give_back_freed_memory():
-    """Hand back what glibc has kept between the tensors in use; new shapes make it more and more.
+    """Return the memory that glibc keeps between the tensors in use; it grows with new shapes.
 
-    For a loop of hours, now and then.
+    To be called now and then in a loop that runs for hours.
     """
     trim = sys.platform == "linux" and getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
@@ -93,11 +93,11 @@ def normalise(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, computed in at least fp32."""
     if is_cpu(x):
         return Normalise.apply(x, eps)
-    return F.rms_norm(x, x.shape[-1:], eps=eps)  # on CUDA it adds up in fp32 by itself
+    return F.rms_norm(x, x.shape[-1:], eps=eps)  # on CUDA it accumulates in fp32 itself
 
 
 class SwiGLU(Function):
-    """silu(gate) * up, which keeps gate and up alone."""
+    """silu(gate) * up, keeping only gate and up for backward."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -122,11 +122,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
-    """Which elements of x are dropped, each with probability p, independently: on the CPU their
-    places, of which some are repeated, elsewhere a mask.
+    """Which elements of x to drop, each independently with probability p: on the CPU their places,
+    some of them repeated; elsewhere a mask.
 
     PyTorch draws a number per element, one after another, which on a CPU takes longer than the
-    matrix product beside it. Here darts are thrown at random elements: Poisson(a n) darts hit each
+    matrix product next to it. Here darts are thrown at random elements: Poisson(a n) darts hit each
     of the n elements Poisson(a) times, independently, and miss it with probability e^-a = 1 - p.
     """
     if not is_cpu(x):
@@ -162,7 +162,7 @@ def is_cpu_bf16(x: Tensor) -> bool:
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """x (T, D), in bf16 on the CPU with rows of zeros up to a multiple of 64: few shapes."""
+    """x (T, D), in bf16 on the CPU zero-padded to a multiple of 64 rows, for few shapes."""
     missing = -len(x) % 64 if is_cpu_bf16(x) else 0
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
@@ -170,7 +170,7 @@ def pad_rows(x: Tensor) -> Tensor:
 def pad_pass(
     x: Tensor, lengths: list[int], last: list[int] | None
 ) -> tuple[Tensor, list[int], list[int] | None]:
-    """`pad_rows` for a packed row: the zeros are one more sequence, of which no state is kept."""
+    """`pad_rows` for a packed row: the zeros form one more sequence, whose states are dropped."""
     padded = pad_rows(x)
     if len(padded) > len(x):
         lengths, last = [*lengths, len(padded) - len(x)], last and [*last, 0]
@@ -185,8 +185,8 @@ def pad_pass(
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, p: float) -> Tensor:
     """Softmax attention of packed bf16 sequences, q (T, H, head_dim), k and v (T, G, head_dim).
 
-    PyTorch's fused kernel gains nothing from bf16 on a CPU, two matrix products do: the first also
-    adds the mask, and the H / G query heads of a key head are rows of one product. Scores are
+    PyTorch's fused kernel gains nothing from bf16 on a CPU, but two matrix products do: the first
+    also adds the mask, and the H / G query heads of a key head are rows of one product. Scores are
     rounded to bf16, as in transformers' eager attention. Keeps H L^2 weights per sequence for
     backward (with dropout twice that).
     """
@@ -210,13 +210,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, p:
     return Collect.apply(out, places_of(lengths, heads)).unflatten(0, (-1, heads))
 
 
-@lru_cache(maxsize=8)  # the layers of a pass share it; what is kept for long splits free memory
+@lru_cache(maxsize=8)  # shared by a pass's layers; more would fragment free memory
 def padded_batches(lengths: tuple[int, ...]) -> list[tuple[int, list[int]]]:
     """(padded size, which sequences) of each batch: those padded to the same multiple of 32.
 
-    Batches have 1, 2, 4, 8 ... sequences, again for few shapes: what oneDNN keeps of each is small,
-    but lies between large tensors, whose memory glibc then can't use again for larger ones.
-    Sequences above LONGEST_BF16 are alone, and not padded.
+    Batches have 1, 2, 4, 8 ... sequences, again for few shapes: what oneDNN keeps for each is small
+    but lies between large tensors, whose memory glibc then cannot reuse for larger ones. Sequences
+    above LONGEST_BF16 are batches of their own, without padding.
     """
     def key(i: int) -> tuple[int, int]:
         n = lengths[i]
@@ -226,7 +226,7 @@ def padded_batches(lengths: tuple[int, ...]) -> list[tuple[int, list[int]]]:
     for (size, _), same in groupby(sorted(range(len(lengths)), key=key), key):
         same = list(same)
         while same:
-            n = 2 ** (len(same).bit_length() - 1)  # the largest power of two that is left
+            n = 2 ** (len(same).bit_length() - 1)  # the largest power of two that fits
             batches.append((size, same[:n]))
             same = same[n:]
     return batches
@@ -234,10 +234,10 @@ def padded_batches(lengths: tuple[int, ...]) -> list[tuple[int, list[int]]]:
 
 @lru_cache(maxsize=8)
 def masks_of(lengths: tuple[int, ...], repeats: int, kv_heads: int, causal: bool) -> list:
-    """What is added to each batch's scores: -inf on the future (then no row sees padding either),
-    or on the padding; None for a long sequence.
+    """What is added to each batch's scores: -inf on the future (which hides the padding, too), or
+    on the padding; None for a long sequence.
 
-    Rows of a product are the positions of one query head after another, `repeats` for a key head.
+    A product's rows are the positions of the `repeats` query heads of a key head, head by head.
     """
     masks = []
     for size, same in padded_batches(lengths):
@@ -280,7 +280,7 @@ def spread(x: Tensor, places: Places) -> Tensor:
 
 
 class Spread(Function):
-    """`spread`, and back in the backward pass; PyTorch would add up rows instead."""
+    """`spread`, with a plain gather as its backward pass, where PyTorch would add up rows."""
 
     @staticmethod
     def forward(ctx, x: Tensor, places: Places) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which device, which dtype, copies that nothing waits for, and texts packed in one row."""
+"""Devices, dtypes, asynchronous copies, and texts packed in one row."""
 
 import re
 
@@ -38,12 +38,12 @@ def scoring_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or as it is if its dtype is wider."""
+    """x in fp32, or unchanged if its dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
-    """The tensor on the device; on CUDA copied from pinned memory, so that nothing waits."""
+    """The tensor on the device; on CUDA copied asynchronously, from pinned memory."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

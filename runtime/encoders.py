@@ -1,7 +1,7 @@
 """The files of an encoder: encoder.json, embeddings.safetensors, one PEFT adapter per stage.
 
-Everything is checked here, as in runtime/formats.py, which has the files of its base. What comes
-out are dictionaries and tensors, of which model.py and lora.py make the encoder.
+Everything is checked here, as in runtime/formats.py, which reads the files of its base. The results
+are dictionaries and tensors, from which model.py and lora.py build the encoder.
 """
 
 import json
@@ -83,14 +83,14 @@ def read_adapter_tensors(folder: Path, shapes: dict[str, tuple]) -> dict[str, Te
 # Encoder folders: encoder.json, embeddings.safetensors, one adapter per stage
 # ---------------------------------------------------------------------------------------------
 
-FORMAT = 2  # of encoder.json; in format 1 max_tokens counted the memory tokens, too
-NEWER = {"document_template": "", "kept_tokens": [], "bos": -1,  # than the first folders, results
+FORMAT = 2  # of encoder.json; in format 1 max_tokens included the memory tokens
+NEWER = {"document_template": "", "kept_tokens": [], "bos": -1,  # missing in older folders, results
          "special_tokens": "parsed"}
 IDENTITY = ("weights", "config", "tokenizer", "bos", "trained_on")  # newer parts of a base's record
 
 
 def check_encoder_config(config, poolings):
-    """UserError for an EncoderConfig that no encoder can have; TypeError for a field's type."""
+    """UserError for an invalid EncoderConfig; TypeError for a field of the wrong type."""
     for f in fields(config):
         if type(value := getattr(config, f.name)) is not f.type:
             raise TypeError(f"{f.name}={value!r}: {f.type.__name__} expected")
@@ -118,8 +118,8 @@ def check_encoder_config(config, poolings):
 def own_file(folder: Path, name: str) -> Path:
     """folder / name; UserError if a link leads out of the encoder's folder.
 
-    The links of the hub's cache lead to the blobs of the same repository. Any other file of this
-    machine would go into what is saved, and published, next.
+    Links in the hub's cache lead to the blobs of the same repository, which is allowed. Any other
+    file of this machine could end up in what is saved, and published, next.
     """
     path, home = folder / name, folder.resolve()
     places = [home, *(snapshots.parent / "blobs" for snapshots in home.parents
@@ -150,7 +150,7 @@ def copy_adapters(earlier: Path | None, stages: list[str], folder: Path):
 def read_encoder(name: str | Path, revision: str | None, make_config) -> tuple:
     """An encoder's folder; make_config(**its fields), its base as recorded, its history.
 
-    `make_config` is EncoderConfig. Raises UserError for what is missing or cannot be.
+    `make_config` is EncoderConfig. Raises UserError for anything missing or invalid.
     """
     folder = find_model(encoder_of(name), revision)
     file = own_file(folder, "encoder.json")
@@ -185,14 +185,14 @@ def read_encoder(name: str | Path, revision: str | None, make_config) -> tuple:
 
 
 def require_no_base(name: str, base: str | None, other_base: bool):
-    """UserError for flags about an encoder's base beside a model that has none."""
+    """UserError for flags about an encoder's base if the model is a Llama, which has none."""
     if base or other_base:
         raise UserError(f"--base, --other-base: {name} is no encoder's folder, which has a base, "
                         f"but a Llama; leave them out")
 
 
 def require_stage(folder: Path):
-    """UserError for the place of a run that has no encoder (yet), given to start from."""
+    """UserError if the folder to start from is that of a run without an encoder (yet)."""
     missing = folder.parts[:1] == ("runs",)
     if folder.is_dir():
         missing = (folder / "environment.json").is_file() or not any(folder.iterdir())
@@ -203,9 +203,9 @@ def require_stage(folder: Path):
 
 
 def read_exported(folder: Path, make_config) -> tuple | None:
-    """make_config(**its fields) and the history of the encoder that export.py made the folder of.
+    """make_config(**its fields) and the history of the encoder that export.py exported here.
 
-    None for other folders. `make_config` is EncoderConfig. UserError for what cannot be.
+    None for other folders. `make_config` is EncoderConfig. UserError for invalid contents.
     """
     path = folder / "config.json"
     about = read_json(path).get("llm2comp") if path.is_file() else None
@@ -225,7 +225,7 @@ def read_exported(folder: Path, make_config) -> tuple | None:
 
 @contextmanager
 def loading_base(folder: Path):
-    """Make a UserError about the base of the encoder in `folder` say how to name its place."""
+    """Add to a UserError about the base of the encoder in `folder` how to name the base's place."""
     try:
         yield
     except UserError as error:
@@ -237,7 +237,7 @@ def loading_base(folder: Path):
 def check_base(encoder, folder: Path, recorded: dict, other: bool):
     """UserError unless the encoder's base is the one that its folder says it was trained on.
 
-    With `other` it may be another one, which is noted, and told in the record of the base.
+    With `other` it may be another one, which is noted, and kept in the record of the base.
     """
     found = encoder.base
     place = encoder.tokenizer.file.parent
@@ -265,6 +265,6 @@ def read_embeddings(folder: Path, shapes: dict[str, tuple]) -> dict[str, Tensor]
 
 
 def encoder_hash(folder: Path, stages: list[str]) -> str:
-    """sha256 over all that was trained: adapters, memory tokens, table."""
+    """sha256 of everything that was trained: adapters, memory tokens, table."""
     files = {folder / "embeddings.safetensors", *(folder / stage / ADAPTER[1] for stage in stages)}
     return sha256_of_files(sorted(files))

@@ -1,5 +1,5 @@
-"""Errors a user can fix, and how a command ends and prints: one line, an exit code, and nothing by
-which what strangers wrote could steer the terminal."""
+"""Errors a user can fix, and how a command ends and prints: one line, an exit code, and nothing in
+strangers' files that could control the terminal."""
 
 import io
 import os
@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 
 STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a command early
 
-# What a terminal obeys in place of showing it: control characters (ESC, and \x9b, which begins a
-# sequence, too), the marks that turn the direction of a line, and the ends of lines.
+# What a terminal obeys instead of showing it: control characters (ESC, and \x9b, which also begins
+# a sequence), the marks that change the direction of text, and line ends.
 OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -23,8 +23,8 @@ class UserError(Exception):
 
 
 class TextError(UserError, TypeError, ValueError):
-    """What was given to `encode` is no list of texts. It is a TypeError and a ValueError, too, for
-    those who use the encoder as a library."""
+    """What was given to `encode` is not a list of texts. It is also a TypeError and a ValueError,
+    for those who use the encoder as a library."""
 
 
 class LostRank(Exception):
@@ -37,8 +37,8 @@ def shown(value) -> str:
 
 
 def check_text(text: str, name: str):
-    """TextError for what is no str, and for half a surrogate pair or bytes that are not UTF-8,
-    which no tokenizer takes."""
+    """TextError for anything but a str, and for half a surrogate pair or bytes that are not UTF-8,
+    which no tokenizer accepts."""
     if not isinstance(text, str):
         raise TextError(f"{name} is {shown(text)}, of the type {type(text).__name__}; a text (str) "
                         f"is expected")
@@ -56,7 +56,7 @@ def check_text(text: str, name: str):
 
 
 def first_process() -> bool:
-    """Whether this is the process that talks, of several that torchrun has started."""
+    """Whether this is the process that prints, among those that torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -72,7 +72,7 @@ def note(text: str):
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""The text on one line, what a terminal would obey as an escape like \x1b; `keep` as it is."""
+    r"""The text on one line, with all that a terminal would obey, except `keep`, escaped (\x1b)."""
     return OBEYED.sub(lambda match: match[0] if match[0] in keep else
                       match[0].encode("unicode_escape").decode(), str(text))
 
@@ -88,9 +88,9 @@ def print_error(error: Exception) -> int:
 
 
 class Escaping:
-    """A stream on which nothing that is written steers the terminal but the characters `keep`.
+    """A stream that escapes whatever would control the terminal, except the characters `keep`.
 
-    stderr's has to let pass by what a progress bar returns to its line.
+    It lets `moves` pass, with which a progress bar on stderr returns to its line.
     """
 
     def __init__(self, stream, keep: str, moves: str = ""):
@@ -107,17 +107,17 @@ class Escaping:
 
 
 def escape_stdout():
-    """Let standard output escape what its encoding has no place for, as standard error does."""
+    """Let standard output escape what its encoding cannot express, as standard error does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
 def terminal():
-    """Both streams escape what they must until the block ends; a reader that has gone is no error
-    then (`| head -1`)."""
+    """Let stdout and stderr escape what they must until the block ends; that their reader is gone
+    by then (`| head -1`) is not an error."""
     streams = sys.stdout, sys.stderr
-    os.environ.setdefault("NO_COLOR", "1")  # newer Pythons colour --help by what is escaped here
+    os.environ.setdefault("NO_COLOR", "1")  # newer Pythons colour --help with what is escaped here
     escape_stdout()
     try:  # a stream that was closed before the start (2>&-) is None, and what is printed is lost
         out, err = (stream or open(os.devnull, "w") for stream in streams)
@@ -129,7 +129,7 @@ def terminal():
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()
-        except OSError:  # or the interpreter would complain when it flushes at its end
+        except OSError:  # or the interpreter would complain when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -139,7 +139,7 @@ def terminal():
 
 
 def take_signals(stop: Callable) -> dict:
-    """Let Ctrl-C and SIGTERM call `stop`, unless they are ignored; returns who had them before."""
+    """Let Ctrl-C and SIGTERM call `stop`, unless they are ignored; returns the old handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, stop) or signal.SIG_DFL for number in STOPS
@@ -147,9 +147,9 @@ def take_signals(stop: Callable) -> dict:
 
 
 def await_command():
-    """End the process with a line if a signal comes while the modules of a command are imported,
-    which takes seconds. And `~` at the beginning of a value is the home folder also where no shell
-    has seen to it (--out=~/runs)."""
+    """End the process with one line if a signal comes while a command's modules are imported, which
+    takes seconds; also expand a `~` at the beginning of a value where the shell has not done so
+    (--out=~/runs)."""
     sys.argv[1:] = [re.sub(r"^((?:--[\w-]+=)?)(~(?=/|$))",
                            lambda match: match[1] + os.path.expanduser(match[2]), value)
                     for value in sys.argv[1:]]
@@ -164,7 +164,7 @@ def await_command():
 
 @contextmanager
 def interruptible():
-    """Make SIGTERM a KeyboardInterrupt, too, with its number; a second signal ends the process."""
+    """Make SIGTERM, too, a KeyboardInterrupt with its number; a second signal ends the process."""
 
     def stop(number: int, _):
         signal.signal(number, signal.SIG_DFL)

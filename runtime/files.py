@@ -1,4 +1,4 @@
-"""Files that are never half written, and hashes by which they are known again."""
+"""Files that are never half written, and hashes by which they are recognised."""
 
 import fcntl
 import hashlib
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from runtime.errors import UserError, note
 
-MOST_JSON = 64 * 2**20  # bytes of a JSON file that are read; the largest tokenizer.json have 35 MB
+MOST_JSON = 64 * 2**20  # bytes of the largest JSON file read; tokenizer.json has up to 35 MB
 
 
 def try_lock(descriptor: int, place: Path) -> bool:
@@ -35,10 +35,10 @@ def try_lock(descriptor: int, place: Path) -> bool:
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
     """A regular file, open for reading; UserError if it is something else, or above `most` bytes.
 
-    A pipe among a stranger's files would be waited for, a device read without an end. OSError if it
+    A pipe among a stranger's files would block, and a device be read without end. OSError if it
     cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # NONBLOCK: an empty pipe opens, too
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # NONBLOCK: do not wait for a pipe
     about, problem = os.fstat(descriptor), ""
     if not stat.S_ISREG(about.st_mode):
         problem = "is no regular file (a pipe, a device or a folder); write what it has to a file"
@@ -66,7 +66,7 @@ def read_json(path: Path, whole: str = "a complete model folder") -> dict:
 
 @contextmanager
 def open_tensors(path: Path, fix: str = "fetch it again"):
-    """A safetensors file, open (safe_open); UserError with the `fix` if it is none, or damaged."""
+    """An open safetensors file (safe_open); UserError with the `fix` if missing or damaged."""
     try:
         open_regular(path).close()  # or the library would wait for a pipe
         with safe_open(path, framework="pt") as file:
@@ -77,7 +77,7 @@ def open_tensors(path: Path, fix: str = "fetch it again"):
 
 @contextmanager
 def write_folder(target: Path):
-    """Yield a folder beside `target` to fill; then sync it to disk and rename it into place.
+    """Yield a folder next to `target` to fill; then sync it to disk and rename it into place.
 
     UserError if the disk is full or read-only; what was at `target` is then still there.
     """
@@ -112,10 +112,10 @@ def finish_renaming(target: Path):
 
 
 def write_file(path: Path, text: str):
-    """Write a file beside its place, sync it and rename it: at no moment is it half a file."""
+    """Write a file under a temporary name, sync it and rename it: it is never half written."""
     aside = path.parent / f".{path.name}.writing"
     try:
-        aside.unlink(missing_ok=True)  # a stranger's link there would be written through
+        aside.unlink(missing_ok=True)  # or a stranger's link there would be followed
         aside.write_text(text)
         sync(aside)
         os.replace(aside, path)
@@ -128,7 +128,7 @@ def write_file(path: Path, text: str):
 
 
 def sync(path: Path):
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""The files of a Llama: config.json and *.safetensors; runtime/encoders.py has an encoder's.
+"""The files of a Llama: config.json and *.safetensors; runtime/encoders.py reads an encoder's.
 
-Everything is checked here, by name, shape and type, and refused in one line. What comes out are
+Everything is checked here, by name, shape and type, and refused in one line. The results are
 dictionaries and tensors, from which model.py builds the network.
 """
 
@@ -40,7 +40,7 @@ class ModelFolder:
         self.config = read_llama_config(path, model_types)
         self.source, self.revision = describe_source(name, self.folder)
         self.places = tensor_places(self.files, self.config["tie_word_embeddings"])
-        # saved as a LlamaModel, names have no "model." before them, and there is no head
+        # if saved as a LlamaModel, names lack the prefix "model.", and there is no head
         bare = not any(key.startswith("model.") for _, key in self.places.values())
         self.config["has_head"] = not bare or "lm_head.weight" in self.places
         if (file := self.folder / "tokenizer.json").exists():
@@ -65,11 +65,11 @@ class ModelFolder:
         return found
 
     def record(self, bos: list[int]) -> dict:
-        """What an encoder knows of the base that it was trained on: name, revision, identity.
+        """What an encoder records of the base that it was trained on: name, revision, identity.
 
         bos: the ids that are put before each text.
         """
-        told = ("bos_token_id", "has_head")  # by `bos` and by the tensors' names
+        told = ("bos_token_id", "has_head")  # recorded as `bos` and the tensors' names
         config = {key: value for key, value in self.config.items() if key not in told}
         about = base_record(self.places, config, self.folder / "tokenizer.json", bos)
         return {"name": self.source, "revision": self.revision, **about}
@@ -81,7 +81,7 @@ def is_encoder(folder: str | Path) -> bool:
 
 
 def encoder_of(name: str | Path) -> str:
-    """The encoder in a run's folder; any other name as it is."""
+    """The encoder in a run's folder; any other name unchanged."""
     inner = Path(name) / "encoder"
     return str(inner if is_encoder(inner) else name)
 
@@ -125,7 +125,7 @@ def read_llama_config(path: Path, model_types) -> dict:
     bos, eps = raw.get("bos_token_id"), raw.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, float | int) or not 0 <= eps < 1:
         raise UserError(f"{path}: rms_norm_eps={eps!r} must be a number, zero or above, below 1")
-    # null since Mistral's version 0.2; transformers gives a file without the key the first one's
+    # null since Mistral 0.2; for a file without the key, transformers assumes the window of 0.1
     windowed = kind == "mistral" and raw.get("sliding_window", 4096) is not None
     config = {
         "model_type": kind,
@@ -140,7 +140,7 @@ def read_llama_config(path: Path, model_types) -> dict:
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "bos_token_id": bos if isinstance(bos, int) else None,
         "rope": read_rope(raw, path),
-        "qkv_bias": kind == "qwen2",  # always, by no key
+        "qkv_bias": kind == "qwen2",  # always, without a key for it
         "qk_norm": kind == "qwen3",
         "sliding_window": number("sliding_window", 4096) if windowed else None,
     }
@@ -167,10 +167,10 @@ def read_number(raw: dict, path: Path, key: str, default: int | None = None, mos
 
 
 def check_window(folder: Path, window: int | None, max_tokens: int, memory: int):
-    """UserError if a text of max_tokens and its memory tokens are more than a sliding window.
+    """UserError if a text of max_tokens and its memory tokens exceed the sliding window.
 
-    Up to the window all tokens see what they see without one, causal or not; beyond it they would
-    not, which is not computed here.
+    Up to the window's length all tokens see what they would see without one, causal or not; longer
+    sequences need windowed attention, which is not implemented.
     """
     if window is not None and max_tokens + memory > window:
         raise UserError(f"{folder / 'config.json'}: sliding_window={window} is shorter than a text "
@@ -179,8 +179,8 @@ def check_window(folder: Path, window: int | None, max_tokens: int, memory: int)
 
 
 def note_positions(encoder, *lengths: int):
-    """Note that texts of up to such lengths, with the encoder's memory tokens, are longer than what
-    its Llama was made for."""
+    """Print a note if texts of up to these lengths, with the encoder's memory tokens, are longer
+    than what its Llama was made for."""
     path = encoder.tokenizer.file.with_name("config.json")
     most = read_json(path).get("max_position_embeddings")
     tokens = max(lengths) + encoder.config.num_memory_tokens
@@ -237,9 +237,9 @@ def weight_files(folder: Path) -> list[Path]:
 def tensor_places(files: list[Path], tied: bool) -> dict[str, tuple[Path, str]]:
     """The tensors of a model, by their names in a causal language model -> file, name there.
 
-    tied: a lm_head.weight is left out, it is the embedding table. Models saved without their head
-    (a LlamaModel) lack the `model.` before each name. UserError for a file that is damaged, and for
-    a name that occurs twice.
+    tied: lm_head.weight is left out, as it is the embedding table. Models saved without their head
+    (a LlamaModel) lack the prefix `model.`. UserError for a file that is damaged, and for a name
+    that occurs twice.
     """
     found: dict[str, tuple[Path, str]] = {}
     for path in files:
@@ -258,7 +258,7 @@ def tensor_places(files: list[Path], tied: bool) -> dict[str, tuple[Path, str]]:
 
 
 def checked_tensor(file, key: str, shape: tuple | None, path: Path) -> Tensor:
-    """The tensor `key` of an open file; UserError unless it has this shape and floats."""
+    """The tensor `key` of an open file; UserError unless it is floating-point and of this shape."""
     if shape is None:
         raise UserError(f"{path}: has the tensor {key}, which config.json has no place for; is it "
                         f"the config of another model?")
@@ -279,7 +279,7 @@ def require_head(name: str | Path, has_head: bool):
 
 
 def read_fitting(path: Path, shapes: dict[str, tuple], fix: str) -> dict[str, Tensor]:
-    """The tensors of a file whose names are among `shapes`; nothing is read unless all fit."""
+    """The tensors of a file, all of which must be in `shapes`; none is read unless all fit."""
     with open_tensors(path, fix) as file:
         for key in sorted(file.keys()):
             shape = tuple(file.get_slice(key).get_shape())
@@ -294,7 +294,7 @@ def read_fitting(path: Path, shapes: dict[str, tuple], fix: str) -> dict[str, Te
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype=torch.float32):
-    """A safetensors file of the tensors, cast to `dtype` (None: as they are)."""
+    """Write a safetensors file of the tensors, cast to `dtype` (None: unchanged)."""
     tensors = {name: (t if dtype is None else t.to(dtype)).detach().cpu().contiguous()
                for name, t in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})

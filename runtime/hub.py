@@ -11,9 +11,9 @@ from runtime.errors import UserError, note
 # what the name `demo` stands for
 DEMO_LLAMA = Path(__file__).resolve().parents[1] / "data" / "demo" / "llama"
 
-COMPLETE = ("model.safetensors", "model.safetensors.index.json", "encoder.json")  # one is there
+COMPLETE = ("model.safetensors", "model.safetensors.index.json", "encoder.json")  # at least one
 SAVE = "AutoModelForCausalLM.from_pretrained({name!r}{how}).save_pretrained('NEW')"
-OTHERS = {  # files of a model without model.safetensors -> what they are, and how to go on
+OTHERS = {  # files of a model without model.safetensors -> what they are, and what to do
     r"adapter_config\.json": "an adapter's, without its base; merge it once with peft: "
     "AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('NEW'), "
     "and save the base's tokenizer there",
@@ -34,7 +34,7 @@ OTHERS = {  # files of a model without model.safetensors -> what they are, and h
 
 
 def without_tensors(name: str | Path, files: list[str]) -> UserError:
-    """What to say of a model without model.safetensors: `name` as given, and the files it has."""
+    """What to say about a model without model.safetensors: `name` as given, and its files."""
     inside = Path(name).absolute().parents[:2] if Path(name).is_dir() else []
     for place in inside:  # it is a checkpoint or an adapter of a run
         if (place / "encoder.json").is_file() or (place / "environment.json").is_file():
@@ -53,8 +53,8 @@ def find_model(name: str | Path, revision: str | None = None, base_of: Path | No
     """The local folder of a model: `demo`, a folder, or a hub repository (downloaded once).
 
     Only *.safetensors and *.json are fetched. base_of: the encoder whose encoder.json names this
-    model; what a stranger wrote there is fetched only if it has a commit, and never in silence.
-    UserError says what to do if the repository is gated, missing, out of reach or without weights.
+    model; as a stranger may have written it, it is fetched only with a revision, never silently.
+    UserError says what to do if the repository is gated, missing, unreachable or without weights.
     """
     if str(name) == "demo" or str(name) and Path(name).is_dir():
         if revision and not base_of:
@@ -76,7 +76,7 @@ def find_model(name: str | Path, revision: str | None = None, base_of: Path | No
     if not any((folder / file).is_file() for file in COMPLETE):
         try:
             files = list_repo_files(str(name), revision=folder.name)
-        except Exception:  # offline: what was fetched tells less
+        except Exception:  # offline: the files that were fetched say less
             files = [str(path.relative_to(folder)) for path in folder.rglob("*")]
         raise without_tensors(name, files)
     return folder
@@ -95,7 +95,7 @@ def fetch(name: str, revision: str | None) -> Path:
                    "Check the name; for a private one run `hf auth login`.")
     except RevisionNotFoundError:
         problem = f"has no revision {revision}", "Give a branch, tag or commit with --revision."
-    except Exception as error:  # whatever the network, the disk or the client has to say
+    except Exception as error:  # anything that the network, the disk or the client raises
         line = str(error).partition("\n")[0][:120]
         reason = f"cannot be fetched ({type(error).__name__}: {line})"
         problem = reason, "Check the network and HF_ENDPOINT, or whether HF_HUB_OFFLINE is set."

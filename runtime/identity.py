@@ -1,4 +1,4 @@
-"""What a model is, whatever the names of its files and whoever has written them: its identity.
+"""A model's identity: what it is, whatever its files are called and whoever wrote them.
 
 A base is its tensors (names, dtypes, shapes, bytes), the architecture that config.json describes,
 and how a text becomes token ids. The order of tensors in a file, the files they are spread over,
@@ -17,11 +17,11 @@ import torch
 
 from runtime.files import open_tensors, sha256_of_json
 
-READ = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # of tokenizer.json, to encode
+READ = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # what encoding depends on
 
 
 def stamp(path: Path) -> tuple:
-    """By which a file is known within a process: hashing gigabytes again would take seconds."""
+    """What identifies a file within a process, as hashing gigabytes again would take seconds."""
     about = path.stat()
     return str(path.resolve()), about.st_ino, about.st_size, about.st_mtime_ns
 
@@ -38,7 +38,7 @@ def _hash_tensors(places: tuple, files: tuple) -> str:
     digests, names = {}, {(path, key): name for name, path, key in places}
     for path, _ in files:
         with open_tensors(path) as file:
-            for key in file.offset_keys():  # in the order of the disk, one at a time
+            for key in file.offset_keys():  # in their order on disk, one at a time
                 if name := names.get((path, key)):
                     tensor = file.get_tensor(key)
                     raw = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -48,8 +48,8 @@ def _hash_tensors(places: tuple, files: tuple) -> str:
 
 
 def sha256_of_tokenizer(path: Path) -> str:
-    """sha256 of what a tokenizer.json says of encoding, as the library writes it: a file saved
-    again by another version of it or by transformers is the same."""
+    """sha256 of what a tokenizer.json says about encoding, as the library writes it: a file saved
+    again by another version of the library or by transformers counts as the same."""
     return _hash_tokenizer(path, stamp(path))
 
 
@@ -60,7 +60,7 @@ def _hash_tokenizer(path: Path, _) -> str:
 
 
 def without_defaults(value):
-    """A JSON value without nulls and falses, as which newer versions write what they add."""
+    """A JSON value without nulls and falses, the values of fields that newer versions add."""
     if isinstance(value, dict):
         return {key: without_defaults(v) for key, v in value.items()
                 if v is not None and v is not False}
@@ -73,7 +73,7 @@ def base_record(places: dict[str, tuple[Path, str]], config: dict, tokenizer: Pa
                 bos: list[int]) -> dict:
     """The parts of a base's identity, by name, and the sha256 of them all.
 
-    config: what was read of config.json; bos: the ids before each text, as they are used.
+    config: what was read from config.json; bos: the ids actually put before each text.
     """
     parts = {"weights": sha256_of_tensors(places), "config": config,
              "tokenizer": sha256_of_tokenizer(tokenizer), "bos": bos}
@@ -81,9 +81,9 @@ def base_record(places: dict[str, tuple[Path, str]], config: dict, tokenizer: Pa
 
 
 def base_changes(recorded: dict, found: dict, files: Callable[[], str]) -> list[str]:
-    """In what the base `found` is not the one recorded, [] if it is the same.
+    """How the base `found` differs from the one recorded, [] if it is the same.
 
-    files: the sha256 of its files, all that a record of an earlier version has to compare.
+    files: returns the sha256 of its files, which is all that an earlier version recorded.
     """
     if not isinstance(recorded.get("config"), dict):
         return [] if recorded.get("sha256") == files() else ["its weights"]
@@ -98,7 +98,7 @@ def base_changes(recorded: dict, found: dict, files: Callable[[], str]) -> list[
 
 
 def identity(encoder) -> str:
-    """sha256 of all that an encoder's embeddings depend on but its dtype: base, adapters with their
-    scale, trained rows, and how texts are read."""
+    """sha256 of all that an encoder's embeddings depend on except its dtype: base, adapters with
+    their scale, trained rows, and how texts are read."""
     return sha256_of_json([encoder.base["sha256"], encoder.sha256, encoder.stored_adapters,
                            vars(encoder.config)])

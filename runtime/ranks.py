@@ -18,12 +18,12 @@ from runtime.cpu import keep_freed_memory
 from runtime.devices import find_device
 from runtime.errors import LostRank, UserError
 
-LARGE = 1_000_000  # elements of a gradient that is sent alone
+LARGE = 1_000_000  # elements from which a gradient is sent on its own
 
 
 @dataclass
 class Ranks:
-    """This process among all: its index, their number, its device.
+    """This process among all: its rank, the number of processes, its device.
 
     `patient` is a second process group whose operations may take a day; a dead process still ends
     them at once. `launch` is an id shared by all restarts under one torchrun.
@@ -36,7 +36,7 @@ class Ranks:
     launch: str | None = None
 
     def sum(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Add the tensor over all ranks, in place; LostRank if not all of them take part."""
+        """Sum the tensor over all ranks, in place; LostRank unless all of them take part."""
         if self.size > 1:
             try:
                 dist.all_reduce(tensor, group=group)
@@ -49,7 +49,7 @@ class Ranks:
         return tensor
 
     def sum_gradients(self, parameters: list[Tensor]):
-        """Sum the gradients over all ranks: small tensors in one flat message, large ones alone.
+        """Sum the gradients over all ranks: small ones in one flat message, large ones one by one.
 
         Losses are divided by global counts before backward, so the sum is the gradient of the
         batch. A rank that had nothing to do adds zeros.
@@ -75,7 +75,7 @@ class Ranks:
     def fail_together(self):
         """Wait for all ranks at the block's end; a UserError in it on one rank ends them all.
 
-        The block may be the work of one rank and last as long as it likes.
+        The block may be the work of one rank and take up to a day.
         """
         error = None
         try:
@@ -118,8 +118,8 @@ def join_ranks(device: str, threads: int, timeout_minutes: float, deterministic:
     deterministic: only operations that give equal bits for equal input (the CPU's all do). Yields
     Ranks; the groups end with the block, so that none of their threads outlives the interpreter.
 
-    torch.distributed.nn.functional has the default group among its default arguments. torch.optim
-    imports it at its first use; a group that existed by then would outlive its destruction, and its
+    torch.distributed.nn.functional keeps the default group as a default argument. torch.optim
+    imports it on first use; a group that existed by then would outlive its destruction, and its
     threads the interpreter, which aborts the process. So this module imports it first.
     """
     ranks, finished = None, False
@@ -130,7 +130,7 @@ def join_ranks(device: str, threads: int, timeout_minutes: float, deterministic:
     finally:
         if ranks is not None:
             ranks.patient = None
-        # all ranks leave, or this one alone: then NCCL would wait for the rest, and is left as is
+        # if this rank leaves alone, NCCL would wait for the others, so its group is left as is
         if dist.is_initialized() and (finished or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
 
@@ -166,12 +166,12 @@ def start_ranks(device: str, threads: int, timeout_minutes: float, deterministic
     try:
         if size > 1 or by_torchrun:
             store, *_ = next(dist.rendezvous("env://", rank, size, timeout=wait))
-        if by_torchrun:  # its store lives as long as it does: the first name stays
+        if by_torchrun:  # its store outlives restarts: the first id stays
             launch = store.compare_set("launch", "", uuid.uuid4().hex).decode()
         if size > 1:
             dist.init_process_group(backend, store=rendezvous(store, rank, size, wait), rank=rank,
                                     world_size=size, timeout=wait)
-            patient = dist.new_group(backend="gloo", timeout=wait)  # to connect
+            patient = dist.new_group(backend="gloo", timeout=wait)  # the time to connect
             dist.distributed_c10d._set_pg_timeout(timedelta(days=1), patient)
     except ValueError as error:
         raise UserError(f"RANK and WORLD_SIZE are set, but {error}; start with torchrun")
@@ -181,9 +181,9 @@ def start_ranks(device: str, threads: int, timeout_minutes: float, deterministic
 
 
 def rendezvous(store: dist.Store, rank: int, size: int, wait: timedelta) -> dist.Store:
-    """torchrun's store, under a prefix that only the processes of this start have.
+    """torchrun's store, under a prefix that only the processes of this start know.
 
-    When torchrun restarts crashed workers its store still has the addresses of the dead, and a rank
+    When torchrun restarts crashed workers, its store still has the dead ones' addresses, and a rank
     that reads one never connects. So rank 0 publishes a fresh name, the others answer it with names
     of their own, and a stale name is recognised by the answers recorded with it.
     """

@@ -1,7 +1,7 @@
-"""Results of evaluate.py: one JSON file per task in MTEB's form, averages, published rows.
+"""Results of evaluate.py: one JSON file per task in MTEB's format, averages, published rows.
 
-A run's folder is results/<model>[@method][+instruction]/ with one <Task>.json each, which mteb can
-read too.
+A run's folder is results/<model>[@method][+instruction]/ with one <Task>.json per task, which mteb
+can read too.
 """
 
 import json
@@ -23,9 +23,9 @@ PAPER = PUBLISHED["tasks"]  # the 14
 GROUPS = {group: [task for task in PAPER if TASKS[task]["group"] == group]
           for group in ("clustering", "retrieval", "sts", "classification", "reranking")}
 
-FORMAT = 2  # of the settings in a result; in format 1 max_tokens counted the memory tokens, too
+FORMAT = 2  # of the settings in a result; in format 1 max_tokens included the memory tokens
 
-# what a finished result must have in common with the one asked for, beside base, task and adapters
+# what a finished result must share with the one asked for, besides base, task and adapters
 SAME = ("method", "sha256", "attention", "max_tokens", "template", "dtype", "instruction", *NEWER)
 
 
@@ -66,8 +66,8 @@ def finished(
     """The result in `path`, if there is one; UserError if it was made with other settings.
 
     settings["files"]: sha256 of the task's files, {} if they are not here. base_files: see
-    identity.base_changes. pinned: the task is one revision of a hub's repository. A note is added
-    where it is not known whether the task's files or the model are still the same.
+    identity.base_changes. pinned: the task is a fixed revision of a hub repository. A note is added
+    if it is not known whether the task's files or the model are still the same.
     """
     if not path.exists():
         return None
@@ -100,7 +100,7 @@ def finished(
 
 def changed_files(before: dict, now: dict) -> list[str]:
     """How the task of a result differs from the one asked for: by the hashes of its files, or by
-    its place if there are none of them."""
+    its place if there are no hashes."""
     old, new = before.get("files"), now["files"]
     if not (isinstance(old, dict) and old and new):
         return [f"data: {before.get('data')!r} -> {now['data']!r}"
@@ -112,7 +112,7 @@ def changed_files(before: dict, now: dict) -> list[str]:
 
 
 def result_of(task: dict, scores: dict, settings: dict, seconds: float) -> dict:
-    """One task's scores in the form of MTEB's result files, our settings beside them."""
+    """One task's scores in the format of MTEB's result files, with our settings added."""
     subset = {"hf_subset": task.get("subset", "default"), "languages": ["eng-Latn"]}
     plain = {k: v for k, v in scores.items() if not isinstance(v, np.ndarray) and k != "notes"}
     return {"dataset_revision": task.get("revision", "local"), "task_name": task["name"],
@@ -122,7 +122,7 @@ def result_of(task: dict, scores: dict, settings: dict, seconds: float) -> dict:
 
 
 def write_result(path: Path, result: dict):
-    """Write a result so that no file is ever half a result."""
+    """Write a result; the file is never half written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -168,10 +168,10 @@ def read_results(
         scores[task] = 100 * result["scores"]["test"][0]["main_score"]
         settings = result["settings"]
         known = "format" in settings or not settings.get("history")
-        paper = settings.get("paper") if known else None  # format 1 named one whatever the training
+        paper = settings.get("paper") if known else None  # format 1 named one for any training
         notes += [f"{task}: {note}" for note in result["notes"]]
         hashes[task], base = settings.get("files"), settings.get("base") or {}
-        if "weights" in base:  # earlier results know less of what made them
+        if "weights" in base:  # earlier results record less of the model
             makers.add(str([base.get("sha256"), *map(settings.get, ("adapters", "sha256"))]))
     if len(makers) > 1:
         notes.append(f"{len(makers)} different models have made these scores; evaluate again with "
@@ -185,7 +185,7 @@ def read_results(
 
 
 def compare(names: list[str], results: Path):
-    """Print runs side by side, each beside the paper's row for it, with differences."""
+    """Print runs side by side, each next to the paper's row for it, with differences."""
     columns, notes, named, known = [], [], [], {}
     for name in names:
         title, scores, paper, said, hashes = read_results(name, results)

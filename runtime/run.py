@@ -44,8 +44,8 @@ from runtime.formats import is_encoder, weight_files
 from runtime.ranks import Ranks, join_ranks
 from runtime.settings import adopt_older, changed_settings, differences, stored_settings
 
-FORMAT = 2  # of a run; in format 1 lengths counted the memory tokens, rates were a step ahead
-LOCK = ".lock"  # hidden, like temporary files: hidden names do not make a folder a run's
+FORMAT = 2  # of a run; in format 1 lengths included memory tokens, rates were a step ahead
+LOCK = ".lock"  # hidden, like temporary files: a folder of hidden files counts as empty
 DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -68,10 +68,10 @@ class Run:
 
     def start(self, encoder: nn.Module, optimizer, steps: int, inputs: dict[str, str],
               about: str, data: str):
-        """Put the newest checkpoint in place if the run resumes, and open what is written to.
+        """Load the newest checkpoint if the run resumes, print the header, and open the log.
 
         inputs: sha256 of the frozen `base` and of the `texts` that the run depends on; about, data:
-        for the header. Raises UserError if a rank has read other files than rank 0.
+        for the header. Raises UserError if a rank has read different files from rank 0's.
         """
         trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
         self.last_step = steps
@@ -93,11 +93,11 @@ class Run:
             self._print_header(encoder, trained, about, data)
         self.handlers = take_signals(lambda number, _: self.signals.append(number))
         self.bar = tqdm(total=steps, initial=self.first_step, disable=not self.first_rank,
-                        dynamic_ncols=True,  # few lines in a log file
-                        mininterval=0.2 if sys.stderr.isatty() else 15)
+                        dynamic_ncols=True,
+                        mininterval=0.2 if sys.stderr.isatty() else 15)  # few lines in a log file
 
     def _newest_step(self) -> int:
-        """The step to resume from; what the interruption left behind is put in order."""
+        """The step to resume from; renames that the interruption cut short are finished."""
         if not self.resuming:
             return 0
         found = self.checkpoints.newest_step()
@@ -107,13 +107,13 @@ class Run:
         return found
 
     def _note_changes(self, step: int):
-        """Say what is another than before the interruption, and keep it for the encoder's history.
+        """Say what has changed since the interruption, and keep it for the encoder's history.
 
-        What lies elsewhere has the content that the checkpoint knows.
+        What has moved has the content that the checkpoint knows by its sha256.
         """
         said = self.before.get("changes")
         self.changes = said if isinstance(said, list) else []
-        if not step:  # all steps are made anew
+        if not step:  # all steps are run again
             self.changes = []
             return
         moved, computed, changes = [], [], {}
@@ -122,7 +122,7 @@ class Run:
                 changes[name] = [old, new]
             if kind == "place":
                 moved.append(f"{name} {old} -> {new}")
-            elif kind == "bits" and name not in self.environment:  # or that has what came of it
+            elif kind == "bits" and name not in self.environment:  # else compared below
                 computed.append(f"{name} {old} -> {new}")
         was = read_environment(self.out)
         computed += [f"{key} {was[key]} -> {now}" for key, now in self.environment.items()
@@ -137,7 +137,7 @@ class Run:
                   f"interruption", flush=True)
 
     def _compare_ranks(self, read):
-        """UserError if this rank has read something else than rank 0."""
+        """UserError if this rank has read anything different from rank 0."""
         mine = int(sha256_of_json(read)[:12], 16)
         same = mine == self.ranks.from_first(mine)
         with self.ranks.fail_together():
@@ -174,7 +174,7 @@ class Run:
     # -- around each step
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do; ends early after the step in which a signal came."""
+        """The steps still to do; ends early, after the step in which a signal came."""
         for step in range(self.first_step, self.last_step):
             self.clock = time.perf_counter()
             yield step
@@ -199,9 +199,9 @@ class Run:
             f"--dtype float32; checkpoints are in {self.out}/checkpoints")
 
     def end_step(self, step: int, shown: str, save: bool = False, **metrics):
-        """Log a step, and save if asked to, if it is time to, or if any rank was told to stop.
+        """Log a step; save if asked to, if a checkpoint is due, or if any rank was told to stop.
 
-        metrics: one line of metrics.jsonl, `real_tokens` among them; shown: beside the bar.
+        metrics: one line of metrics.jsonl, including `real_tokens`; shown: text next to the bar.
         """
         if self.first_rank:
             speed = metrics["real_tokens"] / (time.perf_counter() - self.clock)
@@ -225,14 +225,14 @@ class Run:
     # -- after the last step
 
     def finish(self, save_encoder: Callable[[Path], None]):
-        """save_encoder(OUT/encoder), unless the run was stopped or was complete before."""
+        """save_encoder(OUT/encoder), unless the run was stopped or was already complete."""
         folder = self.out / "encoder"
         complete = self.first_step == self.last_step and is_encoder(folder)
         if not self.stopped and not complete:
             self.ranks.on_first(save_encoder, folder)
 
     def close(self):
-        """Give the signals back to whoever handled them before, and let go of the model."""
+        """Restore the previous signal handlers, and release the model."""
         self.checkpoints = None  # they hold its tensors; the report loads its own
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -241,7 +241,7 @@ class Run:
 
 
 class Log:
-    """A .jsonl file: one line per step, every step once, also after a resume.
+    """A .jsonl file: one line per step, every step once, even after a resume.
 
     A resumed run keeps the lines before `first_step`. `rows` holds all lines.
     """
@@ -268,17 +268,17 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------
-# The folder: whose it is, and in which environment it was written
+# The folder: which job owns it, and in which environment it was written
 # ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def open_run(config, ranks: Ranks):
-    """Make the folder config.out, or take up the run in it; it is this job's until the block ends.
+    """Make the folder config.out, or resume the run in it; this job owns it until the block ends.
 
     Yields a Run that resumes with --resume, or because torchrun has restarted the crashed workers
-    of this very run (--max-restarts). Raises UserError if the folder has something else in it, if
-    it cannot be written, if another process writes to it, or if a resumed configuration differs in
+    of this very run (--max-restarts). Raises UserError if the folder contains something else, if it
+    cannot be written, if another process writes to it, or if a resumed configuration differs in
     settings that are not `resumable`.
     """
     out, before, lock = Path(config.out), None, None
@@ -310,7 +310,7 @@ def open_run(config, ranks: Ranks):
 
 
 def stored_run(config, launch: str | None) -> dict | None:
-    """config.json of the run to be resumed in the folder config.out, if one is; see open_run."""
+    """config.json of the run in config.out if that is to be resumed, else None; see open_run."""
     out = Path(config.out)
     saved = out / "config.json"
     if config.resume and not saved.is_file():
@@ -322,14 +322,14 @@ def stored_run(config, launch: str | None) -> dict | None:
             raise UserError(f"{saved}: format={before.get('format', 1)!r}, this version resumes "
                             f"{FORMAT} (lengths, order of texts and learning rate differ); finish "
                             f"the run with the version that began it, or name another --out")
-        if config.dtype == began_with(out):  # what auto was there
+        if config.dtype == began_with(out):  # what auto meant there
             before = {**before, "dtype": config.dtype}
         if changed := changed_settings(config, before, resuming=True):
             raise UserError(f"{saved}: --resume with a changed configuration ({'; '.join(changed)})"
                             f"; give the first run's values, or another --out")
         return before
     found = [p.name for p in out.iterdir()] if out.is_dir() else [out.name] * out.exists()
-    if any(name[0] != "." and name != "environment.json" for name in found):  # of a broken start
+    if any(name[0] != "." and name != "environment.json" for name in found):  # of a failed start
         raise UserError(f"{out}: exists and is not an empty folder; continue that run with "
                         f"--resume, or name another folder with --out")
     return None
@@ -348,7 +348,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def describe_memory(rows: Tensor) -> str:
-    """How alike the memory rows (K, D) are: a line of the header; none if there are not two."""
+    """How alike the memory rows (K, D) are: a line of the header, empty for fewer than two."""
     if len(rows) < 2:
         return ""
     unit = torch.nn.functional.normalize(rows.detach().double(), dim=-1)
@@ -364,10 +364,10 @@ def environment(dtype: torch.dtype, ranks: Ranks) -> dict:
 
 
 def read_environment(out: Path) -> dict:
-    """The environment in which the run in this folder was last, empty if there is none."""
+    """The environment that the run in this folder last ran in, empty if it is not known."""
     try:
         return read_json(out / "environment.json")
-    except UserError:  # it serves notes and restarts only
+    except UserError:  # it is needed for notes and restarts only
         return {}
 
 
@@ -407,10 +407,10 @@ def run_stage(config, check: Callable, train: Callable, report: Callable) -> int
             return 128 + signal.SIGPIPE
         except (UserError, LostRank, OSError) as error:
             code = 1 if isinstance(error, LostRank) else 2
-            if checked or first_process():  # all ranks have the same settings, one complains
+            if checked or first_process():  # all ranks have the same settings: only one complains
                 code = print_error(error)
             if isinstance(error, LostRank) and "TORCHELASTIC_RUN_ID" in os.environ:
-                time.sleep(2)  # torchrun shows the traceback of whoever ends first: not this one
+                time.sleep(2)  # torchrun shows the traceback of the first to end: not this one
             return code
         except KeyboardInterrupt as stop:  # before the first step, or in the report
             return print_interrupt(stop)

@@ -1,6 +1,6 @@
 """Learning rate, order and randomness: pure functions of seed and step.
 
-So a resumed run needs no generator's state, and the order of samples does not depend on the number
+So a resumed run needs no generator state, and the order of samples does not depend on the number
 of ranks.
 """
 
@@ -22,7 +22,7 @@ def learning_rate(step: int, steps: int, warmup: int, low: float, high: float) -
     linearly to 0 at `steps`, so that the rate returns to `low`.
     """
     t = max(0, step - 1)  # DeepSpeed updates it after the optimiser: two steps run at `low`
-    warmup = max(2, warmup)  # as DeepSpeed: the logarithm of 1 is no divisor
+    warmup = max(2, warmup)  # as in DeepSpeed: ln(1) = 0 cannot be a divisor
     if t < warmup:
         g = math.log(t + 1) / math.log(warmup)
     else:
@@ -31,7 +31,7 @@ def learning_rate(step: int, steps: int, warmup: int, low: float, high: float) -
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """The steps in which the rate rises: a share of `steps`, or from 1 on their number.
+    """The number of steps in which the rate rises; `warmup` below 1 is a share of `steps`.
 
     UserError if they are more than `steps`.
     """
@@ -52,7 +52,7 @@ def torch_seed(*key: int) -> int:
 
 
 def seed_torch(*key: int):
-    """Seed torch's dropout by a key alone, so that a micro-batch drops the same after a resume."""
+    """Seed torch from a key alone, so that a micro-batch has the same dropout after a resume."""
     torch.manual_seed(torch_seed(*key))
 
 
@@ -69,10 +69,10 @@ def global_batch(seed: int, step: int, batch: int, n: int) -> list[int]:
 
 
 def one_source_batch(seed: int, step: int, batch: int, sizes: list[int]) -> list[int]:
-    """The samples of a step, all from one of the sources that lie one after another.
+    """The samples of a step, all from one source; samples are numbered source after source.
 
-    sizes: of the sources. An epoch has each source's full batches in a drawn order. With one
-    source: global_batch.
+    sizes: samples per source. An epoch has all full batches of each source in a random order. With
+    a single source: global_batch.
     """
     counts = [size // batch for size in sizes]
     epoch, index = divmod(step, sum(counts))

@@ -1,4 +1,4 @@
-"""Settings: one dataclass per stage, one field per line; command line, bounds and JSON follow."""
+"""Settings: one dataclass per stage, one field per line, for command line, bounds and JSON."""
 
 import argparse
 import shlex
@@ -12,12 +12,12 @@ def setting(default, help: str, choices=None, *, least=None, below=None, resumab
             older=None, only=""):
     """A field of a stage's Config, with its sentence of help and its bounds.
 
-    choices: the values allowed (a tuple, a mapping whose keys they are, or a function that returns
-    them when the command line is read). least <= value < below. resumable: whether it may change
-    when a run is resumed: no; True, nothing depends on it; "place", where something lies whose
-    content the checkpoint knows by its sha256; "bits", how the same step is computed. older: what
-    runs did that are from before this setting, if not the default. only: the stage that it is for,
-    if not for all.
+    choices: the values allowed (a tuple, a mapping with these keys, or a function that returns them
+    when the command line is read). least <= value < below. resumable: whether it may change when a
+    run is resumed: no; True (nothing depends on it); "place" (it locates something whose content
+    the checkpoint knows by its sha256); "bits" (it is how the same step is computed). older: what
+    runs from before this setting did, if not the default. only: the stage that it is for, if not
+    for all.
     """
     return field(default=default, metadata={
         "help": help, "choices": choices, "least": least, "below": below, "resumable": resumable,
@@ -26,7 +26,7 @@ def setting(default, help: str, choices=None, *, least=None, below=None, resumab
 
 @dataclass
 class RunConfig:
-    """The settings that every stage has beside its method: machine, seed, checkpoints."""
+    """The settings that all stages share: machine, seed, checkpoints."""
 
     dtype: str = setting("auto", "dtype of frozen weights and activations",
                          ("auto", "bfloat16", "float32", "float64"))
@@ -121,8 +121,8 @@ def stored_settings(config) -> dict:
 
 
 def adopt_older(config, before: dict) -> list[str]:
-    """Give settings that a stored run is too old to have what it did without them; 'name value' for
-    each. What it was trained with then goes on."""
+    """Set the settings that a stored run is too old to have to what it did without them, so that it
+    continues unchanged; returns 'name value' for each."""
     newer = [f for f in fields(config) if f.name not in before and f.metadata["older"] != f.default]
     for f in newer:
         setattr(config, f.name, f.metadata["older"])
@@ -132,8 +132,8 @@ def adopt_older(config, before: dict) -> list[str]:
 def changed_settings(config, before: dict, resuming: bool = False) -> list[str]:
     """What differs between a configuration and a run's: 'name: old -> new' for each such setting.
 
-    Left out are settings on which nothing depends; if `resuming`, what a resumed run may change.
-    A setting that is newer than the run had its default, or what `older` says.
+    Left out are settings on which nothing depends and, if `resuming`, what a resumed run may
+    change. A setting that is newer than the run counts as its default, or as what `older` says.
     """
     allowed = (True, "place", "bits") if resuming else (True,)
     return [f"{name}: {old!r} -> {new!r}" for name, (old, new, kind) in
@@ -152,7 +152,7 @@ def differences(config, before: dict) -> dict[str, tuple]:
     return found
 
 
-# what a run was, not where and when it was saved
+# settings that say where and how a run was made, not what it is
 OWN_PLACE = ("out", "device", "threads", "save_every", "save_minutes", "timeout", "resume")
 
 
