@@ -1,17 +1,17 @@
-"""The paper's ablations: variants x seeds of stage 1 and of the stages after it, scored, analysed.
+"""The paper's ablations: variants x seeds of stage 1 and later stages, scored and analysed.
 
     python bench/ablations.py                              the objectives, embedded demo, 3 seeds
     python bench/ablations.py --study rate tokens --seeds 0 --preset smollm2 --threads 1 --jobs 2 \\
         --task sts17 scifact --data-dir FOLDER --out runs/mine --records bench/records/mine
     python bench/report.py                                 docs/results.md from bench/records/
 
-Flags that are not of this command go to `pretrain_ctkd.py --preset demo --memory-init mean` in
-every run: the common setting, `ctkd`. With a --preset among them, to that one alone. Variants are
-made and scored beside what they change, and have what is not the common setting already:
+Flags that this command does not know go to `pretrain_ctkd.py --preset demo --memory-init mean` in
+every run, or to another --preset alone if one is given: the common setting, `ctkd`. A variant is
+made and scored along with the one that it changes; what the common setting is already is left out:
 
     untrained    no training: methods of evaluate.py                               Table 1
     objective    ctkd, nll, rc                                                     Figures 2, 4 to 6
-    pretexts     nll, mntp, ebae-ebar at as many tokens read as ctkd's             Table 1
+    pretexts     nll, mntp, ebae-ebar, reading as many tokens as ctkd              Table 1
     rate         learning rates of each objective                                  (ours)
     pretext-rate those of mntp and ebae-ebar                                       (ours)
     start        ctkd, nll, rc from the other initial rows: --memory-init          (ours)
@@ -27,18 +27,18 @@ made and scored beside what they change, and have what is not the common setting
     wide-stages  the same after ctkd, read by its wide tokens                      (ours)
     curve        the one run of stages that Figure 10 needs, scl-ctkd              Figure 10
 
-The pretexts read the same texts as often as it takes until the networks have read as many tokens as
-in ctkd's steps (`reads`). Without stage 1, stage 2 begins with the rows and the attention that
-stage 1 begins with.
+The pretexts repeat the same texts until the networks have read as many tokens as in ctkd's steps
+(`reads`). Without stage 1, stage 2 starts with the memory rows and attention that stage 1 has at
+its start.
 
 Stage 3 is scored on --curve-tasks every --curve-every steps as it trains (scores.jsonl). Stages 2
-and 3 have the same flags after every start. Causal attention is in a summary of the paper, not in
-its text. The paper's spectra are of SciDocsRR's texts: --analyse scidocs, or scifact where those
-are missing.
+and 3 have the same flags whatever they start from. Causal attention is in a summary of the paper,
+not in its text. The paper's spectra are of SciDocsRR's texts: --analyse scidocs, or scifact where
+those are missing.
 
 A run is OUT/VARIANT-SEED: training, then evaluate.py (into OUT/results), then collapse.py (into
-OUT/VARIANT-SEED/collapse). What is left of it is RECORDS/VARIANT-SEED.json, of a few kilobytes:
-settings, command, machine, hours, losses, scores, analysis. A run with a record is not made again,
+OUT/VARIANT-SEED/collapse). What is kept of it is RECORDS/VARIANT-SEED.json, a few kilobytes:
+settings, command, machine, hours, losses, scores, analysis. A run with a record is not repeated,
 here or on another machine; an interrupted training resumes. --jobs N works on N runs at a time,
 seed after seed, and logs to OUT/logs.
 """
@@ -72,16 +72,16 @@ from runtime.settings import adopt_older, changed_settings, flag
 
 SEEDS = [0, 1, 2]  # a verdict of bench/report.py needs three
 OBJECTIVES = ("ctkd", "nll", "rc")
-PRETEXTS = {  # of other papers: the flags that pretexts.py asks for
+PRETEXTS = {  # other papers' tasks: the flags that pretexts.py requires
     "mntp": "--objective mntp --attention bidirectional --memory-tokens 0 "
             "--train-embeddings memory",
     "ebae-ebar": "--objective ebae-ebar --attention causal"}
 RATES = ("1e-4", "3e-4", "1e-3", "2e-3")  # for all but ctkd the last three
 LATER = ("ucl", "scl", "merged", "wide")  # kinds of variants that start from another: KIND-START
 KEPT = {"merged": ["--texts", "256"], "wide": ["--texts", "1024", "--keep", "wide"]}
-NAMED = ("study", "seeds", "variant", "jobs", "base", "out", "records")  # not of the setting
-MAY_CHANGE = ("task", "task_dir", "data_dir", "about")  # of it
-LATELY = {"mntp_flags": "", "ebae_ebar_flags": ""}  # what a setting.json of before does not say
+NAMED = ("study", "seeds", "variant", "jobs", "base", "out", "records")  # not part of the setting
+MAY_CHANGE = ("task", "task_dir", "data_dir", "about")  # parts of it
+LATELY = {"mntp_flags": "", "ebae_ebar_flags": ""}  # keys that older setting.json files lack
 
 # ---------------------------------------------------------------------------------------------
 # Variants
@@ -89,7 +89,7 @@ LATELY = {"mntp_flags": "", "ebae_ebar_flags": ""}  # what a setting.json of bef
 
 
 def reads(objective: str, config: pretrain_ctkd.Config) -> int:
-    """The tokens that all networks read for one text of max_tokens, of which a is the context.
+    """The tokens that all networks read for one text of T = max_tokens, a of them its context.
 
     ctkd: T (teacher), a + K (encoder), 1 + K + S (student); nll without the teacher; rc: a = S = T;
     mntp: T; ebae-ebar: the context in two prompts of about 12 tokens.
@@ -100,7 +100,7 @@ def reads(objective: str, config: pretrain_ctkd.Config) -> int:
 
 
 def others(now: object, **options: str) -> dict[str, str]:
-    """Variant -> flags, without the one that the common setting is."""
+    """Variant -> flags, without the variant that is the common setting."""
     return {name.replace("_", "-"): flags for name, flags in options.items()
             if flags.split()[-1] != now}
 
@@ -120,7 +120,7 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
              for name in OBJECTIVES for init in inits}
 
     def rates_of(name: str, flags: str) -> dict[str, str]:
-        """An objective at the rates that are not its own."""
+        """An objective at the learning rates other than its own."""
         now = pretrain_ctkd.parse_arguments([*args.common, *flags.split()]).lr
         return {f"{'' if name == 'ctkd' else f'{name}-'}lr={lr}": f"{flags} --lr {lr}".strip()
                 for lr in RATES[name != "ctkd" :] if float(lr) != now}
@@ -160,7 +160,7 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 
 def beside(variant: str) -> str:
-    """The variant of stage 1 that a variant changes: ctkd, if its name does not say another."""
+    """The variant of stage 1 that a variant changes: ctkd, unless its name says otherwise."""
     kind, _, start = variant.partition("-")
     if kind in LATER:
         return start
@@ -202,7 +202,7 @@ def recipe(variant: str, seed: object, args: argparse.Namespace):
 
 
 def same_run(module, flags: list[str], before: dict, place: Path):
-    """UserError if a run or a record was made with other settings than `flags`."""
+    """UserError if a run or a record was made with settings other than `flags`."""
     if module is collapse:  # keeps no settings
         return
     own = {name: before[name] for name in ("threads", "out") if name in before}
@@ -214,7 +214,7 @@ def same_run(module, flags: list[str], before: dict, place: Path):
 
 
 def make(variant: str, seed: int, args: argparse.Namespace) -> Path:
-    """The run of a variant and a seed, and those that it starts from, trained."""
+    """Train the run of a variant and a seed, and those that it starts from; returns its folder."""
     module, flags, start = recipe(variant, seed, args)
     out = Path(args.out) / f"{variant}-{seed}"
     if start:
@@ -230,7 +230,7 @@ def make(variant: str, seed: int, args: argparse.Namespace) -> Path:
 def call(module, flags: list[str]):
     """Run a command of the project; ends with its exit code if it fails."""
     own = vars(module).get("report")
-    if own:  # a stage's: it is scored here, on the tasks asked for
+    if own:  # a stage's: not wanted, as runs are scored here
         module.report = lambda *_: None
     try:
         code = module.main(flags)
@@ -257,7 +257,7 @@ def tokens_with(method: str, model: str, max_tokens: int) -> int:
 
 
 def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
-    """Evaluate a model on all tasks and analyse how far it collapses, where that is not done."""
+    """Evaluate a model on all tasks and analyse how far it collapses, unless that is done."""
     flags = ["--model", model, *method, "--dtype", args.eval_dtype, "--threads",
              str(args.base.threads)]
     if method:  # an encoder knows its own length
@@ -269,17 +269,17 @@ def score(model: str, method: list[str], out: Path, args: argparse.Namespace):
     for job in jobs:
         call(evaluate, [*flags, *job, "--results", str(Path(args.out) / "results")])
     path = out / "collapse" / "collapse.json"
-    if not path.is_file():  # keep_setting lets no other text or dtype in
+    if not path.is_file():  # keep_setting refuses other texts and dtypes
         call(collapse, [*flags, "--task", args.analyse, *data, "--out", str(path.parent)])
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a log; none without one."""
+    """The rows of a log; [] if there is no log."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def thin(losses: list[float], points: int = 60) -> dict:
-    """The loss of each step as means of the first and last 50 and of equal stretches."""
+    """The losses of all steps as means of the first and last 50 and of equal stretches."""
     every = max(1, len(losses) // points)
     means = [np.mean(losses[i : i + every]) for i in range(0, len(losses), every)]
     return {"first": np.mean(losses[:50]), "last": np.mean(losses[-50:]), "every": every,
@@ -287,14 +287,14 @@ def thin(losses: list[float], points: int = 60) -> dict:
 
 
 def shorter(value, digits: int = 4):
-    """Floats in lists and lists of lists to so many significant digits."""
+    """Floats, also in nested lists, rounded to `digits` significant digits."""
     if isinstance(value, list):
         return [shorter(v, digits) for v in value]
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def machine(args: argparse.Namespace) -> str:
-    """What the runs are made on."""
+    """The machine that the runs are made on."""
     name = device_name(args.base.device)
     if find_device(args.base.device).type == "cuda":
         return name
@@ -365,7 +365,7 @@ def is_untrained(variant: str, args: argparse.Namespace) -> bool:
 
 
 def queue(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
-    """Seed, and variants to be made after each other as they start from the same: seed by seed."""
+    """(seed, variants to make one after another, as they share a start) of each job, by seed."""
     found: dict[tuple[int, str], list[str]] = {}
     for seed in args.seeds:
         for study in args.study:
@@ -412,7 +412,7 @@ def run(args: argparse.Namespace, argv: list[str]):
 
 
 def read_setting(path: Path) -> dict:
-    """A setting.json, with what it may lack."""
+    """A setting.json, with defaults for what it may lack."""
     return LATELY | json.loads(path.read_text())
 
 
@@ -425,13 +425,13 @@ def keep_setting(args: argparse.Namespace):
         if before.get(key) != now[key]:
             raise UserError(f"{path}: its runs have {key}={before.get(key)!r}, now {now[key]!r}; "
                             f"name another --out and --records")
-    if not path.is_file() or before != now:  # else the jobs of one queue would write it at once
+    if not path.is_file() or before != now:  # or the jobs of one queue would all write it
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(now, indent=2) + "\n")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; `common` are the flags of the common setting, `base` is what they say."""
+    """Parse the command line; `common`: the common setting's flags, `base`: what they parse to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False
@@ -486,7 +486,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     return run_command(lambda: run(args, argv), "the same command goes on")

@@ -3,7 +3,7 @@
     runs = read_runs(Path("bench/records/smollm2"))
     judge_all(runs)                             a verdict and its comparisons for each of CLAIMS
 
-bench/report.py makes the page of it.
+bench/report.py turns them into a page.
 """
 
 import argparse
@@ -27,8 +27,8 @@ SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-s
          "reranking-medquad": "MedQuAD*", "stsbenchmark-validation": "STSB (validation)",
          "banking77-validation": "Banking77 (validation)",
          "scifact-validation": "SciFact (validation)"}
-SEEDS, ALPHA = 3, 0.05  # what a verdict needs at least; of each test
-NO_DIFFERENCE = 2.0  # points; a difference is said to be small if it is shown to be below
+SEEDS, ALPHA = 3, 0.05  # the least that a verdict needs; level of each test
+NO_DIFFERENCE = 2.0  # points; a difference is called small if shown to be below this
 PEAK = 200  # steps of stage 3, after which the paper sees no gain
 DIMENSIONS = ("entropy", "participation", "above_1_percent")
 MEASURES = {  # key of a run -> heading, digits
@@ -47,7 +47,7 @@ class Runs:
     studies: dict[str, dict[str, str]]
     values: dict[tuple[str, int], dict[str, float]]
     records: dict[tuple[str, int], dict]
-    missing: dict[tuple[str, int], str]  # of the variants and seeds that are due, why
+    missing: dict[tuple[str, int], str]  # variants and seeds that are due -> why they lack values
     tasks: dict[str, str]  # heading -> kind
 
     def seeds(self, variant: str) -> list[int]:
@@ -77,9 +77,9 @@ class Runs:
         return self.of(a, key, seeds), self.of(b, key, seeds)
 
     def same(self, variant: str) -> str:
-        """The variant that a claim names, under the name that it has here.
+        """The name that the variant of a claim has here.
 
-        Where the common setting has its value, `causal` or `ctkd-mean` are `ctkd` itself.
+        If the common setting has that value already, `causal` or `ctkd-mean` is `ctkd` itself.
         """
         common = {self.args.base.attention: "ctkd"} | {
             f"{name}-{self.args.base.memory_init}": name for name in ablations.OBJECTIVES}
@@ -121,7 +121,7 @@ def after_peak(curve: list[dict]) -> dict[str, float]:
 
 
 def read_runs(folder: Path) -> Runs:
-    """The records that bench/ablations.py has left in a folder."""
+    """The records that bench/ablations.py has written to a folder."""
     if not (folder / "setting.json").is_file():
         raise UserError(f"{folder}: no setting.json there; is it the --records of "
                         f"bench/ablations.py?")
@@ -129,7 +129,7 @@ def read_runs(folder: Path) -> Runs:
     args.base = ablations.pretrain_ctkd.parse_arguments(args.common)
     tasks = {SHORT.get(name, name): kind for name, kind in ablations.task_names(args).items()}
     studies = {name: v for name, v in ablations.studies(args).items() if name != "curve"}
-    runs = Runs(args, studies, {}, {}, {}, tasks)  # the run of curve is one of the stages
+    runs = Runs(args, studies, {}, {}, {}, tasks)  # `curve` has a run of `stages`
     for path in sorted(folder.glob("*-*.json")):
         record = json.loads(path.read_text())
         runs.records[record["variant"], record["seed"]] = record
@@ -182,7 +182,7 @@ def equivalence(d: np.ndarray) -> float:
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's p-values: with probability 95 % none of those below 0.05 is by chance."""
+    """Holm's p-values: with probability 95 % none of those below 0.05 is due to chance."""
     p, order = np.array(p), np.argsort(p)
     adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
     return adjusted[np.argsort(order)]
@@ -190,7 +190,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 @dataclass
 class Found:
-    """A comparison as it came out; p and holm are nan if it could not be tested."""
+    """The outcome of a comparison; p and holm are nan if it could not be tested."""
 
     sides: str
     sign: str
@@ -205,7 +205,7 @@ def compare(runs: Runs, a: str, sign: str, b: str, key: str) -> Found:
     """One comparison of a claim: a > b, a < b, or a = b for a small difference."""
     a, b = runs.same(a), runs.same(b)
     (x, y), (title, digits) = runs.both(a, b, key), MEASURES.get(key, (key, 1))
-    if key == "deviation":  # of the mean score, over all seeds of each: they are no pairs
+    if key == "deviation":  # of the mean score, over all seeds of each: not paired
         x, y = runs.of(a, "mean"), runs.of(b, "mean")
     sides = f"{title}: {a} {cell(x, digits)}" + f", {b} {cell(y, digits)}" * (b != "0")
     made = [{runs.machine(name, seed) for seed in runs.seeds(name)} for name in (a, b)]

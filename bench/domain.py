@@ -1,23 +1,23 @@
-"""An encoder for a domain of one's own, start to end, and three kinds of hard negatives.
+"""An encoder for your own domain from start to finish, with three kinds of hard negatives.
 
     python bench/domain.py --rows medquad.jsonl.gz --base smollm2 --out runs/medquad
 
 From rows {query, positive, negative} (here MedQuAD's: a question, its answer, an answer about
-another side of the same disease) come, below OUT/data,
+another aspect of the same disease) it makes, in OUT/data,
 
-    documents.jsonl    texts without labels: answers, those of the test among them
+    documents.jsonl    texts without labels: answers, including those of the test
     pairs.jsonl        training rows, with their own, static negatives
-    test/              a retrieval task: questions about diseases of which no training row speaks;
+    test/              a retrieval task: questions about diseases that no training row is about;
                        the corpus is all answers of training and test rows
 
-and from them the base untrained, stage 1 and 2 on the documents, and stage 3 on the rows, always
-from stage 2's encoder and for as many steps, with three kinds of negatives:
+and with them scores the base untrained, after stages 1 and 2 on the documents, and after stage 3 on
+the rows, always from stage 2's encoder and for equally many steps, with three kinds of negatives:
 
     static       those of the rows
-    mined        found among the rows' answers by the encoder that static negatives have made
-    mined-twice  found there by the encoder that mined negatives have made
+    mined        found among the rows' answers by the encoder trained with static negatives
+    mined-twice  found there by the encoder trained with mined negatives
 
-Every command is printed and can be typed by itself. What is there already is not made again.
+Every command is printed and can be run by itself. What exists already is not made again.
 """
 
 import argparse
@@ -48,7 +48,7 @@ UNTRAINED = ("weighted-mean", "prompteol")
 
 
 def topics(rows: list[dict]) -> list[list[dict]]:
-    """The rows in groups that share no text with each other: what joins two is in one."""
+    """The rows in groups that share no text: rows linked by a text are in the same group."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -120,7 +120,7 @@ def call(*command: object):
 
 
 def train(script: str, out: Path, *flags: object):
-    """A run of a stage, resumed if it was begun, left alone if it is done."""
+    """Run a stage; a run that was begun is resumed, one that is done is left alone."""
     if not (out / "encoder/encoder.json").is_file():
         resume = ["--resume"] * (out / "config.json").is_file()
         call(script, *flags, "--out", out, *resume)
@@ -166,7 +166,7 @@ def score(model: str | Path, args: argparse.Namespace, data: Path, method: str =
 
 
 def run(args: argparse.Namespace):
-    """Make what is missing, a seed of stage 3 after the other, then print the table."""
+    """Make what is missing, one seed of stage 3 after another, then print the table."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     keep_setting(out / "setting.json", {key: value for key, value in vars(args).items()
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument

@@ -1,12 +1,12 @@
-"""What embed.py needs for files of growing size, and whether a killed one ends with the same bytes.
+"""Time and memory of embed.py for growing files, and whether a killed one ends in the same bytes.
 
     python bench/embedding.py --texts 10000 100000 1000000 --kills 3
     python bench/embedding.py --texts 100 --kills 1 --model runs/ctkd-demo     to try it out
 
-For each size a .jsonl of short made-up texts and one embed.py, on --threads: its seconds (with the
-start of some four), and the peak of its resident memory (Linux: kilobytes), imports included. Then
-the same command again, with SIGKILL at --kills moments drawn by --seed, resumed after each: how
-many texts were done at each, and whether the file ends with the same bytes.
+For each size, one embed.py on a .jsonl of short made-up texts, with --threads: its seconds (about
+four of them to start) and its peak resident memory (as Linux reports it), imports included. Then
+the same command again, killed (SIGKILL) at --kills moments drawn by --seed and resumed each time:
+how many texts were done at each, and whether the file ends with the same bytes.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def write_texts(path: Path, n: int):
 
 
 def embed(command: list[str], kill_after: float | None = None) -> tuple[float, int, int]:
-    """Run embed.py, and kill it after so many seconds: its seconds, peak in bytes, exit code."""
+    """Run embed.py, killed after `kill_after` seconds: its seconds, peak in bytes, exit code."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while True:
@@ -89,7 +89,7 @@ def measure(n: int, args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,22 +1,22 @@
-"""How long the stages and an embedded corpus take, and in how much memory, before anything is run.
+"""How long the stages and the embedding of a corpus take, and how much memory, before they run.
 
     python bench/estimate.py         the tables of docs/first-hour.md and measured.md
     python bench/estimate.py --base FOLDER --documents 1000000 --document-tokens 400
     python bench/estimate.py --base 135m 1b --measure     on one thread of this machine
 
-time     FLOPs / rate, or calls of PyTorch x CALL where these take longer. FLOPs as `utilisation` in
-         bench/time_ctkd.py counts them: n weights of all projections; stage 1 takes 4n a token of
-         encoder and student, 2n a token of the teacher, 6VD a row of the head; stages 2 and 3 take
-         6n, as a batch that does not fit is embedded twice; an encoding takes 2n. Attention scores
-         are not counted: from about a thousand tokens a text on they are no longer small.
-memory   of a process: the base in bf16; 16 bytes (weight, gradient, two moments in fp32) for each
-         trained number; what is kept for the backward pass; logits; x SLACK on the CPU, and the
+time     FLOPs / rate, or calls of PyTorch x CALL where these take longer. FLOPs are counted as for
+         `utilisation` in bench/time_ctkd.py: n weights of all projections; stage 1 takes 4n per
+         token of encoder and student, 2n per token of the teacher, 6VD per row of the head; stages
+         2 and 3 take 6n, as a batch that does not fit is embedded twice; encoding takes 2n. Not
+         counted: attention scores, which are no longer small from about 1,000 tokens per text on.
+memory   of a process: the base in bf16; 16 bytes (weight, gradient, two moments in fp32) per
+         trained parameter; what is kept for the backward pass; logits; x SLACK on the CPU, plus the
          imports. Not counted: CUDA's context, and what its allocator keeps
 
 Rates and SLACK of the CPU are fitted to the measured rows of the second table (two cores of an AMD
 EPYC with AVX512-BF16). CALL is fitted to a step of 135m on an H100 (4 texts of 128 tokens, 0.2 s);
-a GPU's rate is the data sheet's of an H100 by an assumed share, for 135m too large a one: 32 texts
-of 512 tokens took 0.4 s, in which the card was busy for 0.11 s (docs/measured.md).
+a GPU's rate is an assumed share of an H100's data sheet, too large a share for 135m: 32 texts of
+512 tokens took 0.4 s, for 0.11 s of which the card was busy (docs/measured.md).
 """
 
 import argparse
@@ -38,8 +38,8 @@ from runtime.errors import run_command
 from runtime.formats import read_llama_config
 
 K, BATCH_TOKENS = 8, 4096  # memory tokens; tokens of an encoding pass (--batch-tokens)
-CALL = 1e-5  # s; a GPU waits as long for a call of PyTorch (fitted)
-CALLS = {"train": 670, "encode": 60}  # a layer (train: measured on the CPU; encode: assumed)
+CALL = 1e-5  # s that a GPU waits for each call of PyTorch (fitted)
+CALLS = {"train": 670, "encode": 60}  # per layer (train: measured on the CPU; encode: assumed)
 SLACK, IMPORTS = 1.4, 0.25 * GIB  # on the CPU: what glibc keeps between tensors, fitted
 
 
@@ -112,7 +112,7 @@ def seconds(c: LlamaConfig, job: Job, m: Machine) -> float:
 
 
 def adapters(c: LlamaConfig) -> int:
-    """Numbers in the adapters of all layers."""
+    """Parameters in the adapters of all layers."""
     d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, (
         c.num_key_value_heads * c.head_dim)
     ends = {"q_proj": d + q, "k_proj": d + kv, "v_proj": d + kv, "o_proj": q + d,
@@ -133,14 +133,14 @@ def memory(c: LlamaConfig, job: Job, m: Machine) -> float:
         # of a layer: inputs of norms (fp32, by PyTorch) and of projections, q k v, gate and up
         layer = tokens * (2 * (4 * d + 2 * q + 2 * kv + 3 * c.intermediate_size) + 8 * d)
         found += c.num_hidden_layers * layer + 16 * (adapters(c) + (K * d + head * job.table))
-        found += 4 * 4 * 256 * c.vocab_size * (job.stage == 1)  # four tables of 256 rows of logits
+        found += 4 * 4 * 256 * c.vocab_size * (job.stage == 1)  # four tensors of 256 rows of logits
     else:
         found += 2 * BATCH_TOKENS * (4 * d + 3 * c.intermediate_size)
     return found if m.gpu else SLACK * found + IMPORTS
 
 
 def duration(s: float) -> str:
-    """Seconds in the largest unit of which there are two."""
+    """A duration of s seconds, in the largest unit of which there are at least two."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if s >= 2 * size:
             return f"{float(f'{s / size:.2g}'):g} {unit}"
@@ -148,7 +148,7 @@ def duration(s: float) -> str:
 
 
 def tables(bases: dict[str, LlamaConfig], documents: Job) -> str:
-    """Markdown: the jobs of each base on each machine; estimates beside what was measured."""
+    """Markdown: the jobs of each base on each machine; estimates next to what was measured."""
     rows = []
     for name, c in bases.items():
         for job in (*JOBS, documents):
@@ -168,7 +168,7 @@ def tables(bases: dict[str, LlamaConfig], documents: Job) -> str:
 
 def measure(c: LlamaConfig) -> tuple[float, float]:
     """Seconds of CPU and wall time in which one thread encodes 8 texts of 200 tokens, in bf16 and
-    with random weights; the second time, so that all shapes have been seen."""
+    with random weights; the second time it does so, when all shapes have been seen."""
     torch.set_num_threads(1)
     keep_freed_memory()
     encoder = Encoder(harness.random_llama(c, "bfloat16", "cpu"), SimpleNamespace(bos=[1]),
@@ -182,7 +182,7 @@ def measure(c: LlamaConfig) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

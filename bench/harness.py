@@ -1,18 +1,18 @@
 """What the scripts of bench/ share: worker processes, turns, tables, and random models to time.
 
-Each implementation lives in a process of its own, so that its peak memory is its own, and waits on
+Each implementation runs in a process of its own, so that its peak memory is its own, and waits on
 its stdin while another one is timed. Each first answers `check`: unless all compute the same, the
 script ends with an error before anything is timed. Then they take turns (turn, thread count,
 implementation); the first --warm-up turns are not counted.
 
 seconds   median over the --turns counted turns, at the thread count at which it is lowest
-peak      CPU: highest resident memory of the process (VmHWM, on Linux only), in brackets what of it
+peak      CPU: highest resident memory of the process (VmHWM, on Linux only), in brackets how far it
           is above that after the imports; CUDA: max_memory_allocated. There each timed step comes
-          after an untimed one, and cached memory is given back, as all share the device
+          after an untimed one, and cached memory is released, as all share the device
 
 On the CPU our commands let glibc keep the memory that tensors free. That is an allocator setting
-which anybody can have, so the others get it, too: the fair figure. --no-keep-memory-for-all leaves
-them as they come.
+which anybody can use, so the others get it, too, to be fair. --no-keep-memory-for-all leaves them
+at their defaults.
 """
 
 import argparse
@@ -106,14 +106,14 @@ def random_llama(shape: LlamaConfig, dtype: str, device: str) -> Llama:
 
 
 def random_texts(random, lengths, vocabulary: int) -> list[np.ndarray]:
-    """Texts of random token ids behind BOS, which is counted in the lengths."""
+    """Texts of random token ids after BOS, which is counted in the lengths."""
     return [np.concatenate(([BOS], random.integers(3, vocabulary, n - 1))).astype(np.int32)
             for n in lengths]
 
 
 def write_folder(args) -> str:
-    """A Llama's folder as all libraries read it: 7m is the embedded Llama itself, other shapes are
-    random, with the embedded tokenizer."""
+    """Write a Llama's folder that all libraries can read, and return its path: 7m is the embedded
+    Llama itself, other shapes are random, with the embedded tokenizer."""
     folder, demo = Path(args.scratch) / "llama", find_model("demo")
     folder.mkdir()
     rows = read_llama_config(demo / "config.json", ["llama"])["vocab_size"]
@@ -137,7 +137,7 @@ def write_folder(args) -> str:
 
 
 class Implementation:
-    """Something to time: subclasses have `measure(turn, **settings)`, which answers `seconds`."""
+    """Something to time: subclasses have `measure(turn, **settings)`, which returns `seconds`."""
 
     ours = False  # whether it lets glibc keep freed memory whatever the others do
     imports: tuple = ()  # modules whose memory is not the implementation's
@@ -147,7 +147,7 @@ class Implementation:
         self.build()
 
     def check(self, **settings) -> dict:
-        """What must be equal among all; here a turn's answer."""
+        """What must be equal for all implementations; by default, a turn's answer."""
         return self.measure(0, **settings)
 
     def close(self):
@@ -189,7 +189,7 @@ class TrainingStep(Implementation):
         """One whole step: loss and norm."""
         loss = self.gradient(prepared)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        loss, norm = loss.item(), norm.item()  # as the loop, which looks before it updates
+        loss, norm = loss.item(), norm.item()  # as in the loop, which checks them before it updates
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
@@ -208,8 +208,8 @@ class TrainingStep(Implementation):
 
 
 def serve(args):
-    """Build an implementation, then answer each line of stdin, a call, with a line: all JSON."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    """Build an implementation, then answer each call, a line of stdin, with a line; all JSON."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not an answer
 
     def answer(found: dict):
         print(json.dumps(found), file=answers, flush=True)
@@ -232,14 +232,14 @@ def serve(args):
 
 
 def now(device: str) -> float:
-    """Seconds, once the device has done all that it was given."""
+    """The clock in seconds, read once the device has done all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def memory_bytes(device: str, key: str) -> float:
-    """The memory of this process, on the CPU resident: now (VmRSS), or the most so far (VmHWM)."""
+    """The bytes that this process holds (CPU: resident): now (VmRSS), or at its peak (VmHWM)."""
     if device == "cuda":
         return (torch.cuda.memory_allocated() if key == "VmRSS" else
                 torch.cuda.max_memory_allocated())
@@ -281,7 +281,7 @@ class Worker:
             process.wait()
 
     def answer(self) -> dict:
-        """The next answer: of rank 0, once all have given theirs."""
+        """The next answer: rank 0's, once all ranks have given theirs."""
         lines = [process.stdout.readline() for process in self.processes]
         if not all(lines):
             code = self.processes[lines.index("")].wait()
@@ -290,10 +290,10 @@ class Worker:
         return json.loads(lines[0])
 
     def ask(self, call: str, threads: int, **settings) -> dict:
-        """What a method of the implementation answers."""
+        """Call a method of the implementation; returns its answer."""
         line = json.dumps({"call": call, "threads": threads, **settings})
         for process in self.processes:
-            with suppress(BrokenPipeError):  # `answer` says so
+            with suppress(BrokenPipeError):  # `answer` reports it
                 print(line, file=process.stdin, flush=True)
         return self.answer()
 
@@ -323,7 +323,7 @@ def memory(peak: int, before: int) -> str:
 
 
 def installed(kinds: dict[str, type]) -> dict[str, type]:
-    """The implementations whose packages are there; says which are left out."""
+    """The implementations whose packages are installed; prints which are left out."""
     missing = {label: package for label, kind in kinds.items() for package in
                {module.partition(".")[0] for module in kind.imports} if not find_spec(package)}
     for label, package in missing.items():
@@ -335,7 +335,7 @@ def race(kinds: dict[str, type], args, check: Callable, settings: dict[str, dict
          processes: int = 1) -> dict[str, Timing]:
     """Let implementations take turns, after check(label -> first answer, args); label -> Timing.
 
-    settings: what the calls of a label take besides. check may return label -> words.
+    settings: further arguments of a label's calls. check may return label -> words.
     """
     with ExitStack() as stack:
         workers = {label: stack.enter_context(Worker(kind, args, processes))
@@ -361,7 +361,7 @@ def race(kinds: dict[str, type], args, check: Callable, settings: dict[str, dict
 
 
 def check_losses(first: dict[str, dict], tolerances: dict[str, float], absolute: float = 0.0):
-    """UserError unless loss and norm of the first step are those of the first named.
+    """UserError unless loss and norm of the first step equal those of the first one named.
 
     tolerances are relative; a loss, which may be near zero, may also be off by `absolute`.
     """
@@ -422,8 +422,8 @@ def new_parser(doc: str, **defaults) -> argparse.ArgumentParser:
 def main(script: str, parse: Callable, bench: Callable, *packages: str) -> int:
     """A script's command line, or that of one of its workers; returns the exit code.
 
-    bench(args) measures, and yields what goes into the JSON so far and what is to be printed. The
-    versions of the packages named are printed and written, too.
+    bench(args) measures, and yields what goes into the JSON so far and what to print. The versions
+    of the packages named are printed and written, too.
     """
     if sys.argv[1:2] == ["--worker"]:
         return run_command(lambda: serve(SimpleNamespace(**json.loads(sys.argv[2]))))

@@ -6,7 +6,7 @@
 
 search   random unit rows in a file: seconds of the search, and the peak of resident memory (on
          Linux only) above that after the imports
-judged   rows of which one positive is known; what else the data call relevant is hidden, and a
+judged   rows with one known positive; what else the data call relevant is hidden, and a mined
          negative among it is false. scifact: its training queries, each with the first document
          judged relevant; the corpus is all judged documents and every --every'th other one.
          banking77: its training texts, each with the next one of its label; hidden are the
@@ -62,7 +62,7 @@ def time_search(args: argparse.Namespace):
 
 
 def retrieval_rows(args: argparse.Namespace):
-    """Rows, corpus, and query -> its relevant documents, of SciFact's training queries."""
+    """Rows, corpus, and query -> its relevant documents, for SciFact's training queries."""
     task = TASKS["scifact"] | {"files": {"qrels": ["qrels/train"]}, "expected": {}}
     texts, about, _ = read_task(task, args.data_dir)
     document = dict(zip(about["document_ids"], texts["documents"]))
@@ -75,7 +75,7 @@ def retrieval_rows(args: argparse.Namespace):
 
 
 def labelled_rows(args: argparse.Namespace):
-    """Rows, corpus, and text -> the others of its label, of Banking77's training texts."""
+    """Rows, corpus, and text -> the others of its label, for Banking77's training texts."""
     path = find_file(TASKS["banking77"], "train", args.data_dir)
     groups: dict[str, list[str]] = {}
     for row in read_rows(path, {"text": text, "label": label}):
@@ -117,7 +117,7 @@ def judge(args: argparse.Namespace):
 
 
 def print_row(margin: float, k: int, mined: list[dict], relevant: dict[str, list[str]]):
-    """The table's row of one margin."""
+    """Print the table's row for one margin."""
     sizes = [len(row["negative"]) for row in mined]
     false = sum(text in relevant[row["query"]] for row in mined for text in row["negative"])
     removed = sum(min(k, row["above"]) for row in mined) / (k * len(mined))
@@ -129,7 +129,7 @@ def print_row(margin: float, k: int, mined: list[dict], relevant: dict[str, list
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""An exported folder's scores by mteb, and by evaluate.py of the encoder that is in it.
+"""An exported folder's scores from mteb, and from evaluate.py for the encoder in it.
 
     python bench/mteb_parity.py exported --task sts17 scifact
     python bench/mteb_parity.py exported --task sts17 --instruction none --data-dir FOLDER
@@ -6,7 +6,7 @@
 mteb has sentence-transformers read the folder, with the folder's own prompts; evaluate.py reads it
 as the encoder that it was. Data are the hub's, or those of --data-dir, as evaluate.py takes them.
 Main scores are fractions; a difference above 1e-4 is an error. The last column is the largest
-difference of an embedding, among the first 100 texts of each side, over the largest entry.
+difference between embeddings of the first 100 texts of each role, relative to the largest entry.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from data.tasks import TASKS, find_file, read_judgements, read_task
 from evaluate import evaluate_task, instruction_for, open_model
 from runtime.errors import UserError, run_command
 
-KINDS = ("sts", "retrieval")  # what of mteb 2 has the protocol of mteb 1.12
+KINDS = ("sts", "retrieval")  # those for which mteb 2 has mteb 1.12's protocol
 CLOSE = 1e-4
 
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("folder", help="a folder that export.py has written")

@@ -6,11 +6,11 @@
     python bench/plot.py runs/collapse/collapse.json --out collapse.svg
     python bench/plot.py bench/records/demo/ctkd-*.json --show loss spectrum
 
-Of a run's folder --show takes any number of metrics.jsonl (docs/runs.md, "What is logged"),
-`scores`, the mean of --eval-tasks, and a task's name; of the JSON of collapse.py `spectrum`,
-`cosines` and `products` of the memory tokens (Eq. 7), a square per model; of a record of
-bench/ablations.py `loss`, `spectrum` and `cosines`. Runs of one color have the same settings, apart
-from the seed. Needs matplotlib.
+For a run's folder --show takes any quantity in metrics.jsonl (docs/runs.md, "What is logged"),
+`scores`, the mean of --eval-tasks, and a task's name; for the JSON of collapse.py `spectrum`, and
+`cosines` and `products` of the memory tokens (Eq. 7), a square per model; for a record of
+bench/ablations.py `loss`, `spectrum` and `cosines`. Runs of the same color have the same settings
+apart from the seed. Needs matplotlib.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")  # a file, no window
+matplotlib.use("Agg")  # draw to a file, without a window
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llm2comp",  # text stays text
                         "path.simplify_threshold": 0.5}
 import matplotlib.pyplot as plt
@@ -38,12 +38,12 @@ AXES = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_second": "
         "spectrum": "singular value / first", "cosines": "mean cosine", "products": "mean product"}
 SQUARES = ("cosines", "products")  # K x K, the others are curves
 DEFAULT = ("loss", "learning_rate", "tokens_per_second", "scores", "spectrum", "cosines")
-SMOOTH = 20  # a line's points are means over at most so many parts of a run
-LEAST = 1e-4  # smaller singular values are not drawn, as shares of the first
+SMOOTH = 20  # a line's points are means over at most this many parts of a run
+LEAST = 1e-4  # as a share of the first; smaller singular values are not drawn
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a log of numbers; none without one. UserError for a line that is no row."""
+    """The rows of a log of numbers; [] without a log. UserError for a line that is not a row."""
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
         try:
@@ -55,9 +55,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 def comparable(settings: dict) -> dict:
-    """Settings without the seed, the place, and what changes no result."""
+    """Settings without the seed, the place, and all that does not change results."""
     other = ("seed", "out", "threads", "device", "save_every")
-    model = re.sub(r"-\d+$", "", Path(str(settings.get("model", ""))).name)  # ctkd-0: its seed
+    model = re.sub(r"-\d+$", "", Path(str(settings.get("model", ""))).name)  # ctkd-0: 0 is its seed
     return {key: value for key, value in settings.items() if key not in other} | {"model": model}
 
 
@@ -93,7 +93,7 @@ def read(name: str) -> dict[str, tuple[dict, dict[str, list]]]:
         if isinstance(content, list):  # of collapse.py
             return {r["model"]: ({"of": r["model"]}, read_analysis(r)) for r in content}
         found, loss = read_analysis(content["collapse"]), content.get("loss")
-        if loss:  # means over every so many steps, drawn in their middle
+        if loss:  # means over stretches of steps, drawn at their middle
             middle = (loss["every"] - 1) / 2
             found["loss"] = [(loss["every"] * i + middle, x) for i, x in enumerate(loss["mean"])]
         return {path.stem: (comparable(content.get("settings", {"of": path.stem})), found)}
@@ -163,7 +163,7 @@ def draw(runs: dict[str, tuple[dict, dict]], shown: list[str], out: Path):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of runs, records, JSON of collapse.py")
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
             for label, found in read(name).items():
                 label = f"{label} ({name})" if label in runs else label
                 runs[label] = found
-        runs = {label.replace("$", r"\$"): found for label, found in runs.items()}  # no formula
+        runs = {label.replace("$", r"\$"): found for label, found in runs.items()}  # not a formula
         there = {key for _, found in runs.values() for key in found} - {"step"}
         if unknown := set(args.show or ()) - there:
             raise UserError(f"--show {' '.join(sorted(unknown))}: no run has logged it; there are "

@@ -1,9 +1,9 @@
-"""docs/results.md and its figures from the records that bench/ablations.py has left.
+"""Write docs/results.md and its figures from the records of bench/ablations.py.
 
     python bench/report.py                                     of bench/records/, the project's own
     python bench/report.py --runs runs/ablations/records --out runs/page.md
 
-What has no record yet is named, and enters no figure. bench/claims.py judges; the page says how.
+What has no record yet is listed, and is in no figure. bench/claims.py judges; the page says how.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from runtime.errors import run_command
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 RECORDS = Path(__file__).resolve().parent / "records"
 JUDGED = {"smollm2": "2,400 texts", "smollm2-32000": "32,000 texts, and stage 2"}  # folder -> data
-HIGH = 30  # participation ratio of the runs that are compared with each other once more
+HIGH = 30  # participation ratio from which runs are also compared among themselves
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -118,7 +118,7 @@ def draw_collapse(runs: Runs, path: Path):
 
 
 def command(runs: Runs) -> str:
-    """The command that has made the runs, as a block of shell."""
+    """The command that made the runs, as a shell block."""
     args = runs.args
     lines = [["--study", *filter(runs.begun, runs.studies)], args.common]
     lines += [["--task-dir", *pair] for pair in args.task_dir]
@@ -131,14 +131,14 @@ def command(runs: Runs) -> str:
 
 
 def model_of(runs: Runs) -> str:
-    """The base in words."""
+    """A description of the base."""
     names = {"demo": "the embedded Llama (6.9 M weights, D = 256)", "smollm2":
              "SmolLM2-135M-Instruct (D = 576; the weights of bench/smollm2.py, dequantised)"}
     return names.get(runs.args.base.model, runs.args.base.model)
 
 
 def hours_of(runs: Runs, variant: str) -> str:
-    """Mean hours of training and of scoring a run, and on what."""
+    """Mean hours of training and of scoring a run, and the machines."""
     records = [runs.records[variant, seed] for seed in runs.seeds(variant)]
     hours = " + ".join(f"{np.mean([r['hours'][key] for r in records]):.2f}"
                        for key in ("training", "scoring")
@@ -171,7 +171,7 @@ seed see the same texts in the same order, but for those of `texts`. Training in
 
 
 def claims_section(runs: Runs) -> str:
-    """The table of claims, one row per comparison; those not run in a line each."""
+    """The table of claims, one row per comparison, and a line for each claim that was not run."""
     judged, rows, missing = judge_all(runs), [], []
     study_of = {name: study for study, variants in reversed(runs.studies.items())
                 for name in variants}
@@ -228,7 +228,7 @@ def measures_table(runs: Runs) -> str:
 
 
 def short_section(runs: Runs, title: str, text: str) -> str:
-    """Runs by which no claim is judged: command, scores, measures."""
+    """Runs that judge no claim: command, scores, measures."""
     return f"""## {title}
 
 {text}
@@ -245,7 +245,7 @@ def short_section(runs: Runs, title: str, text: str) -> str:
 
 def trained_runs(there: dict[str, Runs]) -> dict[str, list[tuple[str, dict[str, float]]]]:
     """Tasks in words -> variant and values of SmolLM2's trained runs of all folders, scored on the
-    tasks that these have in common, with the loss that stage 1 by ctkd ended at."""
+    tasks that these have in common, with the final loss of stage 1 if that was ctkd."""
     found = {"three validation tasks": [], "six test tasks": []}
     for name, runs in there.items():
         if not name.startswith("smollm2"):
@@ -285,7 +285,7 @@ failed runs from good ones better than good ones from each other.
 
 
 def rank_correlation(pairs: list[tuple[float, float]]) -> str:
-    """Spearman's, in a table's cell; of less than three runs there is none."""
+    """Spearman's correlation as a table cell, "-" for fewer than three runs."""
     if len(pairs) < 3:
         return "-"
     rho, p = stats.spearmanr(*zip(*pairs))
@@ -331,7 +331,7 @@ SMOKE = "It shows that every part works, and judges nothing."
 
 
 def judged_section(runs: Runs, title: str, end: str) -> str:
-    """Runs by which the claims are judged; `end` is that of their figures' names."""
+    """Runs by which the claims are judged; `end` is the suffix of their figures' names."""
     found = next((r["collapse"]["texts"] for r in runs.records.values()), 0)
     return f"""{first_section(runs, title)}
 {claims_section(runs)}
@@ -355,8 +355,8 @@ one run; `python bench/ablations.py --help` says what a variant is.
 
 
 def costs_section(there: dict[str, Runs]) -> str:
-    """What the runs of each judged variant read and took, by machine; a stage's row has that stage
-    alone."""
+    """What the runs of each judged variant read and how long they took, by machine; a stage's row
+    counts that stage alone."""
     rows = []
     for name, what in JUDGED.items():
         found: dict[tuple, list[dict]] = {}
@@ -441,7 +441,7 @@ def write(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument

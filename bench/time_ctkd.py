@@ -5,13 +5,13 @@
     python bench/time_ctkd.py --shape 7b --device cuda --batch 16 --peak-tflops 989
 
 A step is forward, backward, clip and AdamW on one batch of random token ids, with the paper's
-dropout of the adapters' input; all implementations get the same weights (drawn by parameter name),
+dropout on the adapters' input; all implementations get the same weights (drawn by parameter name),
 batches, splits and adapters.
 
     ours       the body of pretrain_ctkd.train's loop
-    official   (a) the method as the official code writes it: two copies of the base, eager
-               attention, padding and masks, logits of every token (of the encoder's too), masks,
-               slices and losses in Python loops over the texts
+    official   (a) the method as the official code has it: two copies of the base, eager attention,
+               padding and masks, logits of every token (also the encoder's); masks, slices and
+               losses in Python loops over the texts
     good       (b) transformers + peft done well: one copy, adapters switched off for teacher and
                student, SDPA, padding on the right (the causal passes need no mask then) up to a
                multiple of 64 (shapes repeat), the head on the needed rows only, one KL
@@ -19,11 +19,11 @@ batches, splits and adapters.
 The loss of the first batch without dropout must agree to 2e-3, the norm of its gradient to 2 %
 (fp32: both to 1e-3). Turns, seconds and peak are those of bench/harness.py.
 
-tokens/s     median of real tokens (texts with BOS, no padding, no memory tokens) by seconds
-utilisation  median of useful FLOPs by seconds, as a share of the rate of one matrix product (a
+tokens/s     median of real tokens (texts with BOS, no padding, no memory tokens) / seconds
+utilisation  median of useful FLOPs / seconds, as a share of the rate of one matrix product (a
              batch's tokens through an up_proj) that takes turns with the steps, at the same number
-             of threads. Useful: 4n a token of encoder (context + K) and student (1 + K + S), 2n a
-             token of the teacher, n = weights of all projections; the head counts for the S + 1
+             of threads. Useful: 4n per token of encoder (context + K) and student (1 + K + S), 2n
+             per token of the teacher, n = weights of all projections; the head counts for the S + 1
              needed rows of a text, 4VD for the student and 2VD for the teacher. Padding, attention
              scores, adapters and the optimiser are not counted.
 """
@@ -116,7 +116,7 @@ class Ours(CtkdStep):
 
 
 class Baseline(CtkdStep):
-    """What both versions on transformers + peft share; `build_model` and `loss` are theirs."""
+    """What both versions on transformers + peft share; they define `build_model` and `loss`."""
 
     imports = ("peft", "transformers.models.llama.modeling_llama")
 
@@ -243,7 +243,7 @@ class Good(Baseline):
         self.modules = nn.ModuleList([self.peft, self.table])
 
     def hidden(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Without a mask SDPA is causal: no row sees the padding behind its text."""
+        """Without a mask SDPA is causal: no row sees the padding after its text."""
         return self.llama_model(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
     def pad(self, rows: list[Tensor], before: int = 0) -> Tensor:
@@ -333,7 +333,7 @@ def useful_flops(c: LlamaConfig, batch: SplitBatch, k: int) -> int:
 
 
 def check(first: dict[str, dict], args):
-    """All but the matrix product have the first one's loss and norm."""
+    """UserError unless all but the matrix product have the first one's loss and norm."""
     steps = {label: answer for label, answer in first.items() if "loss" in answer}
     bf16 = args.dtype == "bfloat16"
     harness.check_losses(steps, {"loss": 2e-3 if bf16 else 1e-3, "norm": 2e-2 if bf16 else 1e-3})
@@ -375,7 +375,7 @@ def bench(args):
 
 
 def parse():
-    """The command line."""
+    """Parse the command line."""
     parser = harness.new_parser(__doc__, shape="134m", dtype="bfloat16", device="cpu",
                                 threads=[1, 2], turns=8, warm_up=2)
     add = parser.add_argument

@@ -4,18 +4,18 @@
     python bench/time_encode.py --shape 134m --dtype bfloat16 --texts 500
     python bench/time_encode.py --shape 7b --dtype bfloat16 --device cuda
 
-From texts, of --lengths tokens of the embedded passages, to the mean of a causal Llama's states;
-at most 512 tokens with BOS. SDPA, the same weights, dtype and threads for all.
+Timed from texts, of --lengths tokens of the embedded passages, to the mean of a causal Llama's
+states; at most 512 tokens with BOS. SDPA, and the same weights, dtype and threads for all.
 
 ours                   plain_encoder(...).encode, no padding
-sentence-transformers  Transformer and Pooling, its own sorting (by characters); texts a batch:
-                       --batch-tokens by the mean length
+sentence-transformers  Transformer and Pooling, its own sorting (by characters); texts per batch:
+                       --batch-tokens / mean length
 transformers           LlamaModel, texts sorted by length, padded on the right (which causal
                        attention needs no mask for); a batch with its padding fills --batch-tokens
 
-The others' ids must be ours, and their embeddings: fp32 to 1e-4, bf16 cosine at least 0.999. Time
+The others must get our ids, and our embeddings: fp32 to 1e-4, bf16 to a cosine of 0.999. Time
 includes the tokenizer; real tokens are those of the texts with BOS, without padding. Turns, seconds
-and peak as in bench/harness.py; the check is the warm-up, the texts are in the peak.
+and peak as in bench/harness.py; the check is the warm-up, and the peak includes the texts.
 """
 
 import json
@@ -40,7 +40,7 @@ LONGEST = 512  # tokens of a text, BOS counted
 
 
 class Encoding(Implementation):
-    """What the three share; `build()` and `encode(texts)` are theirs."""
+    """What the three share; they define `build()` and `encode(texts)`."""
 
     def __init__(self, args):
         self.texts = json.loads(Path(args.texts).read_text())
@@ -53,13 +53,13 @@ class Encoding(Implementation):
         return {"seconds": harness.now(self.args.device) - clock}
 
     def check(self) -> dict:
-        """A turn, whose embeddings are left in a file."""
+        """A turn, whose embeddings are saved to a file."""
         found, file = self.measure(0), f"{self.args.scratch}/{type(self).__name__}.npy"
         np.save(file, self.rows)
         return {**found, "file": file}
 
     def check_ids(self, theirs: list[list[int]]):
-        """UserError unless a library's ids of the first texts are ours, BOS and cut included."""
+        """UserError unless a library's ids of the first texts equal ours, with BOS and cut."""
         ours = tokens_of(self.args.folder, self.texts[: len(theirs)])
         for a, b in zip(ours, theirs):
             if a.tolist() != list(b):
@@ -123,7 +123,7 @@ class Transformers(Encoding):
 
 
 def padded_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of texts, longest first; longest times count is at most `budget` (or one text)."""
+    """Batches of text indices, longest first; longest x count is at most `budget` (or one text)."""
     batches, room = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not room:
@@ -156,7 +156,7 @@ def sample_texts(args) -> list[str]:
 
 
 def check_rows(first: dict[str, dict], args) -> dict[str, str]:
-    """Label -> how near its embeddings are to ours; UserError if they are not near enough."""
+    """Label -> how close its embeddings are to ours; UserError if they are not close enough."""
     ours, *others = ((label, np.load(answer["file"])) for label, answer in first.items())
     words = {"ours": "-"}
     for label, rows in others:
@@ -193,7 +193,7 @@ def bench(args):
 
 
 def parse():
-    """The command line."""
+    """Parse the command line."""
     parser = harness.new_parser(__doc__, shape="7m", dtype="float32", device="cpu", threads=[1],
                                 turns=5, warm_up=0)
     add = parser.add_argument

@@ -5,26 +5,26 @@
     python bench/time_scl.py --implementations ours --rows 64 1024 --turns 1       its peak memory
 
 A step is forward, backward, clip and AdamW (fused) on rows of a query, a positive and a negative,
-all of random token ids; new ones each turn, equal for all. A positive begins like its query. Causal
-attention, the mean of all tokens with BOS, LoRA r 16, alpha 32 on all projections but k_proj,
-dropout 0, temperature 0.05; the adapters start from equal values, B small but not zero, so that the
-first gradient has all parts. Loss and norm of the first gradient must agree: fp32 to 1e-3, bf16 to
-1e-2 (a loss near zero absolutely) and 5e-2.
+all of random token ids; new ones each turn, the same for all. A positive begins like its query.
+Causal attention, the mean of all tokens with BOS, LoRA r 16, alpha 32 on all projections but
+k_proj, dropout 0, temperature 0.05; the adapters start from equal values, B small but not zero, so
+that no part of the first gradient is zero. Loss and norm of the first gradient must agree: in fp32
+to 1e-3, in bf16 to 1e-2 (if the loss is near zero, absolutely) and 5e-2.
 
 ours                   the body of contrastive.train's loop, --micro-tokens at a time
 one-micro-batch        the same without recomputation, if memory allows
 sentence-transformers  CachedMultipleNegativesRankingLoss, adapters by add_adapter (PEFT): a row of
                        the table for each --mini-batch, by default as many texts as --micro-tokens
                        hold on average, and a quarter of them
-    sorted rows        rows sorted by their longest text, which the loss does not see, before they
-                       are made a batch
+    sorted rows        rows sorted by their longest text before they are batched, which does not
+                       change the loss
 
 sentence-transformers gets the ids that its collator would make of strings: each column padded to
-its longest text, outside the clock. It cuts a mini-batch to that one's longest text itself; what
-is left is `padding`, counted in its forward calls. (Its input without padding needs CUDA.) In bf16
+its longest text, which is not timed. It cuts each mini-batch to its longest text itself; what is
+left is `padding`, counted in its forward calls. (Its input without padding needs CUDA.) In bf16
 its base is bf16, its adapters fp32, and the loss reads fp32 embeddings, as here; it runs under
 autocast, which was faster than PEFT's own casting. Turns, seconds and peak as in bench/harness.py,
-but that the peak in brackets is above imports and weights.
+except that the peak in brackets is above imports and weights.
 """
 
 import sys
@@ -150,7 +150,7 @@ class SentenceTransformers(SclStep):
         batch, self.computed_tokens = draw_batch(self.args, turn), 0
         size, tokens = int(mini_batch.removesuffix("t")), mini_batch.endswith("t")
         self.loss.mini_batch_num_tokens = size if tokens else None
-        self.loss.mini_batch_size = 32 if tokens else size  # else its default, for the loss only
+        self.loss.mini_batch_size = 32 if tokens else size  # 32: the default, for the loss only
         n = len(batch.queries)
         triples = list(zip(batch.queries, batch.keys[:n], batch.keys[n:]))
         if rows == "sorted":
@@ -217,7 +217,7 @@ def bench(args):
 
 
 def parse():
-    """The command line."""
+    """Parse the command line."""
     parser = harness.new_parser(__doc__, shape="7m", dtype="float32", threads=[2], turns=5,
                                 warm_up=1)
     add, span = parser.add_argument, {"type": whole(2), "nargs": 2, "metavar": ("LOW", "HIGH")}

@@ -1,13 +1,13 @@
-"""Scoring of retrieval, timed side by side: measures.retrieval and mteb, whose place it takes.
+"""Scoring of retrieval, timed side by side: measures.retrieval and mteb, which it replaces.
 
     python bench/time_scoring.py
 
-Given random embeddings of --dims columns in SciFact's size (5,183 documents, 300 queries with one
-or two judged documents each); nothing is encoded, bench/time_encode.py does that. Timed are ranking
-and metrics, of mteb's from the moment that it holds the documents' embeddings. Both rank 101
-documents, which is less than mteb does by itself; it computes more metrics. nDCG@10, MAP@10 and
-recall@100 must agree to 1e-5.
-Turns, seconds and peak as in bench/harness.py; the check is the warm-up, the data are in the peak.
+The input is random embeddings of --dims columns in SciFact's size (5,183 documents, 300 queries
+with one or two judged documents each); bench/time_encode.py times encoding. Timed are ranking and
+metrics, for mteb from the moment that it has the documents' embeddings. Both rank 101 documents,
+fewer than mteb does by default; mteb computes more metrics. nDCG@10, MAP@10 and recall@100 must
+agree to 1e-5.
+Turns, seconds and peak as in bench/harness.py; the check is the warm-up, the peak has the data.
 """
 
 import sys
@@ -80,7 +80,7 @@ class MtebScoring(Scoring):
                        for name, ids in (("corpus", self.data["document_ids"]), ("queries", ids))}
 
     def encode(self, inputs, *, prompt_type, **_) -> torch.Tensor:
-        self.clock = time.perf_counter()  # the last ones are the documents
+        self.clock = time.perf_counter()  # in the last call, for the documents
         return self.rows[prompt_type.value]
 
     def similarity(self, a, b) -> torch.Tensor:
@@ -130,7 +130,7 @@ def bench(args):
 
 
 def parse():
-    """The command line."""
+    """Parse the command line."""
     parser = harness.new_parser(__doc__, threads=[1], turns=5, warm_up=0)
     add = parser.add_argument
     add("--dims", type=whole(), nargs="+", default=[384, 4096], help="sizes of embeddings")

@@ -1,4 +1,4 @@
-"""Validation tasks, on which settings are chosen, of parts that no test score is made from.
+"""Validation tasks for choosing settings, made of data that no test score is computed from.
 
     python bench/validation.py --out validation                     data from the hub
     python bench/validation.py --out validation --data-dir FOLDER   or from a copy in its layout
@@ -32,14 +32,14 @@ QUERIES = 200
 
 
 def write(path: Path, rows: list[dict]):
-    """A .jsonl, one row per line."""
+    """Write a .jsonl, one row per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{path}: {len(rows):,} rows")
 
 
 def make(out: Path, data_dir: str | None):
-    """Write the three tasks below `out`; UserError for data that are not there, or damaged."""
+    """Write the three tasks below `out`; UserError for data that are missing or damaged."""
 
     def rows(task: str, role: str, optional=(), **fields) -> list[dict]:
         return read_rows(find_file(TASKS[task], role, data_dir), fields, optional)
@@ -68,7 +68,7 @@ def make(out: Path, data_dir: str | None):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--out", required=True, help="folder to write, must be new")
