@@ -1,6 +1,6 @@
 """Stages 2 and 3 of LLM2Comp: sharpen the encoder by contrastive learning.
 
-    torchrun contrastive.py                                   stage 2 (ucl) on the embedded demo
+    torchrun contrastive.py                                   stage 2 (ucl) on the bundled demo
     torchrun contrastive.py --stage scl                       stage 3 (scl) after it
     torchrun --nproc-per-node 8 contrastive.py --preset paper --model runs/llama2 \\
         --out runs/llama2-ucl
@@ -458,13 +458,13 @@ def diagnostics(queries: Tensor, keys: Tensor, temperature: float, excluded: Ten
 
 
 def report(config: Config, device: torch.device):
-    """Score the encoder and what it came from on the embedded STS set; say what to run next."""
+    """Score the encoder and what it came from on the bundled STS set; say what to run next."""
     from evaluate import demo_sts, open_model
 
     folder = Path(config.out)
     options = {"dtype": scoring_dtype(None, device), "device": str(device),
                "base": config.base or None, "other_base": config.other_base}
-    print("\nembedded STS set (325 pairs), Spearman x 100")
+    print("\nbundled STS set (325 pairs), Spearman x 100")
     rows = {"before": config.model, config.stage: folder / "encoder"}
     if is_encoder(folder / "best"):
         rows[f"{config.stage}, best"] = folder / "best"

@@ -111,7 +111,7 @@ def evaluate_task(task: str | dict, encode: Encode, data_dir: str | Path | None 
 
 
 def demo_sts(encoder: Encoder) -> float:
-    """Spearman x 100 on the embedded STS set, with its instruction if the encoder takes one."""
+    """Spearman x 100 on the bundled STS set, with its instruction if the encoder takes one."""
     instruction = instruction_for("demo-sts", "auto", encoder)
     encode = partial(encoder.encode, instruction=instruction)
     return 100 * evaluate_task("demo-sts", encode)["main_score"]
@@ -133,7 +133,7 @@ def find_task(name: str, flag: str = "--task") -> dict:
 
 
 def newest_encoder() -> str:
-    """The encoder folder under runs/ that was written last, else the embedded Llama."""
+    """The encoder folder under runs/ that was written last, else the bundled Llama."""
     found = sorted(Path("runs").rglob("encoder/encoder.json"), key=lambda p: p.stat().st_mtime)
     return str(found[-1].parent) if found else "demo"
 
@@ -436,7 +436,7 @@ def run(args: argparse.Namespace, tasks: dict[str, dict], ranks: Ranks) -> int:
         jobs[key] = path, settings, result
 
     chosen = "  (the newest encoder under runs/)" if not args.model and name != "demo" else ""
-    say(f"model   {printable(name)}{'  (the embedded tiny Llama)' if name == 'demo' else chosen}\n"
+    say(f"model   {printable(name)}{'  (the bundled tiny Llama)' if name == 'demo' else chosen}\n"
         f"method  {method}, {encoder.config.attention}, {str(dtype).removeprefix('torch.')}\n\n"
         f"{'task':<26}{'main score':<17}{'x 100':>7}{'seconds':>9}")
     encode, scores, failed = encoding(encoder, method), {}, False

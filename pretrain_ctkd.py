@@ -1,6 +1,6 @@
 """Stage 1 of LLM2Comp: compress a text into K memory tokens; the frozen Llama continues from them.
 
-    torchrun pretrain_ctkd.py                                 the embedded demo, minutes on 2 cores
+    torchrun pretrain_ctkd.py                                 the bundled demo, minutes on 2 cores
     torchrun pretrain_ctkd.py --preset smollm2                a real Llama, 20 minutes on one core
     torchrun --nproc-per-node 4 pretrain_ctkd.py --preset paper --out runs/llama2
     torchrun pretrain_ctkd.py --model FOLDER_OR_REPOSITORY --text texts.jsonl --out runs/mine
@@ -373,7 +373,7 @@ def report(config: Config, device: torch.device):
 
     folder = f"{config.out}/encoder"
     options = {"dtype": scoring_dtype(None, device), "device": str(device)}
-    print("\nembedded STS set (325 pairs), Spearman x 100")
+    print("\nbundled STS set (325 pairs), Spearman x 100")
     shape = replace(PLAIN, max_tokens=config.max_tokens, bos=config.bos,
                     special_tokens=config.special_tokens)
     plain = plain_encoder(config.model, shape, config.revision or None, **options)

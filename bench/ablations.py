@@ -1,6 +1,6 @@
 """The paper's ablations: variants x seeds of stage 1 and later stages, scored and analysed.
 
-    python bench/ablations.py                              the objectives, embedded demo, 3 seeds
+    python bench/ablations.py                              the objectives, bundled demo, 3 seeds
     python bench/ablations.py --study rate tokens --seeds 0 --preset smollm2 --threads 1 --jobs 2 \\
         --task sts17 scifact --data-dir FOLDER --out runs/mine --records bench/records/mine
     python bench/report.py                                 docs/results.md from bench/records/

@@ -22,8 +22,8 @@ import ablations
 from data.tasks import TASKS
 from runtime.errors import UserError
 
-SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-sts": "embedded STS",
-         "demo-retrieval": "embedded retrieval", "clustering-20newsgroups": "20 Newsgroups*",
+SHORT = {"STSBenchmark": "STSB", "Banking77Classification": "Banking77", "demo-sts": "bundled STS",
+         "demo-retrieval": "bundled retrieval", "clustering-20newsgroups": "20 Newsgroups*",
          "reranking-medquad": "MedQuAD*", "stsbenchmark-validation": "STSB (validation)",
          "banking77-validation": "Banking77 (validation)",
          "scifact-validation": "SciFact (validation)"}

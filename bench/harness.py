@@ -53,7 +53,7 @@ from runtime.hub import find_model  # noqa: E402
 
 SHAPES = {  # V, D, intermediate, layers, heads, key-value heads, head_dim
     "tiny": LlamaConfig(512, 64, 128, 2, 4, 4, 16),
-    "7m": LlamaConfig(8192, 256, 704, 6, 4, 4, 64, 1e-5, True),  # the embedded Llama's
+    "7m": LlamaConfig(8192, 256, 704, 6, 4, 4, 64, 1e-5, True),  # the bundled Llama's
     "134m": LlamaConfig(32000, 768, 2048, 12, 12, 12, 64),
     "smollm2": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, True),  # SmolLM2-135M's
     "1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, True),  # Llama-3.2-1B's
@@ -112,8 +112,8 @@ def random_texts(random, lengths, vocabulary: int) -> list[np.ndarray]:
 
 
 def write_folder(args) -> str:
-    """Write a Llama's folder that all libraries can read, and return its path: 7m is the embedded
-    Llama itself, other shapes are random, with the embedded tokenizer."""
+    """Write a Llama's folder that all libraries can read, and return its path: 7m is the bundled
+    Llama itself, other shapes are random, with the bundled tokenizer."""
     folder, demo = Path(args.scratch) / "llama", find_model("demo")
     folder.mkdir()
     rows = read_llama_config(demo / "config.json", ["llama"])["vocab_size"]
@@ -389,7 +389,7 @@ def whole(least: int = 1) -> Callable[[str], int]:
 
 
 FLAGS = {
-    "shape": {"choices": list(SHAPES), "help": "of the Llama; 7m: that of the embedded one"},
+    "shape": {"choices": list(SHAPES), "help": "of the Llama; 7m: that of the bundled one"},
     "dtype": {"choices": ["bfloat16", "float32"], "help": "of the weights"},
     "device": {"choices": ["cpu", "cuda"], "help": "where all of it runs"},
     "threads": {"type": whole(), "nargs": "+", "help": "CPU thread counts"},

@@ -132,7 +132,7 @@ def command(runs: Runs) -> str:
 
 def model_of(runs: Runs) -> str:
     """A description of the base."""
-    names = {"demo": "the embedded Llama (6.9 M weights, D = 256)", "smollm2":
+    names = {"demo": "the bundled Llama (6.9 M weights, D = 256)", "smollm2":
              "SmolLM2-135M-Instruct (D = 576; the weights of bench/smollm2.py, dequantised)"}
     return names.get(runs.args.base.model, runs.args.base.model)
 

@@ -4,7 +4,7 @@
     python bench/time_encode.py --shape 134m --dtype bfloat16 --texts 500
     python bench/time_encode.py --shape 7b --dtype bfloat16 --device cuda
 
-Timed from texts, of --lengths tokens of the embedded passages, to the mean of a causal Llama's
+Timed from texts, of --lengths tokens of the bundled passages, to the mean of a causal Llama's
 states; at most 512 tokens with BOS. SDPA, and the same weights, dtype and threads for all.
 
 ours                   plain_encoder(...).encode, no padding
@@ -146,7 +146,7 @@ def tokens_of(folder: str | Path, texts: list[str]) -> list[np.ndarray]:
 
 
 def sample_texts(args) -> list[str]:
-    """--texts texts of --lengths tokens each, cut from the embedded passages."""
+    """--texts texts of --lengths tokens each, cut from the bundled passages."""
     tokenizer, (low, high) = open_tokenizer(find_model("demo")), args.lengths
     row = np.concatenate([ids[1:] for ids in tokenizer.encode(read_texts("demo"))])
     random = np.random.default_rng(args.seed)

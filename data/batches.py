@@ -195,7 +195,7 @@ def other_positives(texts: list[str], triples: list[Triple]) -> Tensor:
 
 
 def every_sentence(source: str) -> list[str]:
-    """The texts of a source; for the embedded passages, their sentences."""
+    """The texts of a source; for the bundled passages, their sentences."""
     rows = every_text(source)
     if source == "demo":
         rows = [s for text in rows for s in re.split(r"(?<=[.?!])\s+", text)]

@@ -185,7 +185,7 @@ def parse_row(line: bytes) -> Row:
 
 
 class Triples:
-    """The rows of a file, of a folder of files, or of the embedded `demo`.
+    """The rows of a file, of a folder of files, or of the bundled `demo`.
 
     A row's own instruction takes precedence. A file named like one of the public E5 training files
     gets that data set's instructions (data/e5_instructions.json), any other file `instruction`; if

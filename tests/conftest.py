@@ -82,13 +82,13 @@ def reference():
 
 @pytest.fixture(scope="module")
 def ctkd_encoder() -> Encoder:
-    """Stage 1's encoder of the embedded Llama in float64, with adapters whose B is not zero."""
+    """Stage 1's encoder of the bundled Llama in float64, with adapters whose B is not zero."""
     return stage1_encoder(CTKD)
 
 
 @pytest.fixture(scope="module")
 def id_texts() -> SplitTexts:
-    """32 texts of random token ids of the embedded Llama, of unequal lengths."""
+    """32 texts of random token ids of the bundled Llama, of unequal lengths."""
     draw = np.random.default_rng(0)
     return split_texts([np.concatenate(([1], draw.integers(3, 8192, n))).astype(np.int32)
                         for n in draw.integers(20, 70, 32)])

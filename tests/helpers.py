@@ -570,7 +570,7 @@ def sts17(*arguments) -> int:
 
 
 def mteb_demo_tasks(mteb, sts="DemoSTS", retrieval="DemoRetrieval") -> dict:
-    """The embedded tasks as tasks of mteb of these names; their data come from this repository."""
+    """The bundled tasks as tasks of mteb of these names; their data come from this repository."""
     from datasets import Dataset, DatasetDict
 
     demo = ROOT / "data/demo"

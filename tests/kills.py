@@ -1,6 +1,6 @@
 """Kill a training run again and again at drawn moments, beside one that nobody disturbs.
 
-Two processes under torchrun with restarts train the embedded Llama. A killer draws, from a seed,
+Two processes under torchrun with restarts train the bundled Llama. A killer draws, from a seed,
 whom to kill (one rank, or torchrun and both ranks), in which phase of the program (forward,
 backward, save, rename, or any time, also while starting) and how far into it, waits for that moment
 and sends SIGKILL. A killed rank is torchrun's to restart; a killed job is started again here with

@@ -206,7 +206,7 @@ def test_ablations_run_once_and_are_recorded(tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "was run with other settings (steps: 2 -> 3); name another --out" in error
     runs = claims.read_runs(kept)
-    assert runs.values["causal", 0].keys() >= {"embedded STS", "sts", "mean", "entropy"}
+    assert runs.values["causal", 0].keys() >= {"bundled STS", "sts", "mean", "entropy"}
     assert ("merged-nll", 0) in runs.values and ("nll", 0) in runs.values
 
 

@@ -290,7 +290,7 @@ def test_the_texts_of_a_contrastive_batch_do_not_depend_on_k(memory_tokens, tiny
     assert max(map(len, batch.queries)) == 24 and max(map(len, batch.keys)) == 20
 
 
-def test_the_embedded_data_are_read_by_name(encoder):
+def test_the_bundled_data_are_read_by_name(encoder):
     config = Config(text="demo", num_texts=300, text_seed=-1, max_tokens=40)
     data = contrastive.open_data(config, encoder, False)
     assert len(data.texts) == 300

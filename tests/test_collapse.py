@@ -119,7 +119,7 @@ def test_alignment_and_uniformity_match_plain_loops():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """An encoder folder of the embedded Llama with four memory tokens."""
+    """An encoder folder of the bundled Llama with four memory tokens."""
     config = stage1.Config(**stage1.PRESETS["demo"] | {"memory_tokens": 4, "dtype": "float32"})
     encoder = stage1.new_encoder(config, run_of(config))
     encoder.history[0]["stage"] = "ctkd"

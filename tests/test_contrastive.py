@@ -430,7 +430,7 @@ def test_what_a_run_prints(argv, home, ctkd, tmp_path, capsys):
         f"torch {torch.__version__}, 1 process(es) on cpu, 1 thread(s) each, float32",
         f"model  {ctkd}: ", "; ucl, memory pooling, bidirectional",
         f"data   {home}/texts.txt: 40 texts, ", f"steps  2 of 8 -> {out}",
-        "embedded STS set (325 pairs)", "before      ctkd ", "ucl         ctkd + ucl ",
+        "bundled STS set (325 pairs)", "before      ctkd ", "ucl         ctkd + ucl ",
         "ucl, best   ctkd + ucl ", f"torchrun contrastive.py --stage scl --model {out} "
         "--triples FOLDER --out FOLDER\n",
     ]:

@@ -273,7 +273,7 @@ def test_the_python_on_the_pages_runs_and_agrees(names):
 
 
 def test_the_block_for_mteb_runs_and_agrees(names, monkeypatch, mteb):
-    """On an embedded task in place of the one that it would download."""
+    """On a bundled task in place of the one that it would download."""
     ((page, code),) = [(page, code) for page, blocks in PYTHON.items() for code in blocks
                        if "import mteb" in code]
     task = mteb_demo_tasks(mteb)["demo-sts"]

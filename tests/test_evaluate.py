@@ -190,7 +190,7 @@ def test_a_nan_score_is_refused(tmp_path):
         evaluate_task(folder(tmp_path, "sts"), lambda texts: np.ones((len(texts), 3)))
 
 
-def test_the_embedded_tasks_are_scored_by_name():
+def test_the_bundled_tasks_are_scored_by_name():
     for name in ("demo-sts", "demo-retrieval"):
         scores = evaluate_task(name, letters)
         assert 0.1 < scores["main_score"] < 1 and scores["notes"] == []
@@ -566,10 +566,10 @@ def test_the_default_model_is_the_newest_encoder(tiny, here, capsys):
     assert settings["model"] == "runs/b/encoder" and settings["history"][0]["seed"] == 1
 
 
-def test_without_a_run_the_default_model_is_the_embedded_llama(here, capsys):
+def test_without_a_run_the_default_model_is_the_bundled_llama(here, capsys):
     (here / "runs" / "unfinished").mkdir(parents=True)
     assert sts17() == 0
-    assert "model   demo  (the embedded tiny Llama)" in capsys.readouterr().out
+    assert "model   demo  (the bundled tiny Llama)" in capsys.readouterr().out
     assert (here / "results/demo@weighted-mean/STS17.json").is_file()
 
 

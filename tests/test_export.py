@@ -226,7 +226,7 @@ def test_sentence_transformers_gives_the_same_embeddings(case, kind, tiny_of, tm
 
 @pytest.mark.parametrize("template", ["{text}", INSTRUCTED])
 def test_mteb_scores_the_folder_as_evaluate_scores_the_encoder(template, mteb, tmp_path, capsys):
-    """On the embedded tasks, under the names of two of the 14, by which mteb finds the prompts."""
+    """On the bundled tasks, under the names of two of the 14, by which mteb finds the prompts."""
     encoder = plain_encoder("demo", EncoderConfig(template=template))
     encoder.add_memory("normal", False, torch.Generator().manual_seed(5))
     encoder.history = [{"stage": "ctkd"}]

@@ -31,7 +31,7 @@ def test_a_name_that_is_neither_a_folder_nor_a_repository_is_refused(name, tmp_p
     refused(lambda: find_model(name), name, "no such folder")
 
 
-def test_demo_is_the_embedded_model():
+def test_demo_is_the_bundled_model():
     assert find_model("demo") == ROOT / "data" / "demo" / "llama"
     assert find_model("demo").is_dir()
 

@@ -370,7 +370,7 @@ def test_a_finished_run_that_is_resumed_only_reports(run, tmp_path, capsys):
     before, first = files(tmp_path), capsys.readouterr().out
     assert run("run", "--steps", 4, "--resume") == 0
     assert files(tmp_path) == before
-    reports = [text.partition("embedded STS")[2] for text in (first, capsys.readouterr().out)]
+    reports = [text.partition("bundled STS")[2] for text in (first, capsys.readouterr().out)]
     assert reports[0] == reports[1] and "; next" in reports[0]
 
 

@@ -378,7 +378,7 @@ def test_the_page_says_what_it_is_and_how_often_chance_would_speak(folder, capsy
     assert ("Training in bfloat16 on\ncpu (torch 2.13); evaluation and analysis in float32."
             ) in text
     head = " ".join(text[:700].split())
-    assert "**Exploratory**" in head and "the embedded Llama (6.9 M weights, D = 256)" in head
+    assert "**Exploratory**" in head and "the bundled Llama (6.9 M weights, D = 256)" in head
     tested = [f for _, found in judged(folder).values() for f in found if not np.isnan(f.p)]
     assert len(tested) == 2
     assert "Comparisons: 2; if nothing differed, 0.1 would have p < 0.05" in text

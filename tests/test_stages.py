@@ -218,7 +218,7 @@ def test_adapters_are_scaled_by_the_alpha_asked_for(stage, tiny):
 
 @pytest.mark.parametrize("stage, after", [("ctkd", "ucl"), ("ucl", "scl")])
 def test_after_a_demo_run_the_next_stages_demo_is_named(stage, after, argv, tmp_path, capsys):
-    """The embedded data in another folder than the demo's: its settings still come from there."""
+    """The bundled data in another folder than the demo's: its settings still come from there."""
     out = tmp_path / "run"
     assert STAGES[stage].main(argv(stage, out, "--text", "demo", "--steps", 1)) == 0
     (command,) = [line.split() for line in capsys.readouterr().out.splitlines()

@@ -128,7 +128,7 @@ def test_every_published_count_of_a_task_is_counted(name, tmp_path):
     assert len(noted) == len(task["expected"]) and len(noted) >= 1
 
 
-def test_the_embedded_tasks_match_their_counts_and_need_no_folder():
+def test_the_bundled_tasks_match_their_counts_and_need_no_folder():
     for name in ("demo-sts", "demo-retrieval"):
         texts, labels, notes = read_task(TASKS[name], "nowhere")
         assert notes == [] and all(len(column) > 50 for column in texts.values())

@@ -469,7 +469,7 @@ def test_rows_in_the_first_spelling_keep_the_sha256_by_which_runs_know_them(tmp_
 
 
 # ---------------------------------------------------------------------------------------------
-# The embedded triples
+# The bundled triples
 # ---------------------------------------------------------------------------------------------
 
 
@@ -479,7 +479,7 @@ def texts_of(path: Path, *fields: str) -> list[str]:
     return [row[field] for row in rows for field in fields]
 
 
-def test_the_embedded_triples_share_no_text_with_the_embedded_tasks():
+def test_the_bundled_triples_share_no_text_with_the_bundled_tasks():
     data = Triples("demo")
     assert len(data) >= 300 and data.files[0].path == DEMO_TRIPLES
     rows = [data[i] for i in range(len(data))]

@@ -2,7 +2,7 @@
 
     python -m pytest -m slow tests/slow/test_overlay.py          STEPS=200 by default: minutes
 
-Both train the embedded Llama on the embedded texts with the demo's settings (no dropout, 2 texts
+Both train the bundled Llama on the bundled texts with the demo's settings (no dropout, 2 texts
 per step) from the same start: `fast` is stage 1's forward and backward with the fused AdamW,
 `paper` is paper.batch_loss (one text at a time, whole masks and logits) with the plain AdamW. In
 each dtype the difference of their losses stands beside what rounding does to paper.py itself: fp32
