@@ -131,11 +131,11 @@ if __name__ == "__main__":  # in float64, so that nothing but the algebra can di
     for layer in lora_layers(encoder.llama).values():  # zero at first, which would hide mistakes
         torch.nn.init.normal_(layer.lora_B, std=0.02, generator=random)
     encoder.add_memory("normal", train_table=True, generator=random)
-    encoder.adapters, batch = True, SplitTexts.read("demo", encoder.tokenizer).read_batch(0, 0, 2)
-    texts = [torch.from_numpy(ids).long() for ids in batch.texts]
+    encoder.adapters, pair = True, SplitTexts.read("demo", encoder.tokenizer, 2).read_batch(0, 0, 2)
+    texts = [torch.from_numpy(ids).long() for ids in pair.texts]
     with torch.no_grad():
-        rows = [(f"{f.__name__} loss", batch_loss(encoder, encoder.llama, texts, batch.splits,
-                 f.__name__), f(encoder, batch, Config())) for f in (ctkd, nll, rc)]
+        rows = [(f"{f.__name__} loss", batch_loss(encoder, encoder.llama, texts, pair.splits,
+                 f.__name__), f(encoder, pair, Config())) for f in (ctkd, nll, rc)]
         memories = torch.stack([eq1_memory(encoder, n) for n in texts])
         memory = encoder.memory(torch.cat(texts), [len(n) for n in texts])
     z = torch.stack([eq6_embedding(memory) for memory in memories])

@@ -35,8 +35,9 @@ sys.path.insert(0, str(ROOT))
 from ablations import tokens_with
 from data.rows import read_rows, text
 from runtime.errors import UserError, run_command
-from runtime.files import write_file
+from runtime.files import read_json, write_file
 from runtime.results import label_of, read_result
+from runtime.settings import flag
 from validation import write
 
 KINDS = ("static", "mined", "mined-twice")
@@ -97,10 +98,10 @@ def prepare(args: argparse.Namespace, data: Path):
 
 def keep_setting(path: Path, setting: dict):
     """Write the flags on which all results depend; UserError if the folder has others."""
-    before = json.loads(path.read_text()) if path.is_file() else setting
+    before = read_json(path) if path.is_file() else setting
     for name, value in setting.items():
         if before.get(name) != value:
-            raise UserError(f"--{name.replace('_', '-')} {value}: {path.parent} was begun with "
+            raise UserError(f"{flag(name)} {value}: {path.parent} was begun with "
                             f"{before.get(name)}; name another --out")
     write_file(path, json.dumps(setting) + "\n")
 
