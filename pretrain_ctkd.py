@@ -14,7 +14,8 @@ it would after the whole context. Objectives (section 3 of the paper):
     nll    cross entropy of the continuation's tokens              Eq. 4, LLM2Comp_NLL
     rc     cross entropy of the context itself                     Eq. 2, LLM2Comp_RC
 
-and those of pretexts.py, which the paper compares with: mntp, ebae-ebar.
+one of ours, ctkd-window (Eq. 5 for tokens 9 to 41 of a continuation alone: docs/measured.md), and
+those of pretexts.py, which the paper compares with: mntp, ebae-ebar.
 Notation as in model.py; a continuation has S tokens. Order and splits depend only on (seed, place
 of the sample in the run), dropout also on which texts share a forward pass: an interruption changes
 nothing; the number of ranks and the micro-batch size change only the dropout.
@@ -51,16 +52,20 @@ from runtime.run import Run, run_stage
 from runtime.schedule import DROPOUT, learning_rate, seed_torch, warmup_steps
 from runtime.settings import RunConfig, check_bounds, parse_config, setting, stored_settings
 
+WINDOW = 8, 40  # ctkd-window: the tokens of a continuation before its first row, before its last
+
 # ---------------------------------------------------------------------------------------------
 # Objectives (section 3): what f_theta is trained to do
 # ---------------------------------------------------------------------------------------------
 
 
-def student_states(encoder: Encoder, contexts: list, continuations: list) -> Tensor:
+def student_states(
+    encoder: Encoder, contexts: list, continuations: list, rows: list[int]
+) -> Tensor:
     """Eq. 2, 4: f_theta compresses the contexts, g_phi reads BOS m~_1..m~_K n_{a+1}..n_{a+S}.
 
-    Token ids of N texts -> each text's last S + 1 states (sum of S + 1, D): the first of them
-    (that of m~_K) predicts n_{a+1}, the last one what follows the text.
+    Token ids of N texts -> each text's last `rows` states (sum of rows, D). Of all S + 1, the first
+    (that of m~_K) predicts n_{a+1}, the last one what follows n_{a+S}.
     """
     llama, bos, n = encoder.llama, encoder.tokenizer.bos, len(contexts)
     # Eq. 1, 3: the only trained part; gradients flow back to it through the frozen g_phi below
@@ -69,19 +74,35 @@ def student_states(encoder: Encoder, contexts: list, continuations: list) -> Ten
     # in every text that it was trained on (official code)
     begin = llama.embed(flat_ids([np.array(bos)] * n, encoder.device))
     text = llama.embed(flat_ids(continuations, encoder.device))
-    sizes = [len(ids) for ids in continuations]
     x, lengths = pack((begin, [len(bos)] * n), (memory.flatten(0, 1), [memory.shape[1]] * n),
-                      (text, sizes))
-    return llama(x, lengths, causal=True, adapters=False, last=[size + 1 for size in sizes])
+                      (text, [len(ids) for ids in continuations]))
+    return llama(x, lengths, causal=True, adapters=False, last=rows)
 
 
 @torch.no_grad()
-def teacher_states(llama: Llama, texts: list[np.ndarray], splits: list[int]) -> Tensor:
-    """g_phi reads the whole texts: the states (sum of S + 1, D) that predict the same positions."""
+def teacher_states(llama: Llama, texts: list, rows: list[int]) -> Tensor:
+    """g_phi reads contexts and continuations: the states (sum of rows, D) of the same positions.
+
+    Of S + 1 rows, the first is that of the context's last token, which predicts n_{a+1}.
+    """
     x, lengths = llama.embed(flat_ids(texts, llama.head.device)), [len(ids) for ids in texts]
-    # the context's last token, row a - 1, predicts the continuation's first
-    last = [length - a + 1 for length, a in zip(lengths, splits)]
-    return llama(x, lengths, causal=True, adapters=False, last=last)
+    return llama(x, lengths, causal=True, adapters=False, last=rows)
+
+
+def distil(
+    encoder: Encoder, batch: SplitBatch, continuations: list, rows: list[int], config: "Config"
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student), mean over each text's last `rows`, then over texts; student states.
+
+    continuations: the batch's, or their beginnings.
+    """
+    student = student_states(encoder, batch.contexts, continuations, rows)
+    texts = [np.concatenate(pair) for pair in zip(batch.contexts, continuations)]
+    teacher = teacher_states(encoder.llama, texts, rows)
+    # a row weighs 1 / (rows * texts in the global batch): micro-batches and ranks simply add up
+    shares = np.concatenate([np.full(n, 1 / n / batch.total_texts) for n in rows])
+    weights = to_device(torch.from_numpy(shares), encoder.device)
+    return ctkd_loss(student, teacher, weights, encoder.llama.head, config.chunk_rows), student
 
 
 def ctkd(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
@@ -89,22 +110,30 @@ def ctkd(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
 
     Plus --nll-weight times Eq. 4 (0 in the official code).
     """
-    student = student_states(encoder, batch.contexts, batch.continuations)
-    teacher = teacher_states(encoder.llama, batch.texts, batch.splits)
-    counts = [len(ids) + 1 for ids in batch.continuations]
-    # a row weighs 1 / ((S + 1) * texts in the global batch): micro-batches and ranks simply add up
-    shares = np.concatenate([np.full(n, 1 / n / batch.total_texts) for n in counts])
-    weights = to_device(torch.from_numpy(shares), encoder.device)
-    loss = ctkd_loss(student, teacher, weights, encoder.llama.head, config.chunk_rows)
+    rows = [len(ids) + 1 for ids in batch.continuations]
+    loss, student = distil(encoder, batch, batch.continuations, rows, config)
     if config.nll_weight:
         loss = loss + config.nll_weight * token_nll(encoder, student, batch.continuations,
                                                     batch.total_targets, config.chunk_rows)
     return loss
 
 
+def ctkd_window(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
+    """Ours: Eq. 5 for tokens 9 to 41 of a continuation alone, of a short one for its second half.
+
+    Asked for the first tokens, a memory holds the next words, which say little about the text; late
+    tokens follow from the continuation itself. Neither network reads past the window.
+    """
+    skipped, end = WINDOW
+    continuations = [ids[:end] for ids in batch.continuations]
+    rows = [len(ids) + 1 - min(skipped, (len(ids) + 1) // 2) for ids in continuations]
+    return distil(encoder, batch, continuations, rows, config)[0]
+
+
 def nll(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
     """Eq. 4: -log p(token) of the continuations under the student, mean over all tokens."""
-    student = student_states(encoder, batch.contexts, batch.continuations)
+    rows = [len(ids) + 1 for ids in batch.continuations]
+    student = student_states(encoder, batch.contexts, batch.continuations, rows)
     return token_nll(encoder, student, batch.continuations, batch.total_targets, config.chunk_rows)
 
 
@@ -113,13 +142,13 @@ def rc(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
     bos_length = len(encoder.tokenizer.bos)
     targets = [ids[bos_length:] for ids in batch.texts]
     total = batch.total_tokens - bos_length * batch.total_texts
-    student = student_states(encoder, batch.texts, targets)
+    student = student_states(encoder, batch.texts, targets, [len(ids) + 1 for ids in targets])
     return token_nll(encoder, student, targets, total, config.chunk_rows)
 
 
 # --objective -> (encoder, micro-batch, config) -> its share of the global batch's loss
 OBJECTIVES: dict[str, Callable[[Encoder, SplitBatch, "Config"], Tensor]] = {
-    "ctkd": ctkd, "nll": nll, "rc": rc, **pretexts.OBJECTIVES,
+    "ctkd": ctkd, "nll": nll, "rc": rc, "ctkd-window": ctkd_window, **pretexts.OBJECTIVES,
 }
 
 # ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ made and scored along with the one that it changes; what the common setting is a
     pretexts     nll, mntp, ebae-ebar, reading as many tokens as ctkd              Table 1
     rate         learning rates of each objective                                  (ours)
     pretext-rate those of mntp and ebae-ebar                                       (ours)
+    window       ctkd-window, reading as many tokens as ctkd, and as ctkd-4x       (ours)
     start        ctkd, nll, rc from the other initial rows: --memory-init          (ours)
     tokens       K = 1, 2, 4, 8, 16; nll with K = 1                                Figure 3, 4.2
     attention    causal, or bidirectional, each at three rates                     (a summary)
@@ -25,11 +26,12 @@ made and scored along with the one that it changes; what the common setting is a
     stages       stages 2 and 3 after ctkd, nll, rc, and without stage 1           Table 1, Fig 8, 9
     mntp-stages  the same after mntp                                               Table 1
     wide-stages  the same after ctkd, read by its wide tokens                      (ours)
+    window-stages  the same after those of window, and after ctkd-4x               (ours)
     curve        the one run of stages that Figure 10 needs, scl-ctkd              Figure 10
 
-The pretexts repeat the same texts until the networks have read as many tokens as in ctkd's steps
-(`reads`). Without stage 1, stage 2 starts with the memory rows and attention that stage 1 has at
-its start.
+The pretexts and ctkd-window repeat the same texts until the networks have read as many tokens as
+in ctkd's steps (`reads`). Without stage 1, stage 2 starts with the memory rows and attention that
+stage 1 has at its start.
 
 Stage 3 is scored on --curve-tasks every --curve-every steps as it trains (scores.jsonl). Stages 2
 and 3 have the same flags whatever they start from. Causal attention is in a summary of the paper,
@@ -61,6 +63,7 @@ import collapse
 import contrastive
 import evaluate
 import pretrain_ctkd
+from data.batches import MIN_SIDE
 from data.tasks import TASKS
 from harness import device_name
 from model import MEMORY_INITS, plain_encoder
@@ -88,15 +91,18 @@ LATELY = {"mntp_flags": "", "ebae_ebar_flags": ""}  # keys that older setting.js
 # ---------------------------------------------------------------------------------------------
 
 
-def reads(objective: str, config: pretrain_ctkd.Config) -> int:
+def reads(objective: str, config: pretrain_ctkd.Config) -> float:
     """The tokens that all networks read for one text of T = max_tokens, a of them its context.
 
     ctkd: T (teacher), a + K (encoder), 1 + K + S (student); nll without the teacher; rc: a = S = T;
-    mntp: T; ebae-ebar: the context in two prompts of about 12 tokens.
+    mntp: T; ebae-ebar: the context in two prompts of about 12 tokens; ctkd-window: as ctkd, S cut,
+    on average over the splits.
     """
     t, k = config.max_tokens, config.memory_tokens
+    end = pretrain_ctkd.WINDOW[1]
+    window = np.mean([a + min(t - a, end) for a in range(MIN_SIDE, t - MIN_SIDE + 1)])
     return {"ctkd": 2 * t + 2 * k + 1, "nll": t + 2 * k + 1, "rc": 2 * t + 2 * k + 1, "mntp": t,
-            "ebae-ebar": t + 2 * (12 + k)}[objective]
+            "ebae-ebar": t + 2 * (12 + k), "ctkd-window": 2 * window + 2 * k + 1}[objective]
 
 
 def others(now: object, **options: str) -> dict[str, str]:
@@ -110,8 +116,9 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     base, texts, steps = args.base, args.base.num_texts, args.base.steps
     own = {"ctkd": "", "nll": f"--objective nll {args.nll_flags}".strip(),
            "rc": f"--objective rc {args.rc_flags}".strip()}
-    equal = {name: f"--steps {round(steps * reads('ctkd', base) / reads(name, base))}" * bool(steps)
-             for name in ("nll", *PRETEXTS)}
+    count = {name: round(steps * reads("ctkd", base) / reads(name, base))
+             for name in ("nll", "ctkd-window", *PRETEXTS)}
+    equal = {name: f"--steps {n}" * bool(n) for name, n in count.items()}
     pretexts = {name: f"{PRETEXTS[name]} {equal[name]} {given}".strip() for name, given in
                 (("mntp", args.mntp_flags), ("ebae-ebar", args.ebae_ebar_flags))}
 
@@ -129,6 +136,10 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
                                   f"--steps {steps * times:.0f}".strip()
             for name, times in (("ctkd", 1 / 4), ("ctkd", 1 / 2), ("ctkd", 2), ("ctkd", 4),
                                 ("nll", 4)) if texts}  # of all texts there is no multiple
+    window = {"ctkd-window": f"--objective ctkd-window {equal['ctkd-window']}".strip()}
+    if texts:
+        window["ctkd-window-4x"] = (f"--objective ctkd-window --num-texts {4 * texts} "
+                                    f"--steps {4 * count['ctkd-window']}")
     attention = others(base.attention, bidirectional="--attention bidirectional",
                        causal="--attention causal")
     attention |= {f"{name}-lr={lr}": f"{flags} --lr {lr}" for name, flags in attention.items()
@@ -140,6 +151,7 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
         "rate": {k: v for name in own for k, v in rates_of(name, own[name]).items()},
         "pretext-rate": {k: v for name in pretexts
                          for k, v in rates_of(name, pretexts[name]).items()},
+        "window": window,
         "start": start,
         "tokens": {f"K={k}": f"--memory-tokens {k}" for k in (1, 2, 4, 8, 16)
                    if k != base.memory_tokens} | {"nll-K=1": f"{own['nll']} --memory-tokens 1"},
@@ -155,6 +167,8 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
                    for kind in ("ucl", "scl")},
         "mntp-stages": {"ucl-mntp": "", "scl-mntp": ""},
         "wide-stages": {"ucl-wide-ctkd": "", "scl-wide-ctkd": ""},
+        "window-stages": {f"{kind}-{name}": "" for name in [*window, *["ctkd-4x"] * bool(texts)]
+                          for kind in ("ucl", "scl")},
         "curve": {"scl-ctkd": ""},
     }
 
@@ -466,6 +480,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("seed", "out", "resume", "objective"):
         if any(f.split("=")[0] == flag(name) for f in rest):
             parser.error(f"{flag(name)} is set by the variants; see --seeds, --study")
+    try:
+        pretrain_ctkd.check(args.base)
+        for task in [*args.task, args.analyse, *args.curve_tasks]:
+            evaluate.find_task(task)
+    except UserError as error:
+        parser.error(str(error))
     if unknown := [study for study in args.study if study not in studies(args)]:
         parser.error(f"--study {' '.join(unknown)}: choose from {', '.join(studies(args))}")
     there = {name for study in args.study for name in studies(args)[study]}
@@ -476,12 +496,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--study texts needs --num-texts and --steps, of which it takes a multiple")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be at least 1")
-    try:
-        pretrain_ctkd.check(args.base)
-        for task in [*args.task, args.analyse, *args.curve_tasks]:
-            evaluate.find_task(task)
-    except UserError as error:
-        parser.error(str(error))
     return args
 
 

@@ -295,7 +295,7 @@ def rank_correlation(pairs: list[tuple[float, float]]) -> str:
 def draw_dimensions(groups: dict[str, list[tuple[str, dict[str, float]]]], path: Path):
     """Mean score against the participation ratio, a dot per trained run, coloured by its kind."""
     figure = Figure((9, 3.4), layout="constrained")
-    kinds = [*ablations.OBJECTIVES, *ablations.PRETEXTS, "ucl", "scl"]
+    kinds = [*ablations.OBJECTIVES, *ablations.PRETEXTS, "ucl", "scl", "ctkd-window"]
     for panel, (title, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
                                      groups.items()):
         for i, kind in enumerate(kinds):
@@ -311,6 +311,8 @@ def draw_dimensions(groups: dict[str, list[tuple[str, dict[str, float]]]], path:
 
 def kind_of(variant: str) -> str:
     """The stage after the first, or the objective, of a variant."""
+    if variant.startswith("ctkd-window"):
+        return "ctkd-window"
     start = variant.partition("-")[0]
     return start if start in ablations.LATER else ablations.beside(variant)
 

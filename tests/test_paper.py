@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import CTKD, ROOT, ctkd_step, gradients, run_of, worst
@@ -12,6 +13,7 @@ import paper
 import pretrain_ctkd
 from collapse import correlation
 from contrastive import info_nce
+from data.batches import SplitBatch
 from lora import lora_layers
 
 
@@ -39,7 +41,7 @@ def test_the_adapters_of_these_tests_are_at_work(ctkd_encoder):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 100_000])
-@pytest.mark.parametrize("objective", ["ctkd", "nll", "rc"])
+@pytest.mark.parametrize("objective", ["ctkd", "nll", "rc", "ctkd-window"])
 def test_an_objective_has_the_papers_loss_and_gradient(encoder, id_texts, objective, chunk_rows):
     config = replace(CTKD, objective=objective, chunk_rows=chunk_rows)
     if chunk_rows == 1:
@@ -51,6 +53,49 @@ def test_an_objective_has_the_papers_loss_and_gradient(encoder, id_texts, object
     loss.backward()
     assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-10)
     assert worst(ours, gradients(encoder)) < 1e-10
+
+
+# continuations of 10 to 14 tokens have at most half of their rows left out, from 15 on 8 of them;
+# 41 and 60 are cut
+LENGTHS = [10, 13, 14, 15, 16, 39, 40, 41, 60]
+
+
+def window_batch(texts: list) -> SplitBatch:
+    """`texts` whose continuations have LENGTHS, in a global batch of 11."""
+    splits = [len(ids) - size for ids, size in zip(texts, LENGTHS)]
+    places = list(range(len(texts)))
+    return SplitBatch(texts, splits, places, places, 11, 0, 0)
+
+
+def window_texts() -> list[np.ndarray]:
+    draw = np.random.default_rng(1)
+    return [np.concatenate(([1], draw.integers(3, 8192, 12 + size))).astype(np.int32)
+            for size in LENGTHS]
+
+
+def test_ctkd_window_at_every_length_of_a_continuation(encoder):
+    batch = window_batch(window_texts())
+    loss = pretrain_ctkd.ctkd_window(encoder, batch, CTKD)
+    loss.backward()
+    ours = gradients(encoder)
+    by_paper = [paper.ours_ctkd_window(encoder, encoder.llama, n, a)
+                for n, a in zip(as_tensors(batch.texts), batch.splits)]
+    assert [len(rows) for rows in by_paper] == [6, 7, 8, 8, 9, 32, 33, 33, 33]
+    whole = sum(rows.mean() for rows in by_paper) / 11
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-10)
+    assert worst(ours, gradients(encoder)) < 1e-10
+
+
+@torch.no_grad()
+def test_ctkd_window_reads_40_tokens_of_a_continuation(encoder):
+    def loss(place: int | None = None) -> float:
+        texts = window_texts()
+        if place is not None:
+            texts[-1][13 + place] += 1  # the text whose continuation has 60 tokens
+        return pretrain_ctkd.ctkd_window(encoder, window_batch(texts), CTKD).item()
+
+    assert loss(40) == loss(59) == loss() and loss(39) != loss() and loss(0) != loss()
 
 
 @torch.no_grad()
@@ -104,8 +149,8 @@ def test_as_a_command_paper_py_prints_differences_of_rounding_only():
     assert done.returncode == 0, done.stderr
     head, *lines = done.stdout.splitlines()
     assert head.split() == ["first", "entry", "paper.py", "fast", "path"]
-    assert [line[:10].strip() for line in lines] == [
-        "ctkd loss", "nll loss", "rc loss", "memory", "z", "Eq. 7", "InfoNCE"]
+    assert [line[:11].strip() for line in lines] == [
+        "ctkd", "nll", "rc", "ctkd-window", "memory", "z", "Eq. 7", "InfoNCE"]
     for line in lines:
         *_, by_paper, by_fast, _, _, difference = line.split()
         assert float(difference) < 1e-9

@@ -224,8 +224,8 @@ def test_the_recipes_beside_the_papers_rows_are_those_of_the_paper_presets(stage
     assert recipe["trained_steps"] == steps and {"batch_size", "trained_steps"} <= set(recipe)
 
 
-def test_each_objective_has_the_papers_rows():
-    own = pretrain_ctkd.OBJECTIVES.keys() - pretexts.OBJECTIVES.keys()
+def test_each_of_the_papers_objectives_has_its_rows():
+    own = pretrain_ctkd.OBJECTIVES.keys() - pretexts.OBJECTIVES.keys() - {"ctkd-window"}
     assert PUBLISHED["objectives"].keys() == own
     for name in PUBLISHED["objectives"].values():
         for ending in ("", " + UCL", " + SCL"):

@@ -565,6 +565,8 @@ def test_a_setting_that_no_run_can_have_is_refused(
     ("ctkd", ["--nll-weight=-inf"], ["--nll-weight -inf: must be finite"]),
     ("ctkd", ["--nll-weight", "inf"], ["--nll-weight inf: must be finite"]),
     ("ctkd", ["--nll-weight", 0.5, "--objective", "rc"], ["--nll-weight 0.5", "--objective ctkd"]),
+    ("ctkd", ["--nll-weight", 0.5, "--objective", "ctkd-window"], [
+        "--nll-weight 0.5", "--objective ctkd"]),
     ("ctkd", ["--max-tokens", 19], ["--max-tokens 19: must be at least 20, 10 for a context"]),
     ("ucl", ["--temperature", 0], ["--temperature 0.0", "above 0"]),
     ("ucl", ["--data-dir", "x"], ["--data-dir x", "--eval-tasks"]),
