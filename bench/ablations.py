@@ -162,7 +162,7 @@ def studies(args: argparse.Namespace) -> dict[str, dict[str, str]]:
         "bos": {"bos=1": "--bos 1"},
         "merging": {f"merged-{name}": "" for name in [
             *OBJECTIVES, *start, *(name for name in more if name.endswith("-4x"))]},
-        "wide": {f"wide-{name}": "" for name in OBJECTIVES},
+        "wide": {f"wide-{name}": "" for name in (*OBJECTIVES, "ctkd-window")},
         "stages": {f"{kind}-{name}": "" for name in ("none", *OBJECTIVES)
                    for kind in ("ucl", "scl")},
         "mntp-stages": {"ucl-mntp": "", "scl-mntp": ""},

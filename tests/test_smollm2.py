@@ -54,6 +54,7 @@ def test_the_card_has_the_scores_of_the_records():
 @pytest.mark.parametrize("title, folder, variant", [
     ("ctkd, 2,400 texts", "smollm2", "ctkd"), ("nll, 2,400 texts", "smollm2", "nll"),
     ("rc, 2,400 texts", "smollm2", "rc"), ("ctkd, 32,000 texts", "smollm2-32000", "ctkd"),
+    ("ctkd-window (ours), 2,400 texts", "smollm2", "ctkd-window"),
     ("mntp (LLM2Vec", "smollm2-32000", "mntp"), ("stage 2 without", "smollm2-32000", "ucl-none"),
     ("stage 2 after ctkd on 2,400 texts", "smollm2", "ucl-ctkd"),
     ("stage 2 after ctkd on 32,000 texts", "smollm2-32000", "ucl-ctkd"),
