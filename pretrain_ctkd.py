@@ -408,12 +408,12 @@ def report(config: Config, device: torch.device):
     plain = plain_encoder(config.model, shape, config.revision or None, **options)
     for method in UNTRAINED:
         plain.config = replace(shape, pooling=method)
-        print(f"  untrained, {method:<14}{demo_sts(plain):6.2f}")
+        print(f"  untrained, {method:<18}{demo_sts(plain):6.2f}")
     del plain  # before the second copy of the weights is loaded
     encoder = load_encoder(folder, **options)
     k = encoder.config.num_memory_tokens
     label = f"{config.objective}, {f'{k} memory tokens' if k else encoder.config.pooling}"
-    print(f"  {label:<25}{demo_sts(encoder):6.2f}")
+    print(f"  {label:<29}{demo_sts(encoder):6.2f}")
     if config.objective not in pretexts.OBJECTIVES:  # g_phi does not read their memory
         show_continuations(encoder, open_texts(config, encoder.tokenizer, num_texts=2).texts)
     flags = f" --model {quote(config.out)} --out FOLDER"
