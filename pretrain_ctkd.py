@@ -121,8 +121,8 @@ def ctkd(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
 def ctkd_window(encoder: Encoder, batch: SplitBatch, config: "Config") -> Tensor:
     """Ours: Eq. 5 for tokens 9 to 41 of a continuation alone, of a short one for its second half.
 
-    Asked for the first tokens, a memory holds the next words, which say little about the text; late
-    tokens follow from the continuation itself. Neither network reads past the window.
+    Meant to ask for the content of a context: the first tokens are its next words, the late ones
+    follow from the continuation itself. Not shown to be better than ctkd (docs/measured.md).
     """
     skipped, end = WINDOW
     continuations = [ids[:end] for ids in batch.continuations]
