@@ -326,10 +326,15 @@ SETTINGS = """One factor at a time around the common setting, `ctkd`, on validat
 (`bench/validation.py`, which says what they share with the test sets). The rows of `rate` give each
 objective its own rate, those of `attention` try the other attention at several."""
 
-FIRST = """What an earlier choice of settings gave: batches of 8 and `normal` initial rows, with
-which not every seed gets going. It judges nothing."""
-
-SMOKE = "It shows that every part works, and judges nothing."
+SHORT = {  # folder -> title, text
+    "smollm2-clip": ("Clipped at 0.5, on the test tasks", """The runs of 2,400 texts with gradients
+clipped at 0.5 in place of 2 ([why](measured.md#objectives-beside-ctkd-a-screen)). They judge no
+claim of the paper."""),
+    "smollm2-first": ("The first choice, on the test tasks", """What an earlier choice of settings
+gave: batches of 8 and `normal` initial rows, with which not every seed gets going. It judges
+nothing."""),
+    "demo": ("Smoke test", "It shows that every part works, and judges nothing."),
+}
 
 
 def judged_section(runs: Runs, title: str, end: str) -> str:
@@ -388,7 +393,7 @@ where that is known: [official.md](official.md#what-the-differences-do).
 
 def page(there: dict[str, Runs], groups: dict) -> str:
     """The text of docs/results.md, from the runs of each folder of records, and trained_runs."""
-    first, smoke, settings = there.get("smollm2-first"), there.get("demo"), settings_of(there)
+    settings = settings_of(there)
     missing = [f"* {v}, seed {seed}: {why} ({folder})" for folder, part in there.items()
                if part not in settings for study in part.studies for v in part.begun(study)
                for (name, seed), why in part.missing.items() if name == v]
@@ -408,11 +413,9 @@ def page(there: dict[str, Runs], groups: dict) -> str:
     for i, part in enumerate(settings):
         title = "How the settings were chosen" + f", {i + 1}" * (len(settings) > 1)
         sections.append(short_section(part, f"{title}: {model_of(part)}", SETTINGS))
-    if first:
-        title = f"The first choice, on the test tasks: {model_of(first)}"
-        sections.append(short_section(first, title, FIRST))
-    if smoke:
-        sections.append(short_section(smoke, f"Smoke test: {model_of(smoke)}", SMOKE))
+    for name, (title, text) in SHORT.items():
+        if name in there:
+            sections.append(short_section(there[name], f"{title}: {model_of(there[name])}", text))
     sections.append(f"""## Machines, and what is missing
 
 {total:.1f} hours in all on {"; ".join(machines)}, often beside other work. The command of each
