@@ -55,6 +55,8 @@ def test_the_card_has_the_scores_of_the_records():
     ("ctkd, 2,400 texts", "smollm2", "ctkd"), ("nll, 2,400 texts", "smollm2", "nll"),
     ("rc, 2,400 texts", "smollm2", "rc"), ("ctkd, 32,000 texts", "smollm2-32000", "ctkd"),
     ("ctkd-window (ours), 2,400 texts", "smollm2", "ctkd-window"),
+    ("the same, gradients clipped at 0.5", "smollm2-clip", "ctkd-window"),
+    ("ctkd, clipped at 0.5", "smollm2-clip", "ctkd"),
     ("mntp (LLM2Vec", "smollm2-32000", "mntp"), ("stage 2 without", "smollm2-32000", "ucl-none"),
     ("stage 2 after ctkd on 2,400 texts", "smollm2", "ucl-ctkd"),
     ("stage 2 after ctkd on 32,000 texts", "smollm2-32000", "ucl-ctkd"),
@@ -92,6 +94,10 @@ def means(folder: str, variant: str) -> dict[str, float]:
     ((LONG, "ucl-none"), (LONG, "ucl-mntp"), "{:.1f} points worse than alone ({:.1f} to {:.1f})"),
     (("smollm2", "ctkd-window"), ("smollm2", "ctkd"), "{3:+.1f}, {4:+.1f} and {5:+.1f} points from "
      "ctkd, {0:.1f} on average (95 % interval {1:.1f} to {2:.1f})"),
+    (("smollm2-clip", "ctkd-window"), ("smollm2-clip", "ctkd"),
+     "{:.1f} above ctkd clipped so ({:.1f} to {:.1f})"),
+    (("smollm2-clip", "ctkd-window"), ("smollm2", "ctkd"),
+     "{:.1f} above ctkd clipped at 2 ({:.1f} to {:.1f})"),
 ])
 def test_the_readmes_differences_are_those_of_the_records(a, b, said):
     """Paired over the seeds that both have; against an untrained method, over all seeds."""
